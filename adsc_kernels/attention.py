@@ -125,7 +125,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, stage: Rows, keys: CachedKeys | None
     if keys is None and k.shape[0] != stage.num_tokens:
         raise ValueError(f"k must have the stage's {stage.num_tokens} rows, got {k.shape[0]}")
     if keys is not None and any(n > m for n, m in zip(stage.seq_lens, keys.lens, strict=True)):
-        raise ValueError(f"keys.lens {keys.lens} must hold at least the query rows {stage.seq_lens}")
+        raise ValueError(
+            f"keys.lens {keys.lens} must hold at least the query rows {stage.seq_lens}"
+        )
 
 
 def _choose(q: Tensor, k: Tensor, backend: str) -> Callable[..., Tensor]:

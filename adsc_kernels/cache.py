@@ -74,7 +74,9 @@ class StageCache:
         Raises: ValueError where the plan was made for other cached lengths, or there is no room.
         """
         if stage.cached_lens != self.lens:
-            raise ValueError(f"the plan expects {stage.cached_lens} cached rows, there are {self.lens}")
+            raise ValueError(
+                f"the plan expects {stage.cached_lens} cached rows, there are {self.lens}"
+            )
         if any(n > c for n, c in zip(stage.kv_lens, self.capacities, strict=True)):
             raise ValueError(f"no room for {stage.kv_lens} rows in capacities {self.capacities}")
         self.keys = CachedKeys.build(
@@ -104,6 +106,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
+        self.schedule = schedule
         self.stages = tuple(
             StageCache(
                 schedule.layers_of_stage(s),

@@ -14,7 +14,7 @@ from ..errors import UnsupportedError
 
 @dataclass(frozen=True)
 class LlavaConfig:
-    """The sizes of a LLaVA-1.5 checkpoint; `text` and `vision` are transformers' own, with the rest."""
+    """The sizes of a LLaVA-1.5 checkpoint; the rest is in transformers' own, `hf`."""
 
     hidden_size: int
     intermediate_size: int
@@ -30,11 +30,8 @@ class LlavaConfig:
     patch_size: int
     vision_feature_layers: tuple[int, ...]
     keep_class_token: bool
-    projector_act: str
-    projector_bias: bool
     stop_token_ids: tuple[int, ...]
-    text: transformers.LlamaConfig
-    vision: transformers.CLIPVisionConfig
+    hf: transformers.LlavaConfig
 
     @property
     def grid(self) -> int:
@@ -86,11 +83,8 @@ class LlavaConfig:
             patch_size=vision.patch_size,
             vision_feature_layers=layers,
             keep_class_token=full.vision_feature_select_strategy == "full",
-            projector_act=full.projector_hidden_act,
-            projector_bias=full.multimodal_projector_bias,
             stop_token_ids=_stop_tokens(folder, text),
-            text=text,
-            vision=vision,
+            hf=full,
         )
 
 

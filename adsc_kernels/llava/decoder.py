@@ -39,7 +39,7 @@ class RMSNorm(nn.Module):
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.hidden_size))
-        self.eps = config.text.rms_norm_eps
+        self.eps = config.hf.text_config.rms_norm_eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(norm(residual + x), residual + x); without a residual x begins the stream."""
@@ -52,7 +52,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: LlavaConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_dim, bias = layer, config.head_dim, config.text.attention_bias
+        self.layer, self.head_dim = layer, config.head_dim
+        bias = config.hf.text_config.attention_bias
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, kv, bias=bias)
@@ -79,7 +80,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
-        width, inner, bias = config.hidden_size, config.intermediate_size, config.text.mlp_bias
+        width, inner = config.hidden_size, config.intermediate_size
+        bias = config.hf.text_config.mlp_bias
         self.gate_proj = nn.Linear(width, inner, bias=bias)
         self.up_proj = nn.Linear(width, inner, bias=bias)
         self.down_proj = nn.Linear(inner, width, bias=bias)
@@ -110,9 +112,10 @@ class Decoder(nn.Module):
             self.layers = nn.ModuleList(Layer(config, n) for n in range(config.num_layers))
             self.norm = RMSNorm(config)
         # transformers computes the frequencies, so that every scaling variant is read as it does.
-        rotary = LlamaRotaryEmbedding(config.text)
+        text = config.hf.text_config
+        rotary = LlamaRotaryEmbedding(text)
         if rotary.inv_freq.numel() * 2 != config.head_dim:
-            raise UnsupportedError(f"RoPE on a part of each head: {config.text.rope_parameters}")
+            raise UnsupportedError(f"RoPE on a part of each head: {text.rope_parameters}")
         self.rope_scale = float(rotary.attention_scaling)
         self.register_buffer("inv_freq", rotary.inv_freq, persistent=False)
 
@@ -150,7 +153,9 @@ class Decoder(nn.Module):
         """cos and sin, [T, 1, head_dim], of rows at these positions."""
         angles = positions[:, None, None].to(torch.float32) * self.inv_freq
         angles = torch.cat((angles, angles), dim=-1)
-        return (angles.cos() * self.rope_scale).to(dtype), (angles.sin() * self.rope_scale).to(dtype)
+        return (angles.cos() * self.rope_scale).to(dtype), (angles.sin() * self.rope_scale).to(
+            dtype
+        )
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:

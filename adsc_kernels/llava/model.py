@@ -9,15 +9,33 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import CLIPVisionModel
+from transformers.activations import ACT2FN
 
 from ..cache import KVCache
 from ..plan import CompressionPlan
 from ..schedule import CompressionSchedule
-from . import generate, vision
+from . import generate
 from .config import LlavaConfig
 from .decoder import Decoder, Phase
 from .processor import Processor
 from .weights import find_folder, load_weights
+
+
+class Projector(nn.Module):
+    """Rows of the tower, [..., vision width x feature layers], to rows of the decoder."""
+
+    def __init__(self, config: LlavaConfig) -> None:
+        super().__init__()
+        width = config.hf.vision_config.hidden_size * len(config.vision_feature_layers)
+        bias = config.hf.multimodal_projector_bias
+        self.linear_1 = nn.Linear(width, config.hidden_size, bias=bias)
+        self.act = ACT2FN[config.hf.projector_hidden_act]
+        self.linear_2 = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Both layers."""
+        return self.linear_2(self.act(self.linear_1(x)))
 
 
 class Llava(nn.Module):
@@ -31,12 +49,15 @@ class Llava(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.processor, self.schedule = config, processor, schedule
-        self.vision_tower = vision.make_tower(config)
         self.language_model = Decoder(config)
-        with torch.device("meta"):
-            self.multi_modal_projector = vision.Projector(config)
+        with torch.device("meta"):  # the weights are still to come
+            self.vision_tower = CLIPVisionModel(config.hf.vision_config)
+            self.multi_modal_projector = Projector(config)
             if not config.tied_head:
                 self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for module in self.vision_tower.modules():  # the one table that the tower makes itself
+            if "position_ids" in module._buffers:
+                module.position_ids = torch.arange(config.grid**2 + 1)[None]
 
     @classmethod
     def from_pretrained(
@@ -92,9 +113,11 @@ class Llava(nn.Module):
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """pixels [N, 3, S, S] -> [N, tokens_per_image, hidden]."""
-        pixels = pixels.to(self.device, self.dtype)
-        projector = self.multi_modal_projector
-        return vision.image_features(self.vision_tower, projector, pixels, self.config)
+        states = self.vision_tower(
+            pixels.to(self.device, self.dtype), output_hidden_states=True
+        ).hidden_states
+        rows = torch.cat([states[n] for n in self.config.vision_feature_layers], dim=-1)
+        return self.multi_modal_projector(rows if self.config.keep_class_token else rows[:, 1:])
 
     def embed(self, ids: Sequence[int]) -> Tensor:
         """Packed token ids -> [T, hidden]; a picture's rows are the caller's to overwrite."""

@@ -51,68 +51,44 @@ class Processor:
             raise ValueError(f"{folder}: tokenizer or image processor: {error}") from error
 
     def encode(self, prompt: str, num_images: int, *, begins: bool) -> tuple[list[int], list[int]]:
-        """Token ids with every `<image>` expanded to the rows of one picture, and where those rows start.
+        """Token ids, each `<image>` expanded to a picture's rows, and where each picture starts.
 
-        `begins`: the prompt opens a conversation, so that it gets the tokenizer's opening token.
-
-        Raises: ValueError for an empty prompt, and where placeholders and pictures differ in number.
+        `begins`: the prompt opens a conversation, and gets the tokenizer's opening token.
         """
         if not prompt:
-            raise ValueError("a prompt is empty")
-        ids = self.tokenizer(prompt, add_special_tokens=begins)["input_ids"]
-        image = self.config.image_token_id
-        if ids.count(image) != num_images:
-            raise ValueError(
-                f"the prompt {prompt[:60]!r} has {ids.count(image)} image placeholders "
-                f"({self.tokenizer.convert_ids_to_tokens(image)}) for {num_images} pictures"
-            )
-        expanded: list[int] = []
+            raise ValueError("prompts: expected some text, got an empty one")
+        ids: list[int] = []
         starts: list[int] = []
-        for token in ids:
-            if token == image:
-                starts.append(len(expanded))
-                expanded += [image] * self.config.tokens_per_image
-            else:
-                expanded.append(token)
-        return expanded, starts
+        for token in self.tokenizer(prompt, add_special_tokens=begins)["input_ids"]:
+            is_image = token == self.config.image_token_id
+            starts += [len(ids)] * is_image
+            ids += [token] * (self.config.tokens_per_image if is_image else 1)
+        if len(starts) != num_images:
+            placeholder = self.tokenizer.convert_ids_to_tokens(self.config.image_token_id)
+            raise ValueError(
+                f"prompts: expected a {placeholder} for each image, got {len(starts)} for "
+                f"{num_images} in {prompt[:60]!r}"
+            )
+        return ids, starts
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        """float32 [N, 3, S, S]. Raises: TypeError, ValueError for what is no usable picture."""
+        """float32 [N, 3, S, S]."""
         for image in images:
             if not isinstance(image, Image.Image):
-                raise TypeError(f"images must be PIL images, got {type(image).__name__}")
+                raise TypeError(f"images: expected PIL images, got {type(image).__name__}")
             if max(image.size) > MAX_ASPECT * min(image.size):
-                raise ValueError(f"an image of {image.size} pixels: sides beyond {MAX_ASPECT}:1")
-        pixels: Tensor = self.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
-        expected = (len(images), 3, self.config.image_size, self.config.image_size)
-        if pixels.shape != expected:
-            raise ValueError(f"the image processor must give {expected}, got {tuple(pixels.shape)}")
-        return pixels.to(torch.float32)
+                raise ValueError(f"images: expected sides up to {MAX_ASPECT}:1, got {image.size}")
+        shape = (len(images), 3, self.config.image_size, self.config.image_size)
+        if not images:
+            return torch.empty(shape)
+        pixels = self.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
+        if pixels.shape != shape:
+            got = tuple(pixels.shape)
+            raise ValueError(f"the checkpoint's image processor: expected {shape}, got {got}")
+        return pixels
 
     def decode(self, ids: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(
-            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        """Their text, without the special tokens."""
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        return text
-
-
-class TextStream:
-    """Text of a growing list of ids, piece by piece: a piece is held back until its characters are whole."""
-
-    def __init__(self, processor: Processor) -> None:
-        self._processor = processor
-        self._ids: list[int] = []
-        self._shown = 0  # ids whose text is out
-        self._context = 0  # decoding starts here: a piece may depend on the one before it
-        self.text = ""
-
-    def push(self, token: int) -> str:
-        self._ids.append(token)
-        before = self._processor.decode(self._ids[self._context : self._shown])
-        now = self._processor.decode(self._ids[self._context :])
-        if now.endswith("\N{REPLACEMENT CHARACTER}"):  # a character of several tokens, not all there
-            return ""
-        self._context, self._shown = self._shown, len(self._ids)
-        piece = now[len(before) :]
-        self.text += piece
-        return piece

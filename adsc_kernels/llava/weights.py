@@ -74,7 +74,9 @@ def load_weights(
     if extra:
         raise ValueError(f"{folder}: {len(extra)} weights are left over, {extra[0]} for one")
     dtype = dtype or embedding.dtype
-    model.load_state_dict({name: found[t].to(dtype) for t, (name, _) in wanted.items()}, assign=True)
+    model.load_state_dict(
+        {name: found[t].to(dtype) for t, (name, _) in wanted.items()}, assign=True
+    )
 
 
 def _canonical(name: str) -> str:
