@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -77,3 +78,80 @@ def downsample_many(
             out[i] = x[row]
         outs.append(out)
     return outs
+
+
+def downsample_add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    stage: "Stage | None" = None,
+    eps: float = 1e-6,
+    *,
+    keep_indices: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `adsc_kernels.ops.downsample_add_rms_norm`."""
+    x, residual = downsample_many([x, residual], stage, keep_indices=keep_indices)
+    residual_out = x + residual
+    wide = residual_out.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale * weight.to(wide.dtype)).to(x.dtype), residual_out
+
+
+def rebuild_metadata(
+    cu_seqlens: Tensor,
+    spans: Tensor,
+    fractions: Sequence[Fraction],
+    pattern: str,
+    max_height: int | None,
+) -> tuple[Tensor, ...]:
+    """See `adsc_kernels.ops.rebuild_metadata`; fractions are those of the span, or of the grid's rows
+    and columns."""
+    bounds = cu_seqlens.tolist()
+    blocks = 1 if max_height is None else kept_count(max_height, fractions[0])
+    new_bounds, new_spans, table = [0], [], []
+    rows = 0
+
+    def emit(src: int, span: int, keep: int, number: int) -> None:
+        nonlocal rows
+        table.append([rows, src, span, keep, 0, number])
+        rows += keep
+
+    for sequence, (source, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        begin, first = rows, source
+        for owner, start, length, *size in spans.tolist():
+            if owner != sequence:
+                continue
+            text = first + start - source
+            emit(source, text, text, 0)
+            new_start = rows - begin
+            if pattern == "grid":
+                height, width = size
+                kept_rows = kept_count(height, fractions[0])
+                kept_cols = kept_count(width, fractions[1])
+                for r in range(kept_rows):
+                    row = kept_index("start", r, height, kept_rows)
+                    emit(first + start + row * width, width, kept_cols, 0)
+                for _ in range(blocks - kept_rows):
+                    emit(first + start + length, 0, 0, 0)
+                new_spans.append([sequence, new_start, kept_rows * kept_cols, kept_rows, kept_cols])
+            else:
+                kept = kept_count(length, fractions[0])
+                emit(first + start, length, kept, PATTERNS.index(pattern))
+                new_spans.append([sequence, new_start, kept])
+            source = first + start + length
+        emit(source, end - source, end - source, 0)
+        new_bounds.append(rows)
+
+    lengths = [b - a for a, b in zip(new_bounds, new_bounds[1:], strict=False)]
+
+    def tensor(values: object, *shape: int) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=cu_seqlens.device).reshape(shape)
+
+    return (
+        tensor(new_bounds, len(bounds)),
+        tensor(new_spans, len(new_spans), 5 if pattern == "grid" else 3),
+        tensor(table, len(table), 6),
+        tensor(lengths, len(lengths)),
+        tensor(rows),
+        tensor(max(lengths, default=0)),
+    )

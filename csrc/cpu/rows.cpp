@@ -1,18 +1,12 @@
 #include "rows.h"
 
 #include <limits>
-#include <sstream>
 #include <type_traits>
+
+#include "text.h"
 
 namespace adsc::cpu {
 namespace {
-
-template <class... Parts>
-std::string join(const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  return text.str();
-}
 
 std::string find_segment_fault(const RowMap& map, int64_t num_rows) {
   if (map.num_segments == 0) {

@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "float16.h"
-
 namespace adsc::cpu {
 namespace {
 

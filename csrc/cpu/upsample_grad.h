@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "element.h"
 #include "rows.h"
 
 namespace adsc::cpu {
@@ -17,8 +18,6 @@ struct Takers {
   std::vector<int64_t> rows;
 };
 Takers find_takers(const RowMap& map, int64_t num_rows);
-
-enum class Element { kFloat, kDouble, kBFloat16, kHalf };
 
 // grad and out are dense; a complex element is two real ones.
 struct RowScatter {

@@ -1,11 +1,13 @@
-// The two 16-bit floats, as bits, to and from float: integer arithmetic that every compiler can
-// vectorize, rounding to nearest even.
+// The element types the kernels compute with. The two 16-bit floats are bits, taken to and from float by
+// integer arithmetic that every compiler can vectorize, rounding to nearest even.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 namespace adsc::cpu {
+
+enum class Element { kFloat, kDouble, kBFloat16, kHalf };
 
 struct BFloat16 {
   uint16_t bits;
