@@ -1,0 +1,2 @@
+from .plan import CompressionPlan, StagePlan, make_plan
+from .schedule import Boundary, CompressionSchedule
