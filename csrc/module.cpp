@@ -1,17 +1,179 @@
-// The pybind11 module adsc_kernels._C: what this build is made of.
+// The pybind11 module adsc_kernels._C: the host planner (integers in, one packed int32 buffer out), and
+// what this build is made of.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <optional>
 #include <sstream>
 #include <string>
 #include <vector>
 
 #include "build_info.h"
+#include "planner.h"
 
 namespace py = pybind11;
 
 namespace {
+
+using Int32Array = py::array_t<int32_t, py::array::c_style>;
+using Int64Array = py::array_t<int64_t, py::array::c_style>;
+
+// An int, or anything with __index__; a bool or a float raises.
+int64_t to_int(PyObject* item, const char* name) {
+  if (PyLong_CheckExact(item)) {
+    const int64_t value = PyLong_AsLongLong(item);
+    if (value != -1 || !PyErr_Occurred()) return value;
+    PyErr_Clear();
+  } else if (!PyBool_Check(item)) {
+    PyObject* index = PyNumber_Index(item);
+    if (index != nullptr) {
+      const int64_t value = PyLong_AsLongLong(index);
+      Py_DECREF(index);
+      if (!PyErr_Occurred()) return value;
+    }
+    PyErr_Clear();
+  }
+  throw py::type_error(std::string(name) + ": expected ints of at most 64 bits, got " +
+                       Py_TYPE(item)->tp_name);
+}
+
+py::object as_fast_sequence(py::handle items, const char* name) {
+  PyObject* sequence = PySequence_Fast(items.ptr(), "");
+  if (sequence == nullptr) {
+    PyErr_Clear();
+    throw py::type_error(std::string(name) + ": expected a sequence, got " +
+                         Py_TYPE(items.ptr())->tp_name);
+  }
+  return py::reinterpret_steal<py::object>(sequence);
+}
+
+// Calls visit(values, width) for every row of ints; each is as long as `widths` allows.
+template <class Visit>
+void for_each_row(py::handle items, const char* name, std::initializer_list<Py_ssize_t> widths,
+                  Visit visit) {
+  const py::object rows = as_fast_sequence(items, name);
+  int64_t values[5];
+  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(rows.ptr()); ++i) {
+    const py::object row = as_fast_sequence(PySequence_Fast_GET_ITEM(rows.ptr(), i), name);
+    const Py_ssize_t width = PySequence_Fast_GET_SIZE(row.ptr());
+    if (std::find(widths.begin(), widths.end(), width) == widths.end()) {
+      std::string expected;
+      for (const Py_ssize_t w : widths) {
+        expected += (expected.empty() ? "" : " or ") + std::to_string(w);
+      }
+      throw py::value_error(std::string(name) + ": expected entries of " + expected +
+                            " ints, got " + std::to_string(width) + " in entry " +
+                            std::to_string(i));
+    }
+    for (Py_ssize_t k = 0; k < width; ++k) {
+      values[k] = to_int(PySequence_Fast_GET_ITEM(row.ptr(), k), name);
+    }
+    visit(values, width);
+  }
+}
+
+std::vector<int64_t> to_ints(py::handle items, const char* name) {
+  const py::object values = as_fast_sequence(items, name);
+  std::vector<int64_t> result(PySequence_Fast_GET_SIZE(values.ptr()));
+  for (size_t i = 0; i < result.size(); ++i) {
+    result[i] = to_int(PySequence_Fast_GET_ITEM(values.ptr(), i), name);
+  }
+  return result;
+}
+
+adsc::VisionSpan to_span(const int64_t* row, Py_ssize_t width_of_row, bool grid) {
+  const auto fail = [&](const std::string& expected) {
+    throw py::value_error("vision_spans: the span (sequence " + std::to_string(row[0]) +
+                          ", start " + std::to_string(row[1]) + ", length " +
+                          std::to_string(row[2]) + "): expected " + expected);
+  };
+  const int64_t length = row[2];
+  if (width_of_row == 3) {
+    if (grid) fail("a height and a width for pattern 'grid'");
+    return {row[0], row[1], length, 1, length, std::max<int64_t>(length, 1)};
+  }
+  const int64_t height = row[3], width = row[4];
+  if (height < 1 || width < 1 || length % height != 0 || length / height < width) {
+    fail("height * width tokens, or height rows of width vision tokens plus the same number of "
+         "text tokens each, got height " +
+         std::to_string(height) + " and width " + std::to_string(width));
+  }
+  return {row[0], row[1], length, height, width, length / height};
+}
+
+// Boundaries are (pattern, numerator, denominator), or under grid (pattern, row numerator, row
+// denominator, column numerator, column denominator).
+std::vector<adsc::BoundaryRule> to_boundaries(py::handle items) {
+  std::vector<adsc::BoundaryRule> boundaries;
+  for_each_row(items, "boundaries", {3, 5}, [&](const int64_t* v, Py_ssize_t width) {
+    const auto pattern = static_cast<int32_t>(v[0]);
+    if (width == 5) {
+      boundaries.push_back({true, pattern, {v[3], v[4]}, {v[1], v[2]}});
+    } else {
+      boundaries.push_back({false, pattern, {v[1], v[2]}, {1, 1}});
+    }
+  });
+  return boundaries;
+}
+
+// -> (tables, offsets, cached): `tables` holds every stage's cu_seqlens and segments one after the
+// other; `offsets[s]` says where stage s's begin, how many segments it has and whether it drops.
+py::tuple plan(py::object boundaries, py::object cu_seqlens, py::object spans, py::object chunks) {
+  const std::vector<adsc::BoundaryRule> rules = to_boundaries(boundaries);
+  const bool grid = !rules.empty() && rules.front().grid;
+  const std::vector<int64_t> bounds = to_ints(cu_seqlens, "cu_seqlens");
+  std::vector<adsc::VisionSpan> layout;
+  for_each_row(spans, "vision_spans", {3, 5}, [&](const int64_t* v, Py_ssize_t width) {
+    layout.push_back(to_span(v, width, grid));
+  });
+  std::vector<adsc::Chunk> parts;
+  if (chunks.is_none()) {
+    for (size_t b = 1; b < bounds.size(); ++b) parts.push_back({0, bounds[b] - bounds[b - 1]});
+  } else {
+    for_each_row(chunks, "chunks", {2},
+                 [&](const int64_t* v, Py_ssize_t) { parts.push_back({v[0], v[1]}); });
+  }
+  const std::vector<adsc::StageTables> stages =
+      adsc::make_plan(rules, bounds, std::move(layout), parts);
+
+  py::ssize_t size = 0;
+  for (const auto& stage : stages) {
+    size += stage.cu_seqlens.size() + stage.segments.size() * adsc::kSegmentColumns;
+  }
+  const py::ssize_t batch = static_cast<py::ssize_t>(bounds.size()) - 1;
+  Int32Array tables(size);
+  Int32Array cached({static_cast<py::ssize_t>(stages.size()), batch});
+  int32_t* out = tables.mutable_data();
+  int32_t* cached_out = cached.mutable_data();
+  py::list offsets;
+  for (const auto& stage : stages) {
+    const py::ssize_t begin = out - tables.data();
+    out = std::copy(stage.cu_seqlens.begin(), stage.cu_seqlens.end(), out);
+    const auto* words = reinterpret_cast<const int32_t*>(stage.segments.data());
+    out = std::copy(words, words + stage.segments.size() * adsc::kSegmentColumns, out);
+    cached_out = std::copy(stage.cached.begin(), stage.cached.end(), cached_out);
+    offsets.append(py::make_tuple(begin, stage.segments.size(), stage.identity));
+  }
+  return py::make_tuple(tables, offsets, cached);
+}
+
+// The source row of every output row of a segment table [S, 6].
+Int64Array expand(const Int32Array& segments, int64_t rows) {
+  Int64Array out(rows);
+  adsc::expand(reinterpret_cast<const adsc::Segment*>(segments.data()),
+               static_cast<int32_t>(segments.shape(0)), rows, out.mutable_data());
+  return out;
+}
+
+Int32Array compress(const Int64Array& sources) {
+  const std::vector<adsc::Segment> table = adsc::compress(sources.data(), sources.shape(0));
+  Int32Array out({static_cast<py::ssize_t>(table.size()), py::ssize_t{adsc::kSegmentColumns}});
+  const auto* words = reinterpret_cast<const int32_t*>(table.data());
+  std::copy(words, words + table.size() * adsc::kSegmentColumns, out.mutable_data());
+  return out;
+}
 
 std::optional<std::string> some(const char* text) {
   return *text ? std::optional<std::string>(text) : std::nullopt;
@@ -40,9 +202,16 @@ py::dict build_info() {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, module) {
-  module.doc() = "The host side of adsc_kernels in C++: build information.";
-  module.def("build_info", &build_info,
-             "What this build is made of: version, compiler, build_type, cxx_flags, torch (the one built\n"
-             "against), cuda_compiler, cuda_archs, and cuda_reason: why there is no CUDA, or None.");
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The host side of adsc_kernels in C++: the planner, and build information.";
+  m.def("build_info", &build_info,
+        "What this build is made of: version, compiler, build_type, cxx_flags, torch (the one built\n"
+        "against), cuda_compiler, cuda_archs, and cuda_reason: why there is no CUDA, or None.");
+  m.def("plan", &plan, py::arg("boundaries"), py::arg("cu_seqlens"), py::arg("vision_spans"),
+        py::arg("chunks"));
+  m.def("expand", &expand, py::arg("segments").noconvert(), py::arg("rows"));
+  m.def("compress", &compress, py::arg("sources").noconvert());
+  m.def("kept_count", &adsc::kept_count);
+  m.def("kept_index", &adsc::kept_index);
+  m.def("kept_before", &adsc::kept_before);
 }

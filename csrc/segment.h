@@ -33,7 +33,9 @@ ADSC_HOST_DEVICE int64_t kept_index(int32_t pattern, int64_t j, int64_t n, int64
 // How many kept indices lie below x: the inverse of kept_index, which cuts a span into chunks without
 // moving a survivor. Requires 0 <= x <= n and 0 <= m <= n < 2^31.
 ADSC_HOST_DEVICE int64_t kept_before(int32_t pattern, int64_t x, int64_t n, int64_t m) {
-  if (x <= 0 || m == 0) return 0;
+  if (x <= 0) return 0;
+  if (x >= n) return m;  // whole spans, the common case, cost no division
+  if (m == 0) return 0;
   if (pattern == kStart) return (x * m + n - 1) / n;                    // j * n < x * m
   if (pattern == kCenter) {                                             // (2j + 1) * n < 2 * m * x
     const int64_t room = 2 * m * x - n;

@@ -1,0 +1,243 @@
+"""The plan: everything about every stage of a batch, known on the host before the first layer.
+
+``make_plan`` turns a schedule and the layout of a batch into one small table per stage. Nothing in
+it depends on data, so it never reads a device tensor; a plan costs one upload.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import _C
+from .schedule import CompressionSchedule
+
+_PATTERN_CODES = {"start": 0, "center": 1, "linspace": 2, "grid": 0}
+SEGMENT_COLUMNS = 6  # dst, src, span, keep, first, pattern: csrc/segment.h
+
+
+@dataclass(frozen=True, eq=False)
+class StagePlan:
+    """One stage's rows, and where each comes from. Rows are packed, sequence after sequence.
+
+    Attributes:
+        segments: int32 ``[S, 6]`` on the device, sorted by ``dst``: rows of the source stage (the
+            stage before, or ``i`` of ``between(i, j)``) to rows of this one; ``csrc/segment.h``
+            defines the columns. No index tensor is needed to follow it.
+        cu_seqlens: int32 ``[B + 1]`` on the device, FlashAttention's row offsets.
+        num_tokens: rows of this stage, a host int.
+        num_tokens_in: rows of the source stage, a host int.
+        max_seqlen: the longest sequence's rows, a host int.
+        seq_lens: rows of each sequence, ``B`` host ints.
+        cached_lens: rows of each sequence already in this stage's KV cache before these.
+        is_identity: nothing was dropped on the way; ``downsample`` would be a plain copy.
+    """
+
+    segments: torch.Tensor
+    cu_seqlens: torch.Tensor
+    num_tokens: int
+    num_tokens_in: int
+    max_seqlen: int
+    seq_lens: tuple[int, ...]
+    cached_lens: tuple[int, ...]
+    is_identity: bool
+    _host_segments: np.ndarray = field(repr=False)
+    _plan: CompressionPlan = field(repr=False)
+    _stage: int = field(repr=False)
+
+    @cached_property
+    def kv_lens(self) -> tuple[int, ...]:
+        """Keys that each sequence attends to in this stage: what is cached, and its own rows."""
+        return tuple(map(int.__add__, self.cached_lens, self.seq_lens))
+
+    @property
+    def max_kv_len(self) -> int:
+        return max(self.kv_lens, default=0)
+
+    @property
+    def block_counts(self) -> tuple[int, ...]:
+        """Cache blocks that each sequence needs in this stage; needs ``block_size`` in the plan."""
+        size = self._plan.block_size
+        if size is None:
+            raise ValueError("block_counts: expected make_plan(..., block_size=), got none")
+        return tuple(-(-length // size) for length in self.kv_lens)
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """Position ids of this stage's rows, int64 ``[num_tokens]`` on the device.
+
+        ``original``: the index in the prompt. ``renumber``: the index among the survivors.
+        """
+        if self._plan.schedule.positions == "renumber":
+            source, rows = self, np.arange(self.num_tokens)
+        else:
+            source, rows = self._plan.stages[0], self._plan._token_indices(self._stage)
+        # A row's position: its index in its sequence's chunk, and where that chunk begins.
+        seq_lens = np.array(source.seq_lens, np.int64)
+        offsets = np.array(source.cached_lens, np.int64) - (seq_lens.cumsum() - seq_lens)
+        return self._upload(rows + np.repeat(offsets, self.seq_lens))
+
+    def keep_indices(self) -> torch.Tensor:
+        """The source stage's rows that this stage keeps, int64 ``[num_tokens]`` on the device."""
+        return self._upload(self._sources())
+
+    def token_indices(self) -> torch.Tensor:
+        """Stage 0's rows that this stage keeps, int64 ``[num_tokens]`` on the device."""
+        return self._upload(self._plan._token_indices(self._stage))
+
+    def _sources(self) -> np.ndarray:
+        return _C.expand(self._host_segments, self.num_tokens)
+
+    def _upload(self, values: np.ndarray) -> torch.Tensor:
+        return _to_device(values, self.segments.device)
+
+
+@dataclass(frozen=True, eq=False)
+class CompressionPlan:
+    """All stages of one batch; ``stages[s]`` holds stage ``s``'s rows."""
+
+    schedule: CompressionSchedule
+    num_sequences: int
+    block_size: int | None
+    stages: tuple[StagePlan, ...]
+
+    def between(self, i: int, j: int) -> StagePlan:
+        """The mapping from stage ``i``'s rows straight to stage ``j``'s, for ``i <= j``."""
+        last = len(self.stages) - 1
+        if not 0 <= i <= j <= last:
+            raise ValueError(f"between: expected 0 <= i <= j <= {last}, got {i} and {j}")
+        target = self.stages[j]
+        if j == i + 1:
+            return target
+        sources = np.arange(self.stages[i].num_tokens)
+        for stage in self.stages[i + 1 : j + 1]:
+            sources = sources[stage._sources()]
+        host_segments = _C.compress(sources)
+        return StagePlan(
+            segments=_to_device(host_segments, target.segments.device),
+            cu_seqlens=target.cu_seqlens,
+            num_tokens=target.num_tokens,
+            num_tokens_in=self.stages[i].num_tokens,
+            max_seqlen=target.max_seqlen,
+            seq_lens=target.seq_lens,
+            cached_lens=target.cached_lens,
+            is_identity=target.num_tokens == self.stages[i].num_tokens,
+            _host_segments=host_segments,
+            _plan=self,
+            _stage=j,
+        )
+
+    def _token_indices(self, stage: int) -> np.ndarray:
+        rows = self.stages[0]._sources()
+        for later in self.stages[1 : stage + 1]:
+            rows = rows[later._sources()]
+        return rows
+
+
+def make_plan(
+    schedule: CompressionSchedule,
+    cu_seqlens: Sequence[int] | np.ndarray | torch.Tensor,
+    vision_spans: Iterable[Sequence[int]] | np.ndarray | torch.Tensor,
+    device: torch.device | str | None = None,
+    block_size: int | None = None,
+    chunks: Iterable[Sequence[int]] | np.ndarray | torch.Tensor | None = None,
+) -> CompressionPlan:
+    """Plan every stage of a batch of prompts.
+
+    Args:
+        schedule: where and how much to drop.
+        cu_seqlens: ``B + 1`` host ints: where each whole prompt begins, and the total.
+        vision_spans: ``(sequence, start, length[, height, width])`` for each image, ``start``
+            counted within its sequence; any number for each sequence, in any order, adjacent ones
+            allowed. With ``height`` and ``width``, which the grid pattern needs, the span is
+            ``height`` rows of ``width`` vision tokens; if ``length`` is longer than their product,
+            each row is followed by ``length / height - width`` text tokens (LLaVA-NeXT's newline),
+            which stay.
+        device: where the tables go; the CPU if not given. One copy, no synchronisation.
+        block_size: tokens of a cache block, for ``StagePlan.block_counts``.
+        chunks: ``B`` pairs ``(begin, end)`` of positions to run now, where earlier positions are in
+            the cache already: a chunk of a long prefill, or a later turn of a chat. A token survives
+            in a chunk exactly if it survives in the whole prompt.
+
+    Raises ``ValueError`` or ``TypeError`` that names the argument for spans that overlap or leave
+    their sequence, a grid span without height and width, lengths that decrease, chunks outside the
+    prompt, or tensors on a device.
+    """
+    if not isinstance(schedule, CompressionSchedule):
+        raise TypeError(
+            f"schedule: expected a CompressionSchedule, got {type(schedule).__name__}"
+        )
+    if block_size is not None and (not isinstance(block_size, int) or block_size < 1):
+        raise ValueError(f"block_size: expected an int of at least 1, got {block_size!r}")
+    tables, offsets, cached = _C.plan(
+        _boundary_rules(schedule),
+        _host_ints(cu_seqlens, "cu_seqlens"),
+        _host_ints(vision_spans, "vision_spans"),
+        None if chunks is None else _host_ints(chunks, "chunks"),
+    )
+    batch = cached.shape[1]
+    on_device = _to_device(tables, torch.device("cpu" if device is None else device))
+    cached_lens = cached.tolist()
+    stages: list[StagePlan] = []
+    plan = CompressionPlan(schedule, batch, block_size, ())
+    rows_before = None
+    for stage, (begin, num_segments, is_identity) in enumerate(offsets):
+        middle = begin + batch + 1
+        end = middle + num_segments * SEGMENT_COLUMNS
+        bounds = tables[begin:middle]
+        seq_lens = tuple(np.diff(bounds).tolist())
+        num_tokens = int(bounds[-1])
+        stages.append(
+            StagePlan(
+                segments=on_device[middle:end].view(num_segments, SEGMENT_COLUMNS),
+                cu_seqlens=on_device[begin:middle],
+                num_tokens=num_tokens,
+                num_tokens_in=num_tokens if rows_before is None else rows_before,
+                max_seqlen=max(seq_lens, default=0),
+                seq_lens=seq_lens,
+                cached_lens=tuple(cached_lens[stage]),
+                is_identity=is_identity,
+                _host_segments=tables[middle:end].reshape(num_segments, SEGMENT_COLUMNS),
+                _plan=plan,
+                _stage=stage,
+            )
+        )
+        rows_before = num_tokens
+    object.__setattr__(plan, "stages", tuple(stages))
+    return plan
+
+
+def _boundary_rules(schedule: CompressionSchedule) -> list[tuple[int, ...]]:
+    code = _PATTERN_CODES[schedule.pattern]
+    rules: list[tuple[int, ...]] = []
+    for boundary in schedule.boundaries:
+        shares = (
+            (boundary.keep,)
+            if boundary.keep_rows is None or boundary.keep_columns is None
+            else (boundary.keep_rows, boundary.keep_columns)
+        )
+        rules.append((code, *(n for s in shares for n in (s.numerator, s.denominator))))
+    return rules
+
+
+def _host_ints(values: Any, name: str) -> Any:
+    """What the planner reads: nested sequences of ints. Device tensors would need a sync."""
+    if isinstance(values, torch.Tensor):
+        if values.device.type != "cpu":
+            raise TypeError(f"{name}: expected host ints, got a tensor on {values.device}")
+        return values.tolist()
+    if isinstance(values, np.ndarray):
+        return values.tolist()
+    return values if isinstance(values, list | tuple) else list(values)
+
+
+def _to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(values)
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,304 @@
+"""Where vision tokens are dropped and how many stay: the schedule. No tensors here.
+
+The kept count at a boundary is ``m = ceil(n * keep)`` with an exact fraction; which of the ``n``
+tokens stay is the keep rule of ``csrc/segment.h`` (ADSC, arXiv 2602.12618, drops a fixed share,
+uniformly; the layers, ratios and pattern are configuration).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+PATTERNS = ("start", "center", "linspace", "grid")
+POSITIONS = ("original", "renumber")
+
+# Numerators and denominators stay below 2^31 so that count * numerator fits 64 bits.
+_MAX_TERM = 2**31
+_NUMBER = re.compile(r"\d+(?:/\d+|\.\d+)?|\.\d+")
+_LAYER = re.compile(r"\d+")
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Before decoder layer ``layer`` (0-based), keep this share of each image's tokens.
+
+    ``keep_rows`` and ``keep_columns`` are the two factors of ``keep`` under the grid pattern, and
+    ``None`` under the others.
+    """
+
+    layer: int
+    keep: Fraction
+    keep_rows: Fraction | None = None
+    keep_columns: Fraction | None = None
+
+    def __str__(self) -> str:
+        return f"{self.layer}:{self.share()}"
+
+    def share(self) -> str:
+        """The keep share as text: ``1/4``, or rows x columns as ``1/2x1/2``."""
+        if self.keep_rows is None:
+            return str(self.keep)
+        return f"{self.keep_rows}x{self.keep_columns}"
+
+
+@dataclass(frozen=True)
+class CompressionSchedule:
+    """The boundaries of a decoder of ``num_layers`` layers, in order; without any it is dense.
+
+    Make one with :meth:`parse`, :meth:`from_dict` or :meth:`dense`. Equal schedules compare and
+    hash equal; ``str(schedule)`` parses back to it.
+    """
+
+    num_layers: int
+    boundaries: tuple[Boundary, ...] = ()
+    pattern: str = "start"
+    positions: str = "original"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.num_layers, int) or self.num_layers < 1:
+            raise ValueError(f"num_layers: expected an int of at least 1, got {self.num_layers!r}")
+        if self.pattern not in PATTERNS:
+            raise ValueError(f"pattern: expected one of {PATTERNS}, got {self.pattern!r}")
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions: expected one of {POSITIONS}, got {self.positions!r}")
+        object.__setattr__(
+            self, "boundaries", tuple(sorted(self.boundaries, key=lambda b: b.layer))
+        )
+        layers = [b.layer for b in self.boundaries]
+        for boundary in self.boundaries:
+            if not 0 <= boundary.layer < self.num_layers:
+                raise ValueError(
+                    f"boundary layer: expected 0 to {self.num_layers - 1} for a decoder of "
+                    f"{self.num_layers} layers, got {boundary.layer}"
+                )
+            if layers.count(boundary.layer) > 1:
+                raise ValueError(
+                    f"boundary layer: each layer at most once, got {boundary.layer} twice"
+                )
+            self._check_keep(boundary)
+
+    def _check_keep(self, boundary: Boundary) -> None:
+        is_grid = boundary.keep_rows is not None and boundary.keep_columns is not None
+        if is_grid != (self.pattern == "grid"):
+            raise ValueError(
+                f"keep at layer {boundary.layer}: pattern 'grid' takes rows x columns such as "
+                f"1/2x1/2 and the others one share such as 1/4, got {boundary.share()!r} with "
+                f"pattern {self.pattern!r}"
+            )
+        for share in (boundary.keep, boundary.keep_rows, boundary.keep_columns):
+            if share is None:
+                continue
+            if not 0 <= share <= 1:
+                raise ValueError(
+                    f"keep at layer {boundary.layer}: expected a share in [0, 1], got {share}"
+                )
+            if share.denominator >= _MAX_TERM:
+                raise ValueError(
+                    f"keep at layer {boundary.layer}: expected a denominator below 2^31, "
+                    f"got {share}"
+                )
+        if boundary.keep_rows is not None and boundary.keep_columns is not None:
+            product = boundary.keep_rows * boundary.keep_columns
+            if boundary.keep != product:
+                raise ValueError(
+                    f"keep at layer {boundary.layer}: expected keep_rows * keep_columns = "
+                    f"{product}, got {boundary.keep}"
+                )
+
+    @classmethod
+    def dense(cls, num_layers: int) -> CompressionSchedule:
+        """The schedule that drops nothing."""
+        return cls(num_layers)
+
+    @classmethod
+    def parse(cls, text: str, num_layers: int) -> CompressionSchedule:
+        """Read ``layer:keep[,layer:keep...][@pattern][@positions]``; an empty text is dense.
+
+        ``keep`` is a fraction or a decimal (``1/4``, ``0.25``), read exactly; under ``@grid`` two
+        of them for rows and columns (``1/2x1/2``). Raises ``ValueError`` that says at which
+        character the text stops making sense, or which boundary is out of range.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"schedule: expected a str, got {type(text).__name__}")
+        return _Parser(text).schedule(num_layers)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CompressionSchedule:
+        """The inverse of :meth:`to_dict`; unknown or missing keys raise ``ValueError``."""
+        if not isinstance(data, Mapping):
+            raise TypeError(f"schedule: expected a mapping, got {type(data).__name__}")
+        unknown = set(data) - {"num_layers", "boundaries", "pattern", "positions"}
+        if unknown or "num_layers" not in data:
+            raise ValueError(
+                "schedule: expected the keys num_layers, boundaries, pattern, positions, "
+                f"got {sorted(data)}"
+            )
+        boundaries = []
+        for entry in data.get("boundaries", ()):
+            if not isinstance(entry, Mapping) or set(entry) != {"layer", "keep"}:
+                raise ValueError(f"boundaries: expected {{'layer', 'keep'}} entries, got {entry!r}")
+            parser = _Parser(str(entry["keep"]))
+            boundaries.append(parser.boundary(entry["layer"]))
+            parser.end()
+        return cls(
+            data["num_layers"],
+            tuple(boundaries),
+            data.get("pattern", "start"),
+            data.get("positions", "original"),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types: shares are exact, as text."""
+        return {
+            "num_layers": self.num_layers,
+            "boundaries": [{"layer": b.layer, "keep": b.share()} for b in self.boundaries],
+            "pattern": self.pattern,
+            "positions": self.positions,
+        }
+
+    def __str__(self) -> str:
+        text = ",".join(str(b) for b in self.boundaries)
+        if self.pattern != "start":
+            text += f"@{self.pattern}"
+        if self.positions != "original":
+            text += f"@{self.positions}"
+        return text
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.boundaries) + 1
+
+    def layers_of_stage(self, stage: int) -> range:
+        """The decoder layers that run on stage ``stage``'s rows; empty for a boundary at 0."""
+        if not 0 <= stage < self.num_stages:
+            raise ValueError(f"stage: expected 0 to {self.num_stages - 1}, got {stage}")
+        edges = [0, *(b.layer for b in self.boundaries), self.num_layers]
+        return range(edges[stage], edges[stage + 1])
+
+    def stage_of_layer(self, layer: int) -> int:
+        """The stage whose rows layer ``layer`` sees: how many boundaries lie at or before it."""
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(f"layer: expected 0 to {self.num_layers - 1}, got {layer}")
+        return sum(b.layer <= layer for b in self.boundaries)
+
+    def kept(
+        self, count: int, height: int | None = None, width: int | None = None
+    ) -> tuple[int, ...]:
+        """Vision tokens in each stage for one image of ``count`` tokens (grid: height x width)."""
+        if count < 0:
+            raise ValueError(f"count: expected at least 0 tokens, got {count}")
+        if self.pattern != "grid":
+            counts = [count]
+            for boundary in self.boundaries:
+                counts.append(kept_count(counts[-1], boundary.keep))
+            return tuple(counts)
+        if height is None or width is None or height * width != count:
+            raise ValueError(
+                "height, width: pattern 'grid' needs both, with height * width = count = "
+                f"{count}, got {height} and {width}"
+            )
+        counts = [count]
+        for boundary in self.boundaries:
+            assert boundary.keep_rows is not None and boundary.keep_columns is not None
+            height = kept_count(height, boundary.keep_rows)
+            width = kept_count(width, boundary.keep_columns)
+            counts.append(height * width)
+        return tuple(counts)
+
+
+def kept_count(count: int, keep: Fraction) -> int:
+    """``ceil(count * keep)``, exactly."""
+    return -(-count * keep.numerator // keep.denominator)
+
+
+class _Parser:
+    """Reads a schedule text left to right and knows where it is when something is wrong."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.at = 0
+
+    def fail(self, expected: str) -> ValueError:
+        rest = self.text[self.at :]
+        got = repr(rest if len(rest) <= 20 else rest[:20] + "...") if rest else "the end"
+        return ValueError(
+            f"schedule {self.text!r}: at character {self.at + 1} expected {expected}, got {got}"
+        )
+
+    def take(self, pattern: re.Pattern[str], expected: str) -> str:
+        match = pattern.match(self.text, self.at)
+        if match is None:
+            raise self.fail(expected)
+        self.at = match.end()
+        return match.group()
+
+    def accept(self, mark: str) -> bool:
+        found = self.text.startswith(mark, self.at)
+        self.at += len(mark) * found
+        return found
+
+    def end(self) -> None:
+        if self.at != len(self.text):
+            raise self.fail("the end of the keep share")
+
+    def share(self) -> Fraction:
+        start = self.at
+        number = self.take(_NUMBER, "a keep share such as 1/4 or 0.25")
+        numerator, _, denominator = number.partition("/")
+        if denominator and int(denominator) == 0:
+            self.at = start
+            raise self.fail("a keep share with a denominator above 0")
+        share = Fraction(number)
+        if share > 1:
+            self.at = start
+            raise self.fail("a keep share in [0, 1]")
+        return share
+
+    def boundary(self, layer: int) -> Boundary:
+        if not isinstance(layer, int):
+            raise ValueError(f"boundary layer: expected an int, got {layer!r}")
+        share = self.share()
+        if not self.accept("x"):
+            return Boundary(layer, share)
+        columns = self.share()
+        return Boundary(layer, share * columns, share, columns)
+
+    def boundaries(self) -> Iterable[Boundary]:
+        if not self.text or self.text.startswith("@"):
+            return
+        while True:
+            layer = int(self.take(_LAYER, "a layer number"))
+            if not self.accept(":"):
+                raise self.fail("':' and a keep share after the layer")
+            yield self.boundary(layer)
+            if not self.accept(","):
+                return
+
+    def options(self) -> dict[str, str]:
+        chosen: dict[str, str] = {}
+        choices = [("pattern", PATTERNS), ("positions", POSITIONS)]
+        while self.at < len(self.text):
+            if not self.accept("@"):
+                raise self.fail("',', '@' or the end")
+            for name, values in choices:
+                end = next((v for v in values if re.match(rf"{v}(?=@|$)", self.text[self.at :])), "")
+                if end and name not in chosen:
+                    chosen[name] = end
+                    self.at += len(end)
+                    break
+            else:
+                free = [v for name, values in choices if name not in chosen for v in values]
+                raise self.fail(f"one of {', '.join(free)}" if free else "the end")
+        return chosen
+
+    def schedule(self, num_layers: int) -> CompressionSchedule:
+        boundaries = tuple(self.boundaries())
+        options = self.options()
+        try:
+            return CompressionSchedule(num_layers, boundaries, **options)
+        except ValueError as error:
+            raise ValueError(f"schedule {self.text!r}: {error}") from None

@@ -1,0 +1,64 @@
+// Schedule x layout -> stage tables, on the host. No torch: module.cpp hands in integers and takes
+// out one packed int32 buffer, so that a plan costs one upload.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "segment.h"
+
+namespace adsc {
+
+struct Fraction {
+  int64_t numerator;
+  int64_t denominator;
+};
+
+// One boundary of the schedule. Under the grid pattern `rows` and `columns` apply; else `keep` does.
+struct BoundaryRule {
+  bool grid;
+  int32_t pattern;
+  Fraction keep;  // of the whole span, or of the columns under grid
+  Fraction rows;
+};
+
+// An image inside a prompt: `length` tokens from position `start` of sequence `sequence`. With a
+// height the span is that many rows of `width` vision tokens, `pitch` tokens apart: what lies between
+// them (LLaVA-NeXT's newline token) is text and stays. Without, height is 1 and width the length.
+struct VisionSpan {
+  int64_t sequence;
+  int64_t start;
+  int64_t length;
+  int64_t height;
+  int64_t width;
+  int64_t pitch;
+};
+
+// Positions [begin, end) of a prompt, run now; what lies before is in the cache already.
+struct Chunk {
+  int64_t begin;
+  int64_t end;
+};
+
+// Every array is per stage, or per stage and sequence. Row counts are of the chunk alone.
+struct StageTables {
+  std::vector<Segment> segments;    // rows of the stage before -> rows of this one
+  std::vector<int32_t> cu_seqlens;  // B + 1
+  std::vector<int32_t> cached;      // B: rows of this stage that precede the chunk
+  bool identity = true;             // nothing was dropped since the stage before
+};
+
+// One table per stage. `cu_seqlens` is of whole prompts; spans come in any order; one chunk for each
+// sequence. Throws std::invalid_argument that names the argument.
+std::vector<StageTables> make_plan(const std::vector<BoundaryRule>& boundaries,
+                                   const std::vector<int64_t>& cu_seqlens,
+                                   std::vector<VisionSpan> spans, const std::vector<Chunk>& chunks);
+
+// out[row] = source row, for every row of a table whose output has out_rows rows.
+void expand(const Segment* table, int32_t count, int64_t out_rows, int64_t* out);
+
+// Constant-stride segments that map row i to sources[i], which strictly increase: the form in which a
+// mapping across several boundaries, no longer one uniform sampling, still needs no index tensor.
+std::vector<Segment> compress(const int64_t* sources, int64_t count);
+
+}  // namespace adsc
