@@ -3,6 +3,7 @@ tensors' contents, which the kernels may not."""
 
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -116,7 +117,7 @@ def rebuild_metadata(
         table.append([rows, src, span, keep, 0, number])
         rows += keep
 
-    for sequence, (source, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for sequence, (source, end) in enumerate(pairwise(bounds)):
         begin, first = rows, source
         for owner, start, length, *size in spans.tolist():
             if owner != sequence:
@@ -142,7 +143,7 @@ def rebuild_metadata(
         emit(source, end - source, end - source, 0)
         new_bounds.append(rows)
 
-    lengths = [b - a for a, b in zip(new_bounds, new_bounds[1:], strict=False)]
+    lengths = [b - a for a, b in pairwise(new_bounds)]
 
     def tensor(values: object, *shape: int) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=cu_seqlens.device).reshape(shape)
