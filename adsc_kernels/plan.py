@@ -7,9 +7,8 @@ it depends on data, so it never reads a device tensor; a plan costs one upload.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -47,9 +46,9 @@ class StagePlan:
     seq_lens: tuple[int, ...]
     cached_lens: tuple[int, ...]
     is_identity: bool
-    _host_segments: np.ndarray
-    _plan: CompressionPlan
-    _stage: int
+    _host_segments: np.ndarray = field(repr=False)
+    _plan: CompressionPlan = field(repr=False)
+    _stage: int = field(repr=False)
 
     @cached_property
     def kv_lens(self) -> tuple[int, ...]:
@@ -75,14 +74,13 @@ class StagePlan:
         ``original``: the index in the prompt. ``renumber``: the index among the survivors.
         """
         if self._plan.schedule.positions == "renumber":
-            starts, rows = self.cached_lens, np.arange(self.num_tokens)
-            first_rows = [0, *accumulate(self.seq_lens)][:-1]
+            source, rows = self, np.arange(self.num_tokens)
         else:
-            stage0 = self._plan.stages[0]
-            starts, rows = stage0.cached_lens, self._plan._token_indices(self._stage)
-            first_rows = [0, *accumulate(stage0.seq_lens)][:-1]
-        offset = np.subtract(starts, first_rows, dtype=np.int64)
-        return self._upload(rows + np.repeat(offset, self.seq_lens))
+            source, rows = self._plan.stages[0], self._plan._token_indices(self._stage)
+        # A row's position: its index in its sequence's chunk, and where that chunk begins.
+        seq_lens = np.array(source.seq_lens, np.int64)
+        offsets = np.array(source.cached_lens, np.int64) - (seq_lens.cumsum() - seq_lens)
+        return self._upload(rows + np.repeat(offsets, self.seq_lens))
 
     def keep_indices(self) -> torch.Tensor:
         """The source stage's rows that this stage keeps, int64 ``[num_tokens]`` on the device."""
