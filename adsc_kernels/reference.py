@@ -1,5 +1,7 @@
-"""The oracle: every op as a plain loop, on any device, written to be read. Slow, and free to look at
-tensors' contents, which the kernels may not."""
+"""The oracle: every op as a plain loop, on any device, written to be read.
+
+Slow, and free to look at tensors' contents, which the kernels may not.
+"""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -59,7 +61,9 @@ def source_rows(stage: "Stage | None", keep_indices: Tensor | None = None) -> li
     return rows
 
 
-def downsample(x: Tensor, stage: "Stage | None" = None, *, keep_indices: Tensor | None = None) -> Tensor:
+def downsample(
+    x: Tensor, stage: "Stage | None" = None, *, keep_indices: Tensor | None = None
+) -> Tensor:
     """See `adsc_kernels.ops.downsample`."""
     return downsample_many([x], stage, keep_indices=keep_indices)[0]
 
@@ -105,8 +109,10 @@ def rebuild_metadata(
     pattern: str,
     max_height: int | None,
 ) -> tuple[Tensor, ...]:
-    """See `adsc_kernels.ops.rebuild_metadata`; fractions are those of the span, or of the grid's rows
-    and columns."""
+    """See `adsc_kernels.ops.rebuild_metadata`.
+
+    fractions: that of the span, or those of the grid's rows and columns.
+    """
     bounds = cu_seqlens.tolist()
     blocks = 1 if max_height is None else kept_count(max_height, fractions[0])
     new_bounds, new_spans, table = [0], [], []

@@ -1,4 +1,5 @@
-"""The ops under torch.compile: opcheck, one graph, and no recompilation when only lengths change."""
+"""The ops under torch.compile: opcheck, one graph, no recompilation when only lengths change."""
+# ruff: noqa: E501 (tables of cases, one a line)
 
 import copy
 from collections.abc import Callable, Iterator
@@ -95,8 +96,7 @@ def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> None:
 def test_no_recompile_when_lengths_change(
     make_stage: Callable[[int, int], Stage], dynamic: bool | None
 ) -> None:
-    """dynamic=True compiles once for all; by itself Dynamo compiles the first length as a constant and
-    all others with the second."""
+    """dynamic=True compiles once; by itself Dynamo compiles the first length alone, then all."""
     compiled = torch.compile(boundary, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     # Tables of stages from one call to the next differ in every length: rows, segments, survivors.
     # None has six segments first, which Dynamo's duck sizing would take for the six columns.
@@ -182,7 +182,7 @@ def test_the_backend_is_guarded() -> None:
     compiled = torch.compile(lambda h: ops.downsample(h, stage), backend="aot_eager")
     first = compiled(hidden)
     frozen = torch.compiler.set_stance("fail_on_recompile")
-    with backend("reference"), pytest.raises(RuntimeError, match="(?i)recompil"), frozen:
+    with backend("reference"), pytest.raises(RuntimeError, match=r"(?i)recompil"), frozen:
         compiled(hidden)
     assert torch.equal(compiled(hidden), first)
 
@@ -191,5 +191,5 @@ def test_a_wrong_length_is_an_error_in_the_graph_too() -> None:
     stage = faked(2, 11)
     compiled = torch.compile(lambda h: ops.downsample(h, stage), backend="aot_eager", dynamic=True)
     compiled(torch.randn(stage.num_tokens_in, 4))
-    with pytest.raises(Exception, match="^x: expected 70 rows|expected 70 rows"):
+    with pytest.raises(Exception, match=r"expected \d+ rows"):
         compiled(torch.randn(stage.num_tokens_in - 1, 4))

@@ -1,4 +1,5 @@
 """rebuild_metadata against the reference and, chained over boundaries, against the planner."""
+# ruff: noqa: E501 (tables of cases, one a line)
 
 from fractions import Fraction
 
@@ -52,7 +53,8 @@ def test_equals_reference(
     with backend("reference"):
         assert same(out, ops.rebuild_metadata(cu_seqlens, spans, keep, pattern))
     batch, count = len(cu_seqlens) - 1, len(spans)
-    assert out.segments.shape == (batch + 2 * count, 6) and out.spans.shape == (count, 3)
+    assert out.segments.shape == (batch + 2 * count, 6)
+    assert out.spans.shape == (count, 3)
     check_movement(out, int(cu_seqlens[-1]))
 
 
