@@ -1,0 +1,132 @@
+"""Moving the rows that survive a boundary: `downsample` and `downsample_many`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adsc_kernels import reference
+from adsc_kernels.backend import native_problem, resolve
+from adsc_kernels.ops._dispatch import Stage, call, check_rows, row_source
+
+
+def downsample(x: Tensor, stage: Stage | None = None, *, keep_indices: Tensor | None = None) -> Tensor:
+    """The rows of `x` that survive into a stage, bit for bit.
+
+    x: [T_in, ...], any dtype, any distance between rows; each row contiguous inside.
+    stage: what gives the movement: anything with `.segments` (int32 [S, 6] on x's device),
+      `.num_tokens` and `.num_tokens_in`, such as `plan.stages[s]`.
+    keep_indices: int32 or int64 [T_out], in place of stage: the row of x that each output row takes,
+      in any order, each in [0, T_in).
+    Returns a new contiguous [T_out, ...]. Differentiable: a row that is dropped has gradient 0, and
+    one taken several times gets the sum.
+
+    Raises TypeError or ValueError, naming the argument, before anything is written; what a table or
+    an index list holds is checked on CPU, where the host can read it. UnsupportedError where a
+    backend named by `adsc.backend` can't serve x.
+    """
+    check_rows(x, "x")
+    segments, num_tokens = row_source(stage, keep_indices, x, "x")
+    if resolve(x.device) == "reference":
+        return reference.downsample(x, stage, keep_indices=keep_indices)
+    op = torch.ops.adsc_kernels.downsample.default
+    return call(op, x, segments, keep_indices, num_tokens, grad=x.requires_grad)
+
+
+def downsample_many(
+    xs: Sequence[Tensor], stage: Stage | None = None, *, keep_indices: Tensor | None = None
+) -> list[Tensor]:
+    """`downsample` of several tensors with the same rows, in one call: hidden states, residual,
+    positions, masks. Dtypes and trailing dimensions may differ.
+
+    xs: at least one tensor [T_in, ...], all on one device. The rest as for `downsample`.
+    Returns a list of new contiguous tensors [T_out, ...], in the order of xs.
+    """
+    xs = list(xs)
+    if not xs:
+        raise ValueError("xs: expected at least one tensor, got none")
+    for i, x in enumerate(xs):
+        check_rows(x, f"xs[{i}]")
+        if x.device != xs[0].device:
+            raise ValueError(f"xs[{i}]: expected the device of xs[0], {xs[0].device}, got {x.device}")
+        if x.shape[0] != xs[0].shape[0]:
+            raise ValueError(f"xs[{i}]: expected {xs[0].shape[0]} rows, as xs[0], got {x.shape[0]}")
+    segments, num_tokens = row_source(stage, keep_indices, xs[0], "xs[0]")
+    if resolve(xs[0].device) == "reference":
+        return reference.downsample_many(xs, stage, keep_indices=keep_indices)
+    op = torch.ops.adsc_kernels.downsample_many.default
+    grad = any(x.requires_grad for x in xs)
+    return call(op, xs, segments, keep_indices, num_tokens, grad=grad)
+
+
+# ---- Shapes for tracing, and gradients: the backward of a gather is a scatter -----------------------
+
+
+def _fake(x: Tensor, segments: Tensor | None, keep_indices: Tensor | None, rows: int) -> Tensor:
+    return x.new_empty((rows, *x.shape[1:]))
+
+
+def _fake_many(
+    xs: list[Tensor], segments: Tensor | None, keep_indices: Tensor | None, rows: int
+) -> list[Tensor]:
+    return [_fake(x, segments, keep_indices, rows) for x in xs]
+
+
+def upsample_grad(
+    grad: Tensor, segments: Tensor | None, keep_indices: Tensor | None, num_rows: int
+) -> Tensor:
+    """The gradient of x: [num_rows, ...], from that of x's surviving rows. Gradients come with any
+    strides (that of a sum has all 0), hence the copy where a row is not dense."""
+    op = torch.ops.adsc_kernels.upsample_grad.default
+    return op(grad.contiguous(), segments, keep_indices, num_rows)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, segments, keep_indices, _ = inputs
+    ctx.save_for_backward(segments, keep_indices)
+    ctx.num_rows = x.shape[0]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return upsample_grad(grad, *ctx.saved_tensors, ctx.num_rows), None, None, None
+
+
+def _setup_many(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    xs, segments, keep_indices, _ = inputs
+    ctx.save_for_backward(segments, keep_indices)
+    ctx.num_rows = xs[0].shape[0]
+    ctx.wanted = [x.requires_grad for x in xs]
+
+
+def _backward_many(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor | None] | None, ...]:
+    tables = ctx.saved_tensors
+    x_grads = [
+        upsample_grad(grad, *tables, ctx.num_rows) if wanted else None
+        for grad, wanted in zip(grads, ctx.wanted, strict=True)
+    ]
+    return x_grads, None, None, None
+
+
+def _upsample_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, segments, keep_indices, _ = inputs
+    ctx.save_for_backward(segments, keep_indices)
+    ctx.num_tokens = grad.shape[0]
+
+
+def _upsample_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    op = torch.ops.adsc_kernels.downsample.default
+    return op(grad.contiguous(), *ctx.saved_tensors, ctx.num_tokens), None, None, None
+
+
+if not native_problem():
+    torch.library.register_fake("adsc_kernels::downsample", _fake)
+    torch.library.register_fake("adsc_kernels::downsample_many", _fake_many)
+    torch.library.register_fake("adsc_kernels::upsample_grad", _fake)
+    torch.library.register_autograd("adsc_kernels::downsample", _backward, setup_context=_setup)
+    torch.library.register_autograd(
+        "adsc_kernels::downsample_many", _backward_many, setup_context=_setup_many
+    )
+    torch.library.register_autograd(
+        "adsc_kernels::upsample_grad", _upsample_backward, setup_context=_upsample_setup
+    )

@@ -1,0 +1,95 @@
+// Where output rows come from, for the CPU kernels: a walk over a segment table or over explicit
+// indices, and the check of either before anything is written.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+
+#include "../segment.h"
+
+namespace adsc::cpu {
+
+// The source row of every output row: a segment table, or a list of indices of either width.
+struct RowMap {
+  int64_t num_tokens = 0;  // output rows
+  const Segment* segments = nullptr;
+  int32_t num_segments = 0;
+  const int32_t* indices32 = nullptr;
+  const int64_t* indices64 = nullptr;
+};
+
+// What is wrong with the map as one over `num_rows` source rows, in words; empty when nothing is.
+std::string find_fault(const RowMap& map, int64_t num_rows);
+
+// The kept rows of one segment in order, without a division for each: kept_index is
+// (offset + j * step) / divisor in every pattern, so the next one needs an addition and a carry.
+class KeptRows {
+ public:
+  KeptRows(const Segment& segment, int64_t output_row) {
+    const int64_t n = segment.span;
+    const int64_t m = segment.keep;
+    const int64_t j = segment.first + (output_row - segment.dst);
+    int64_t offset = 0;
+    int64_t step = n;
+    divisor_ = m;
+    if (segment.pattern == kCenter) {
+      offset = n;
+      step = 2 * n;
+      divisor_ = 2 * m;
+    } else if (segment.pattern == kLinspace) {
+      offset = m - 1;
+      step = 2 * (n - 1);
+      divisor_ = std::max<int64_t>(2 * (m - 1), 1);  // a single row is row 0
+    }
+    const int64_t start = offset + j * step;
+    row_ = segment.src + start / divisor_;
+    rest_ = start % divisor_;
+    whole_step_ = step / divisor_;
+    rest_step_ = step % divisor_;
+  }
+
+  int64_t row() const { return row_; }
+
+  void advance() {
+    rest_ += rest_step_;
+    const int64_t carry = rest_ >= divisor_;
+    rest_ -= carry * divisor_;
+    row_ += whole_step_ + carry;
+  }
+
+ private:
+  int64_t row_, rest_, whole_step_, rest_step_, divisor_;
+};
+
+// Calls visit(output_row, source_row, count) over the output rows [begin, end): `count` output rows
+// take as many source rows that follow each other. The map has passed find_fault.
+template <class Visit>
+void for_each_run(const RowMap& map, int64_t begin, int64_t end, const Visit& visit) {
+  if (begin >= end) return;
+  if (map.indices32 != nullptr) {
+    for (int64_t row = begin; row < end; ++row) visit(row, int64_t{map.indices32[row]}, int64_t{1});
+    return;
+  }
+  if (map.indices64 != nullptr) {
+    for (int64_t row = begin; row < end; ++row) visit(row, map.indices64[row], int64_t{1});
+    return;
+  }
+  int64_t row = begin;
+  for (int32_t s = find_segment(map.segments, map.num_segments, begin); row < end; ++s) {
+    const Segment& segment = map.segments[s];
+    const int64_t next = s + 1 < map.num_segments ? map.segments[s + 1].dst : map.num_tokens;
+    const int64_t stop = std::min(end, next);
+    if (stop <= row) continue;  // an empty segment
+    if (segment.keep == segment.span) {
+      visit(row, source_row(segment, row), stop - row);
+      row = stop;
+    } else {
+      for (KeptRows kept(segment, row); row < stop; ++row, kept.advance()) {
+        visit(row, kept.row(), int64_t{1});
+      }
+    }
+  }
+}
+
+}  // namespace adsc::cpu
