@@ -1,0 +1,250 @@
+"""Variable-length causal attention over packed rows: flash-attn, else PyTorch's own varlen flash, else SDPA.
+
+Queries are packed by a stage's `cu_seqlens`. Keys are either the same packed rows (a prompt run whole) or
+lie in a cache, each sequence in a stretch of its own that is longer than what it has filled (`CachedKeys`).
+The causal mask is aligned bottom-right: the last query row of a sequence sees all of its keys.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import UnsupportedError
+
+BACKENDS = ("flash_attn", "torch_varlen", "sdpa")  # in the order in which "auto" tries them
+
+
+class Rows(Protocol):
+    """What is read of a StagePlan: how the query rows are split into sequences."""
+
+    @property
+    def cu_seqlens(self) -> Tensor: ...
+    @property
+    def seq_lens(self) -> tuple[int, ...]: ...
+    @property
+    def max_seqlen(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class CachedKeys:
+    """Where each sequence's keys lie: rows starts[b] .. starts[b] + lens[b] of a cache.
+
+    The public varlen kernels know cumulative lengths only, no unused capacity. So every gap between two
+    sequences' keys is described to them as one more sequence, of keys that no query row asks for:
+    `cu_seqlens_q` and `cu_seqlens_k` (int32, [2B + 1]) list sequence, gap, sequence, gap ...
+    """
+
+    starts: tuple[int, ...]
+    lens: tuple[int, ...]
+    max_len: int
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+
+    @classmethod
+    def build(
+        cls,
+        q_lens: Sequence[int],
+        lens: Sequence[int],
+        capacities: Sequence[int],
+        device: torch.device,
+    ) -> CachedKeys:
+        """q_lens: query rows, lens: filled keys, capacities: key rows owned; one of each per sequence."""
+        starts: list[int] = []
+        cu_q, cu_k = [0], [0]
+        for rows, length, capacity in zip(q_lens, lens, capacities, strict=True):
+            starts.append(cu_k[-1])
+            cu_q += [cu_q[-1] + rows] * 2
+            cu_k += [starts[-1] + length, starts[-1] + capacity]
+        both = torch.tensor([cu_q, cu_k], dtype=torch.int32).to(device, non_blocking=True)
+        return cls(tuple(starts), tuple(lens), max(lens, default=0), both[0], both[1])
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    stage: Rows,
+    *,
+    keys: CachedKeys | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Causal attention of each sequence's query rows over its own keys.
+
+    Args:
+        q: [T, Hq, D], rows packed by `stage.cu_seqlens`.
+        k, v: [T, Hkv, D] packed like q, or with `keys` the cache [capacity, Hkv, D]; Hkv divides Hq.
+        stage: a StagePlan, or anything with cu_seqlens, seq_lens, max_seqlen and num_tokens.
+        keys: where each sequence's keys lie in the cache; None means packed like the queries.
+        scale: of the scores; None means 1/sqrt(D).
+        backend: "auto" or one of BACKENDS.
+
+    Returns: [T, Hq, D].
+
+    Raises: ValueError on shapes that don't fit, TypeError on mixed dtypes, UnsupportedError where the
+        backend asked for can't do this call (it says why).
+    """
+    _check(q, k, v, stage, keys)
+    run = _choose(q, k, backend)
+    if q.shape[0] == 0:
+        return torch.empty_like(q)
+    return run(q, k, v, stage, keys, scale)
+
+
+def available(
+    device: torch.device | str = "cuda", dtype: torch.dtype = torch.bfloat16
+) -> dict[str, str | None]:
+    """Each backend with None where it would run on such tensors, else with the reason why it wouldn't."""
+    device = torch.device(device)
+    return {name: _why_not(name, device, dtype, head_dim=64, grouped=True) for name in BACKENDS}
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, stage: Rows, keys: CachedKeys | None) -> None:
+    if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or k.shape[2] != q.shape[2]:
+        raise ValueError(
+            "q must be [T, Hq, D] and k, v both [Tk, Hkv, D], "
+            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"k's {k.shape[1]} heads must divide q's {q.shape[1]}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k, v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if q.shape[0] != stage.num_tokens:
+        raise ValueError(f"q must have the stage's {stage.num_tokens} rows, got {q.shape[0]}")
+    if keys is None and k.shape[0] != stage.num_tokens:
+        raise ValueError(f"k must have the stage's {stage.num_tokens} rows, got {k.shape[0]}")
+    if keys is not None and any(n > m for n, m in zip(stage.seq_lens, keys.lens, strict=True)):
+        raise ValueError(
+            f"keys.lens {keys.lens} must hold at least the query rows {stage.seq_lens}"
+        )
+
+
+def _choose(q: Tensor, k: Tensor, backend: str) -> Callable[..., Tensor]:
+    grouped = q.shape[1] != k.shape[1]
+    if backend == "auto":
+        for name in BACKENDS:
+            if _why_not(name, q.device, q.dtype, q.shape[2], grouped) is None:
+                return _RUN[name]
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
+    reason = _why_not(backend, q.device, q.dtype, q.shape[2], grouped)
+    if reason is not None:
+        raise UnsupportedError(f"attention backend {backend!r}: {reason}")
+    return _RUN[backend]
+
+
+def _why_not(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, grouped: bool
+) -> str | None:
+    if name == "sdpa":
+        return None
+    missing = _missing(name, grouped)
+    if missing is not None:
+        return missing
+    if device.type != "cuda":
+        return f"runs on CUDA, the tensors are on {device.type}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"takes float16 and bfloat16, the tensors are {dtype}"
+    if head_dim > 256 or head_dim % 8:
+        return f"takes head sizes up to 256 in steps of 8, got {head_dim}"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "needs compute capability 8.0 or newer"
+    return None
+
+
+@functools.cache
+def _missing(name: str, grouped: bool) -> str | None:
+    """What the installed software lacks; asked once, since a decode step asks for every layer."""
+    if name == "flash_attn":
+        try:
+            importlib.import_module("flash_attn")
+        except ImportError as error:  # not installed, or built for another torch
+            return f"flash-attn can't be imported ({error})"
+        return None
+    try:
+        module = importlib.import_module("torch.nn.attention.varlen")
+    except ImportError:
+        return f"torch {torch.__version__} has no torch.nn.attention.varlen"
+    known = inspect.signature(module.varlen_attn).parameters
+    lacks = [p for p in ("window_size", "scale", *(["enable_gqa"] * grouped)) if p not in known]
+    return f"torch {torch.__version__}'s varlen_attn takes no {', '.join(lacks)}" if lacks else None
+
+
+def _varlen_arguments(stage: Rows, keys: CachedKeys | None) -> tuple[Tensor, Tensor, int, int]:
+    """cu_seqlens_q, cu_seqlens_k, and upper bounds on the two lengths."""
+    if keys is None:
+        return stage.cu_seqlens, stage.cu_seqlens, stage.max_seqlen, stage.max_seqlen
+    # At a bound of 1 and grouped heads flash-attn 2 folds the groups into the rows, which takes every
+    # sequence to have exactly one row: our gaps, and sequences that are done, have none.
+    return keys.cu_seqlens_q, keys.cu_seqlens_k, max(2, stage.max_seqlen), keys.max_len
+
+
+def _flash_attn(
+    q: Tensor, k: Tensor, v: Tensor, stage: Rows, keys: CachedKeys | None, scale: float | None
+) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    cu_q, cu_k, max_q, max_k = _varlen_arguments(stage, keys)
+    out: Tensor = flash_attn_varlen_func(
+        q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=True
+    )
+    return out
+
+
+def _torch_varlen(
+    q: Tensor, k: Tensor, v: Tensor, stage: Rows, keys: CachedKeys | None, scale: float | None
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    cu_q, cu_k, max_q, max_k = _varlen_arguments(stage, keys)
+    grouped: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    causal = (-1, 0)  # no bound to the left, nothing to the right
+    out: Tensor = varlen_attn(
+        q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=causal, **grouped
+    )
+    return out
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, stage: Rows, keys: CachedKeys | None, scale: float | None
+) -> Tensor:
+    """One call per sequence: for CPU, float32, and machines without a varlen kernel."""
+    outs = []
+    first = 0
+    for b, rows in enumerate(stage.seq_lens):
+        start, length = (first, rows) if keys is None else (keys.starts[b], keys.lens[b])
+        # is_causal aligns top-left, so it is right only where the keys are the queries' own rows.
+        mask = None
+        if rows != length:
+            mask = torch.ones(rows, length, dtype=torch.bool, device=q.device).tril(length - rows)
+        heads_first = (
+            q[first : first + rows].transpose(0, 1)[None],
+            k[start : start + length].transpose(0, 1)[None],
+            v[start : start + length].transpose(0, 1)[None],
+        )
+        out = F.scaled_dot_product_attention(
+            *heads_first,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        outs.append(out[0].transpose(0, 1))
+        first += rows
+    return torch.cat(outs)
+
+
+_RUN = {"flash_attn": _flash_attn, "torch_varlen": _torch_varlen, "sdpa": _sdpa}

@@ -1,0 +1,135 @@
+"""The key-value cache of a compressed model: every stage has one of its own, as long as that stage needs.
+
+A dropped token never writes K or V in the stages after its boundary, so nothing has to be compacted
+after a prompt: stage s simply holds `plan.stages[s].kv_lens[b]` rows of sequence b.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .attention import CachedKeys
+
+if TYPE_CHECKING:
+    from .plan import CompressionPlan, StagePlan
+    from .schedule import CompressionSchedule
+
+
+class StageCache:
+    """K and V of one stage's layers.
+
+    Each layer has `k[i]` and `v[i]`, [total_capacity, H_kv, D]; sequence b owns `capacities[b]` rows of
+    them, behind those of the sequences before it, and has filled the first `lens[b]`.
+    """
+
+    def __init__(
+        self,
+        layers: range,
+        num_sequences: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.layers = layers
+        self.lens: tuple[int, ...] = (0,) * num_sequences
+        self.capacities: tuple[int, ...] = (0,) * num_sequences
+        empty = (0, num_kv_heads, head_dim)
+        self.k = [torch.empty(empty, dtype=dtype, device=device) for _ in layers]
+        self.v = [torch.empty(empty, dtype=dtype, device=device) for _ in layers]
+        self._device = device
+        self.keys: CachedKeys | None = None  # of the chunk that `begin` was called for
+        self._rows = torch.empty(0, dtype=torch.int64)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What the K and V of all its layers occupy, read off their storages."""
+        return sum(t.untyped_storage().nbytes() for t in (*self.k, *self.v))
+
+    def reserve(self, needed: Sequence[int]) -> None:
+        """Make room for `needed[b]` rows of each sequence, by a new allocation where one has too few.
+
+        Layer by layer, so that at most one tensor exists twice.
+        """
+        capacities = tuple(max(n, c) for n, c in zip(needed, self.capacities, strict=True))
+        if capacities == self.capacities:
+            return
+        for tensors in (self.k, self.v):
+            for i, old in enumerate(tensors):
+                new = old.new_empty((sum(capacities), *old.shape[1:]))
+                src = dst = 0
+                for length, had, has in zip(self.lens, self.capacities, capacities, strict=True):
+                    new[dst : dst + length] = old[src : src + length]
+                    src, dst = src + had, dst + has
+                tensors[i] = new
+        self.capacities = capacities
+
+    def begin(self, stage: StagePlan) -> None:
+        """Get ready to append a chunk: sets `keys`, where each sequence's keys lie once it is in.
+
+        Raises: ValueError where the plan was made for other cached lengths, or there is no room.
+        """
+        if stage.cached_lens != self.lens:
+            raise ValueError(
+                f"the plan expects {stage.cached_lens} cached rows, there are {self.lens}"
+            )
+        if any(n > c for n, c in zip(stage.kv_lens, self.capacities, strict=True)):
+            raise ValueError(f"no room for {stage.kv_lens} rows in capacities {self.capacities}")
+        self.keys = CachedKeys.build(
+            stage.seq_lens, stage.kv_lens, self.capacities, device=self._device
+        )
+        spans = zip(self.keys.starts, stage.cached_lens, stage.seq_lens, strict=True)
+        rows = [torch.arange(start + done, start + done + n) for start, done, n in spans]
+        self._rows = torch.cat(rows).to(self._device, non_blocking=True)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the chunk's k and v, [T, H_kv, D], of one layer; returns that layer's whole cache."""
+        i = self.layers.index(layer)
+        self.k[i].index_copy_(0, self._rows, k)
+        self.v[i].index_copy_(0, self._rows, v)
+        return self.k[i], self.v[i]
+
+
+class KVCache:
+    """One StageCache per stage of a schedule."""
+
+    def __init__(
+        self,
+        schedule: CompressionSchedule,
+        num_sequences: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.schedule = schedule
+        self.stages = tuple(
+            StageCache(
+                schedule.layers_of_stage(s),
+                num_sequences,
+                num_kv_heads,
+                head_dim,
+                dtype,
+                torch.device(device),
+            )
+            for s in range(schedule.num_stages)
+        )
+
+    def reserve(self, plan: CompressionPlan, extra: int = 0) -> None:
+        """Make room in every stage for all that `plan` will have cached, and `extra` rows a sequence."""
+        for cache, stage in zip(self.stages, plan.stages, strict=True):
+            cache.reserve([n + extra for n in stage.kv_lens])
+
+    def advance(self, plan: CompressionPlan) -> None:
+        """The plan's chunk has been written in every layer: it now counts as cached."""
+        for cache, stage in zip(self.stages, plan.stages, strict=True):
+            cache.lens = stage.kv_lens
+
+    @property
+    def bytes_per_stage(self) -> tuple[int, ...]:
+        """Bytes allocated for each stage, read off the storages."""
+        return tuple(stage.allocated_bytes for stage in self.stages)

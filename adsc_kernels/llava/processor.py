@@ -1,0 +1,94 @@
+"""Text and pictures to what the decoder reads, and token ids back to text."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoTokenizer
+
+from .config import LlavaConfig
+
+# A picture is resized by its short side first: a thin enough strip would blow up to gigabytes.
+MAX_ASPECT = 100
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """A picture file as 8-bit RGB, turned upright by its EXIF orientation.
+
+    Raises: FileNotFoundError; ValueError where it is no picture, is damaged or cut short, is so large that
+        it may be a decompression bomb, or has more than 8 bits a channel.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"image {path}: no such file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                if image.mode.startswith(("I", "F")):  # Pillow would clip, not scale, these
+                    raise ValueError(f"mode {image.mode}; 8 bits a channel are expected")
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"image {path}: too large ({error})") from error
+    except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
+        raise ValueError(f"image {path}: can't be read ({error})") from error
+
+
+class Processor:
+    """The checkpoint's tokenizer and image processor, both transformers' own."""
+
+    def __init__(self, folder: Path, config: LlavaConfig) -> None:
+        self.config = config
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            # The PIL one works without torchvision, and gives the same pixels with and without it.
+            self.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{folder}: tokenizer or image processor: {error}") from error
+
+    def encode(self, prompt: str, num_images: int, *, begins: bool) -> tuple[list[int], list[int]]:
+        """Token ids, each `<image>` expanded to a picture's rows, and where each picture starts.
+
+        `begins`: the prompt opens a conversation, and gets the tokenizer's opening token.
+        """
+        if not prompt:
+            raise ValueError("prompts: expected some text, got an empty one")
+        ids: list[int] = []
+        starts: list[int] = []
+        for token in self.tokenizer(prompt, add_special_tokens=begins)["input_ids"]:
+            is_image = token == self.config.image_token_id
+            starts += [len(ids)] * is_image
+            ids += [token] * (self.config.tokens_per_image if is_image else 1)
+        if len(starts) != num_images:
+            placeholder = self.tokenizer.convert_ids_to_tokens(self.config.image_token_id)
+            raise ValueError(
+                f"prompts: expected a {placeholder} for each image, got {len(starts)} for "
+                f"{num_images} in {prompt[:60]!r}"
+            )
+        return ids, starts
+
+    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        """float32 [N, 3, S, S]."""
+        for image in images:
+            if not isinstance(image, Image.Image):
+                raise TypeError(f"images: expected PIL images, got {type(image).__name__}")
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise ValueError(f"images: expected sides up to {MAX_ASPECT}:1, got {image.size}")
+        shape = (len(images), 3, self.config.image_size, self.config.image_size)
+        if not images:
+            return torch.empty(shape)
+        pixels = self.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
+        if pixels.shape != shape:
+            got = tuple(pixels.shape)
+            raise ValueError(f"the checkpoint's image processor: expected {shape}, got {got}")
+        return pixels
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Their text, without the special tokens."""
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
