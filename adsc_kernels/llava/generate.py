@@ -177,7 +177,8 @@ def read_turn(
     config, tokens, spans = model.config, [], []
     for b, (prompt, before) in enumerate(zip(prompts, talk.tokens, strict=True)):
         ids, starts = model.processor.encode(prompt, len(given[b]), begins=earlier is None)
-        shape = (config.tokens_per_image, config.grid, config.grid)
+        # With a class token among them the rows are no grid.
+        shape = (config.tokens_per_image, *([config.grid] * 2 * (not config.keep_class_token)))
         spans += [(b, len(before) + start, *shape) for start in starts]
         tokens.append(before + ids)
         total = len(tokens[b]) + max_new_tokens
