@@ -72,8 +72,9 @@ class ModelShape:
 
         Raises ``ValueError`` where the config holds no decoder or tower of a known form.
         """
-        text = _part(config, "text_config", "text") or config
-        vision = _part(config, "vision_config", "vision")
+        config = getattr(config, "hf", config)
+        text = getattr(config, "text_config", config)
+        vision = getattr(config, "vision_config", None)
         if getattr(text, "model_type", None) not in KNOWN_DECODERS:
             raise ValueError(
                 f"config: expected a decoder of type {', '.join(KNOWN_DECODERS)}, "
@@ -102,15 +103,10 @@ class ModelShape:
         return self.tower.num_patches * inner * self.hidden_size
 
 
-def _part(config: Any, *names: str) -> Any:
-    """The sub-config under its name in transformers or in ``adsc_kernels.llava``; None without."""
-    return next((getattr(config, name) for name in names if hasattr(config, name)), None)
-
-
 def _tower(config: Any, vision: Any) -> TowerShape:
     if getattr(vision, "model_type", None) != KNOWN_TOWER:
         raise ValueError(f"config: expected a tower of type {KNOWN_TOWER}, got {vision!r:.60}")
-    features = _part(config, "vision_feature_layer", "vision_feature_layers")
+    features = config.vision_feature_layer
     side = vision.image_size // vision.patch_size
     return TowerShape(
         num_layers=vision.num_hidden_layers,

@@ -74,7 +74,5 @@ def _attention() -> dict[str, dict[str, Any]]:
 def _checkpoint() -> str | None:
     from adsc_kernels.llava import bundled_checkpoint
 
-    try:
-        return str(bundled_checkpoint())
-    except OSError:
-        return None
+    folder = bundled_checkpoint()
+    return str(folder) if (folder / "config.json").is_file() else None

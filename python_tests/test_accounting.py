@@ -126,5 +126,5 @@ def test_bad_shapes() -> None:
         ModelShape(1, 8, 0, 1, 8, 8, 8)
     with pytest.raises(ValueError, match="gpt2"):
         ModelShape.from_config(transformers.GPT2Config())
-    with pytest.raises(ValueError, match="2 stages, got 1|3 stages, got 1"):
+    with pytest.raises(ValueError, match="3 stages, got 1"):
         account_lengths(LLAVA_7B, MEAN_192, [(677,)], num_images=1)

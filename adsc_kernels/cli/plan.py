@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
+from argparse import ArgumentTypeError
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from adsc_kernels.plan import CompressionPlan
     from adsc_kernels.schedule import CompressionSchedule
 
-_LENGTH = re.compile(r"(\d+)(?:x(\d+))?")
 SEGMENT_COLUMNS = ("dst", "src", "span", "keep", "first", "pattern")
 
 
@@ -32,10 +31,10 @@ def add_parser(commands: Any) -> None:
         metavar="LAYER:KEEP,...[@PATTERN][@POSITIONS]",
         help="such as 8:1/4,16:1/4,24:1/4 or 8:1/2x1/2@grid; an empty text drops nothing",
     )
-    parser.add_argument("--layers", type=int, default=32, metavar="N", help="decoder layers (32)")
+    parser.add_argument("--layers", type=count, default=32, metavar="N", help="decoder layers (32)")
     parser.add_argument(
         "--prompt-tokens",
-        type=int,
+        type=count,
         nargs="+",
         default=[677],
         metavar="N",
@@ -43,15 +42,17 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--image-tokens",
-        default="24x24",
+        type=_size,
+        default=(576, 24, 24),
         metavar="N|HxW",
         help="one picture of so many tokens in every prompt; 0 for none (24x24)",
     )
     parser.add_argument(
-        "--image-start", type=int, default=5, metavar="N", help="where that picture begins (5)"
+        "--image-start", type=count, default=5, metavar="N", help="where that picture begins (5)"
     )
     parser.add_argument(
         "--span",
+        type=_span,
         action="append",
         default=[],
         metavar="SEQUENCE:START:N|HxW",
@@ -59,12 +60,13 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--chunk",
+        type=_chunk,
         action="append",
         default=[],
         metavar="BEGIN:END",
         help="run these positions only, with all before cached; once for each prompt",
     )
-    parser.add_argument("--block-size", type=int, metavar="N", help="tokens in a cache block")
+    parser.add_argument("--block-size", type=count, metavar="N", help="tokens in a cache block")
     parser.add_argument("--segments", action="store_true", help="print the segment tables too")
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.set_defaults(execute=execute)
@@ -76,15 +78,13 @@ def execute(args: argparse.Namespace) -> None:
     from adsc_kernels.schedule import CompressionSchedule
 
     schedule = CompressionSchedule.parse(args.schedule, num_layers=args.layers)
-    if min(args.prompt_tokens) < 0:
-        raise ValueError(f"--prompt-tokens: expected at least 0, got {min(args.prompt_tokens)}")
-    spans = [_span(text) for text in args.span] or _same_picture(args)
+    spans = args.span or _same_picture(args)
     plan = make_plan(
         schedule,
         [0, *accumulate(args.prompt_tokens)],
         spans,
         block_size=args.block_size,
-        chunks=[_chunk(text) for text in args.chunk] or None,
+        chunks=args.chunk or None,
     )
     report = describe(plan, schedule, spans, args.segments)
     print(json.dumps(report, indent=1) if args.json else _as_text(report))
@@ -155,33 +155,32 @@ def _numbers(values: list[int], most: int = 6) -> str:
     return shown + (f" ... {values[-1]}" if len(values) > most else "") or "-"
 
 
+def count(text: str) -> int:
+    """A number of tokens, layers or the like, as the planner's 32-bit tables can hold it."""
+    if not text.isdecimal() or len(text) > 10 or int(text) >= 2**31:
+        raise ArgumentTypeError(f"expected a whole number from 0 to 2^31 - 1, got {text!r}")
+    return int(text)
+
+
 def _same_picture(args: argparse.Namespace) -> list[tuple[int, ...]]:
-    size = _size(args.image_tokens, "--image-tokens")
-    if size[0] == 0:
+    if args.image_tokens[0] == 0:
         return []
-    return [(sequence, args.image_start, *size) for sequence in range(len(args.prompt_tokens))]
+    return [(b, args.image_start, *args.image_tokens) for b in range(len(args.prompt_tokens))]
 
 
-def _size(text: str, option: str) -> tuple[int, ...]:
+def _size(text: str) -> tuple[int, ...]:
     """``576`` to (576,), ``24x24`` to (576, 24, 24)."""
-    match = _LENGTH.fullmatch(text)
-    if match is None:
-        raise ValueError(f"{option}: expected a count such as 576 or 24x24, got {text!r}")
-    if match[2] is None:
-        return (int(match[1]),)
-    height, width = int(match[1]), int(match[2])
-    return (height * width, height, width)
+    sides = tuple(count(side) for side in text.split("x", 1))
+    return sides if len(sides) == 1 else (count(str(sides[0] * sides[1])), *sides)
 
 
 def _span(text: str) -> tuple[int, ...]:
     fields = text.split(":")
-    if len(fields) != 3 or not (fields[0].isdecimal() and fields[1].isdecimal()):
-        raise ValueError(f"--span: expected SEQUENCE:START:LENGTH such as 0:5:24x24, got {text!r}")
-    return (int(fields[0]), int(fields[1]), *_size(fields[2], "--span"))
+    if len(fields) != 3:
+        raise ArgumentTypeError(f"expected SEQUENCE:START:LENGTH such as 0:5:24x24, got {text!r}")
+    return (count(fields[0]), count(fields[1]), *_size(fields[2]))
 
 
 def _chunk(text: str) -> tuple[int, int]:
-    begin, colon, end = text.partition(":")
-    if not (colon and begin.isdecimal() and end.isdecimal()):
-        raise ValueError(f"--chunk: expected BEGIN:END such as 0:256, got {text!r}")
-    return (int(begin), int(end))
+    begin, _, end = text.partition(":")
+    return (count(begin), count(end))
