@@ -27,9 +27,9 @@ def installed_torch() -> tuple[Path, str]:
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         sys.exit(
-            f"{PACKAGE} is built against the torch that is already installed, and `import torch` fails "
-            "here: install torch>=2.10 and the tools `cmake ninja pybind11 setuptools wheel`, then run "
-            "`pip install --no-build-isolation .`"
+            f"{PACKAGE} is built against the torch that is installed, and there is none here: "
+            "pip install 'torch>=2.10' cmake ninja pybind11 setuptools wheel, "
+            "then pip install --no-build-isolation ."
         )
     version = importlib.metadata.version("torch")
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TORCH:
@@ -85,5 +85,6 @@ class CMakeBuild(build_ext):
         return [str(self.package_dir() / name) for name in (module, "libadsc_ops.so")]
 
 
-installed_torch()  # before pip, in an isolated build, would fetch a second torch of several gigabytes
+# Right away: an isolated build stops here, before pip fetches a second torch of several gigabytes.
+installed_torch()
 setup(ext_modules=[Extension(f"{PACKAGE}._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
