@@ -20,6 +20,7 @@ from adsc_kernels.accounting import ModelShape, account_lengths
 from adsc_kernels.cli import main
 from adsc_kernels.cli.run import default_schedule
 from adsc_kernels.llava import Llava, LlavaConfig, bundled_checkpoint
+from adsc_kernels.picture import PANEL
 from adsc_kernels.schedule import CompressionSchedule
 
 CHECKPOINT = bundled_checkpoint()
@@ -92,17 +93,26 @@ def test_measured_cache_is_the_accounts_to_the_byte(capsys: pytest.CaptureFixtur
 
 def test_several_pictures_in_one_prompt(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--max-new-tokens", "2", "--prefill-chunk", "500", "--temperature", "0.5"]
-    facts = run_json(capsys, "--image", PICTURE, PICTURE, "--ask", ASK, "--out", "a.png", *options)
+    options += ["--image", PICTURE, PICTURE, "--schedule", "5:1/4"]
+    facts = run_json(capsys, *options, "--ask", ASK, "--out", "a.png")
     assert facts["images_per_prompt"] == 2
     assert facts["prompt_tokens"][0] > 2 * 576
     placed = f"left <image> right <image> {ASK}"
-    again = run_json(
-        capsys, "--image", PICTURE, PICTURE, "--ask", placed, "--out", "b.png", *options
-    )
+    again = run_json(capsys, *options, "--ask", placed, "--out", "b.png")
     assert again["images_per_prompt"] == 2
-    with Image.open("a.png") as two, Image.open("b.png") as same:
-        assert two.size == same.size
-        assert two.height > 2 * 360
+    for name in ("a.png", "b.png"):
+        with Image.open(name) as drawn:
+            for row in (0, 1):
+                assert_every_fourth_patch_is_clear(drawn, top=56 + row * (PANEL + 58))
+
+
+def assert_every_fourth_patch_is_clear(drawn: Image.Image, top: int) -> None:
+    """1/4 of 576 from the start is every fourth patch in reading order: whole columns of 24."""
+    patch = PANEL // 24
+    for index in range(576):
+        x, y = 28 + index % 24 * patch + patch // 2, top + index // 24 * patch + patch // 2
+        all_clear, after = drawn.getpixel((x, y)), drawn.getpixel((x + PANEL + 28, y))
+        assert (all_clear == after) == (index % 4 == 0)
 
 
 def test_dense_schedule_saves_nothing(capsys: pytest.CaptureFixture[str]) -> None:

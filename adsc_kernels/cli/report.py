@@ -94,7 +94,8 @@ def as_text(facts: dict[str, Any]) -> str:
     length = _span(prompts)
     images = facts["images_per_prompt"]
     head = [
-        f"model     {facts['model']['layers']} layers, {model['dtype']} on {model['device']}",
+        f"model     {model['name']}",
+        f"          {model['layers']} layers, {model['dtype']} on {model['device']}",
         f"schedule  {facts['schedule'] or 'dense'}",
         f"pictures  {', '.join(facts['images'])}",
         f"prompts   {len(prompts)} of {length} tokens, {images} picture{'s' * (images != 1)} each",
@@ -173,6 +174,8 @@ def _answers(answers: list[dict[str, Any]]) -> str:
         blocks = []
         for index, answer in enumerate(answers):
             lines = [f"Q: {answer['question']}"]
+            if answer["expected"] is not None:
+                lines.append(f"  {'expected':<12}{answer['expected']}")
             lines += [
                 textwrap.fill(
                     cells[key][index],

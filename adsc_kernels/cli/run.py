@@ -97,6 +97,8 @@ def execute(args: argparse.Namespace) -> None:
     if args.runs < 1:
         raise ValueError(f"--runs: expected at least 1, got {args.runs}")
     _check_out(args.out)
+    import torch
+
     from adsc_kernels.llava import Llava, bundled_checkpoint, load_image
     from adsc_kernels.llava.config import LlavaConfig
     from adsc_kernels.llava.weights import find_folder
@@ -114,18 +116,25 @@ def execute(args: argparse.Namespace) -> None:
         if args.schedule is None
         else CompressionSchedule.parse(args.schedule, num_layers=depth)
     )
-    _say(args, f"reading {folder.name}")
-    model = Llava.from_pretrained(folder, None, device, dtype)
     options = {
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,
         "seed": args.seed,
         "prefill_chunk": args.prefill_chunk,
     }
-    dense, compressed = _both(args, model, schedule, prompts, [images] * len(prompts), options)
+    try:
+        _say(args, f"reading {folder.name}")
+        model = Llava.from_pretrained(folder, None, device, dtype)
+        dense, compressed = _both(args, model, schedule, prompts, [images] * len(prompts), options)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"--device: {device} ran out of memory, which a 16-bit --dtype, --prefill-chunk or "
+            f"fewer questions may avoid ({error})"
+        ) from None
 
     picture = report.survivors(images, schedule, compressed, model)
     facts = report.compare(model, schedule, dense, compressed)
+    facts["model"]["name"] = str(args.model or folder.name)
     facts["images"] = [str(file) for file in files]
     facts["answers"] = [
         {"question": q.text, "expected": q.expected, "dense": a, "compressed": b}

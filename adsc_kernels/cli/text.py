@@ -29,11 +29,11 @@ def in_bytes(count: int) -> str:
 
 
 def in_macs(count: int) -> str:
-    """``4.504 T``, ``12.34 G`` or ``0.5 M`` multiply-accumulates."""
-    for unit, size in (("T", 1e12), ("G", 1e9)):
+    """``4.504 T``, ``12.34 G``, ``1.5 M`` or ``1.6 k`` multiply-accumulates."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
         if count >= size:
             return f"{count / size:.4g} {unit}"
-    return f"{count / 1e6:.4g} M"
+    return f"{count / 1e3:.4g} k"
 
 
 def in_time(seconds: float | None) -> str:
