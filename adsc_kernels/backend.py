@@ -32,11 +32,12 @@ def _checked(name: object, argument: str) -> str:
 _default = _checked(os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT)
 
 
-class backend:  # noqa: N801 (used as a function: `with adsc.backend("cpu"):`)
+class backend:
     """Runs the ops of a `with` block, in this thread, on one backend.
 
-    name: "auto", "cuda", "triton", "cpu" or "reference". Blocks nest; the innermost wins. Outside of
-    any block the environment variable ADSC_BACKEND decides, read once at import (default "auto").
+    name: "auto", "cuda", "triton", "cpu" or "reference". Blocks nest; the innermost wins. Outside
+    of any block the environment variable ADSC_BACKEND decides, read once at import (default
+    "auto").
     Raises ValueError for another name.
     """
 

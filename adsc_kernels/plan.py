@@ -7,9 +7,8 @@ it depends on data, so it never reads a device tensor; a plan costs one upload.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -47,9 +46,9 @@ class StagePlan:
     seq_lens: tuple[int, ...]
     cached_lens: tuple[int, ...]
     is_identity: bool
-    _host_segments: np.ndarray
-    _plan: CompressionPlan
-    _stage: int
+    _host_segments: np.ndarray = field(repr=False)
+    _plan: CompressionPlan = field(repr=False)
+    _stage: int = field(repr=False)
 
     @cached_property
     def kv_lens(self) -> tuple[int, ...]:
@@ -75,14 +74,13 @@ class StagePlan:
         ``original``: the index in the prompt. ``renumber``: the index among the survivors.
         """
         if self._plan.schedule.positions == "renumber":
-            starts, rows = self.cached_lens, np.arange(self.num_tokens)
-            first_rows = [0, *accumulate(self.seq_lens)][:-1]
+            source, rows = self, np.arange(self.num_tokens)
         else:
-            stage0 = self._plan.stages[0]
-            starts, rows = stage0.cached_lens, self._plan._token_indices(self._stage)
-            first_rows = [0, *accumulate(stage0.seq_lens)][:-1]
-        offset = np.subtract(starts, first_rows, dtype=np.int64)
-        return self._upload(rows + np.repeat(offset, self.seq_lens))
+            source, rows = self._plan.stages[0], self._plan._token_indices(self._stage)
+        # A row's position: its index in its sequence's chunk, and where that chunk begins.
+        seq_lens = np.array(source.seq_lens, np.int64)
+        offsets = np.array(source.cached_lens, np.int64) - (seq_lens.cumsum() - seq_lens)
+        return self._upload(rows + np.repeat(offsets, self.seq_lens))
 
     def keep_indices(self) -> torch.Tensor:
         """The source stage's rows that this stage keeps, int64 ``[num_tokens]`` on the device."""
@@ -163,17 +161,15 @@ def make_plan(
         device: where the tables go; the CPU if not given. One copy, no synchronisation.
         block_size: tokens of a cache block, for ``StagePlan.block_counts``.
         chunks: ``B`` pairs ``(begin, end)`` of positions to run now, where earlier positions are in
-            the cache already: a chunk of a long prefill, or a later turn of a chat. A token survives
-            in a chunk exactly if it survives in the whole prompt.
+            the cache already: a chunk of a long prefill, or a later turn of a chat. A token
+            survives in a chunk exactly if it survives in the whole prompt.
 
     Raises ``ValueError`` or ``TypeError`` that names the argument for spans that overlap or leave
     their sequence, a grid span without height and width, lengths that decrease, chunks outside the
     prompt, or tensors on a device.
     """
     if not isinstance(schedule, CompressionSchedule):
-        raise TypeError(
-            f"schedule: expected a CompressionSchedule, got {type(schedule).__name__}"
-        )
+        raise TypeError(f"schedule: expected a CompressionSchedule, got {type(schedule).__name__}")
     if block_size is not None and (not isinstance(block_size, int) or block_size < 1):
         raise ValueError(f"block_size: expected an int of at least 1, got {block_size!r}")
     tables, offsets, cached = _C.plan(
@@ -216,15 +212,10 @@ def make_plan(
 
 def _boundary_rules(schedule: CompressionSchedule) -> list[tuple[int, ...]]:
     code = _PATTERN_CODES[schedule.pattern]
-    rules: list[tuple[int, ...]] = []
-    for boundary in schedule.boundaries:
-        shares = (
-            (boundary.keep,)
-            if boundary.keep_rows is None or boundary.keep_columns is None
-            else (boundary.keep_rows, boundary.keep_columns)
-        )
-        rules.append((code, *(n for s in shares for n in (s.numerator, s.denominator))))
-    return rules
+    return [
+        (code, *(term for share in b.factors for term in (share.numerator, share.denominator)))
+        for b in schedule.boundaries
+    ]
 
 
 def _host_ints(values: Any, name: str) -> Any:

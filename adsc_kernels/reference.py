@@ -1,8 +1,11 @@
-"""The oracle: every op as a plain loop, on any device, written to be read. Slow, and free to look at
-tensors' contents, which the kernels may not."""
+"""The oracle: every op as a plain loop, on any device, written to be read.
+
+Slow, and free to look at tensors' contents, which the kernels may not.
+"""
 
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,7 +61,9 @@ def source_rows(stage: "Stage | None", keep_indices: Tensor | None = None) -> li
     return rows
 
 
-def downsample(x: Tensor, stage: "Stage | None" = None, *, keep_indices: Tensor | None = None) -> Tensor:
+def downsample(
+    x: Tensor, stage: "Stage | None" = None, *, keep_indices: Tensor | None = None
+) -> Tensor:
     """See `adsc_kernels.ops.downsample`."""
     return downsample_many([x], stage, keep_indices=keep_indices)[0]
 
@@ -104,8 +109,10 @@ def rebuild_metadata(
     pattern: str,
     max_height: int | None,
 ) -> tuple[Tensor, ...]:
-    """See `adsc_kernels.ops.rebuild_metadata`; fractions are those of the span, or of the grid's rows
-    and columns."""
+    """See `adsc_kernels.ops.rebuild_metadata`.
+
+    fractions: that of the span, or those of the grid's rows and columns.
+    """
     bounds = cu_seqlens.tolist()
     blocks = 1 if max_height is None else kept_count(max_height, fractions[0])
     new_bounds, new_spans, table = [0], [], []
@@ -116,7 +123,7 @@ def rebuild_metadata(
         table.append([rows, src, span, keep, 0, number])
         rows += keep
 
-    for sequence, (source, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for sequence, (source, end) in enumerate(pairwise(bounds)):
         begin, first = rows, source
         for owner, start, length, *size in spans.tolist():
             if owner != sequence:
@@ -142,7 +149,7 @@ def rebuild_metadata(
         emit(source, end - source, end - source, 0)
         new_bounds.append(rows)
 
-    lengths = [b - a for a, b in zip(new_bounds, new_bounds[1:], strict=False)]
+    lengths = [b - a for a, b in pairwise(new_bounds)]
 
     def tensor(values: object, *shape: int) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=cu_seqlens.device).reshape(shape)

@@ -24,8 +24,10 @@ def stage_of(rows: list[list[int]], num_tokens: int, num_tokens_in: int) -> Fake
 
 @st.composite
 def stages(draw: st.DrawFn, max_sequences: int = 4, max_length: int = 40) -> FakeStage:
-    """A ragged batch of text and spans in every pattern, each sequence cut to a chunk [low, high): so
-    segments begin inside a span (first > 0, src < 0) and some are empty."""
+    """A ragged batch of text and spans in every pattern, each sequence cut to a chunk [low, high).
+
+    So segments begin inside a span (first > 0, src < 0) and some are empty.
+    """
     table: list[list[int]] = []
     dst = base = 0
     for _ in range(draw(st.integers(0, max_sequences))):
@@ -56,11 +58,17 @@ def stages(draw: st.DrawFn, max_sequences: int = 4, max_length: int = 40) -> Fak
     return stage_of(table, dst, base)
 
 
-def image_stage(batch: int = 1, *, text: int = 101, vision: int = 576, kept: int = 144) -> FakeStage:
+def image_stage(
+    batch: int = 1, *, text: int = 101, vision: int = 576, kept: int = 144
+) -> FakeStage:
     """A batch of prompts of one picture each, half of the text on either side of it."""
     table, dst, src = [], 0, 0
     for _ in range(batch):
-        for span, keep in ((text // 2, text // 2), (vision, kept), (text - text // 2, text - text // 2)):
+        for span, keep in (
+            (text // 2, text // 2),
+            (vision, kept),
+            (text - text // 2, text - text // 2),
+        ):
             table.append([dst, src, span, keep, 0, 0])
             dst += keep
             src += span

@@ -80,8 +80,10 @@ def _check_table(
 
 
 def call(op: torch._ops.OpOverload, *arguments: Any, grad: bool) -> Any:
-    """Calls op, past its autograd kernel where no gradient is asked for (grad is False): that kernel
-    is Python, and takes longer than moving a small tensor does."""
+    """Calls op, past its autograd kernel where no gradient is asked for (grad is False).
+
+    That kernel is Python, and takes longer than moving a small tensor does.
+    """
     if torch.compiler.is_compiling() or (grad and torch.is_grad_enabled()):
         return op(*arguments)
     with torch._C._AutoDispatchBelowAutograd():

@@ -11,14 +11,16 @@ from adsc_kernels.backend import native_problem, resolve
 from adsc_kernels.ops._dispatch import Stage, call, check_rows, row_source
 
 
-def downsample(x: Tensor, stage: Stage | None = None, *, keep_indices: Tensor | None = None) -> Tensor:
+def downsample(
+    x: Tensor, stage: Stage | None = None, *, keep_indices: Tensor | None = None
+) -> Tensor:
     """The rows of `x` that survive into a stage, bit for bit.
 
     x: [T_in, ...], any dtype, any distance between rows; each row contiguous inside.
     stage: what gives the movement: anything with `.segments` (int32 [S, 6] on x's device),
       `.num_tokens` and `.num_tokens_in`, such as `plan.stages[s]`.
-    keep_indices: int32 or int64 [T_out], in place of stage: the row of x that each output row takes,
-      in any order, each in [0, T_in).
+    keep_indices: int32 or int64 [T_out], in place of stage: the row of x that each output row
+      takes, in any order, each in [0, T_in).
     Returns a new contiguous [T_out, ...]. Differentiable: a row that is dropped has gradient 0, and
     one taken several times gets the sum.
 
@@ -49,7 +51,9 @@ def downsample_many(
     for i, x in enumerate(xs):
         check_rows(x, f"xs[{i}]")
         if x.device != xs[0].device:
-            raise ValueError(f"xs[{i}]: expected the device of xs[0], {xs[0].device}, got {x.device}")
+            raise ValueError(
+                f"xs[{i}]: expected the device of xs[0], {xs[0].device}, got {x.device}"
+            )
         if x.shape[0] != xs[0].shape[0]:
             raise ValueError(f"xs[{i}]: expected {xs[0].shape[0]} rows, as xs[0], got {x.shape[0]}")
     segments, num_tokens = row_source(stage, keep_indices, xs[0], "xs[0]")
@@ -60,7 +64,7 @@ def downsample_many(
     return call(op, xs, segments, keep_indices, num_tokens, grad=grad)
 
 
-# ---- Shapes for tracing, and gradients: the backward of a gather is a scatter -----------------------
+# ---- Shapes for tracing, and gradients: the backward of a gather is a scatter ----
 
 
 def _fake(x: Tensor, segments: Tensor | None, keep_indices: Tensor | None, rows: int) -> Tensor:
@@ -89,7 +93,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return upsample_grad(grad, *ctx.saved_tensors, ctx.num_rows), None, None, None
+    segments, keep_indices = ctx.saved_tensors
+    return upsample_grad(grad, segments, keep_indices, ctx.num_rows), None, None, None
 
 
 def _setup_many(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -100,9 +105,9 @@ def _setup_many(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None
 
 
 def _backward_many(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor | None] | None, ...]:
-    tables = ctx.saved_tensors
+    segments, keep_indices = ctx.saved_tensors
     x_grads = [
-        upsample_grad(grad, *tables, ctx.num_rows) if wanted else None
+        upsample_grad(grad, segments, keep_indices, ctx.num_rows) if wanted else None
         for grad, wanted in zip(grads, ctx.wanted, strict=True)
     ]
     return x_grads, None, None, None
@@ -115,8 +120,9 @@ def _upsample_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _upsample_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    segments, keep_indices = ctx.saved_tensors
     op = torch.ops.adsc_kernels.downsample.default
-    return op(grad.contiguous(), *ctx.saved_tensors, ctx.num_tokens), None, None, None
+    return op(grad.contiguous(), segments, keep_indices, ctx.num_tokens), None, None, None
 
 
 if not native_problem():

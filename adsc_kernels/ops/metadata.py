@@ -34,8 +34,10 @@ class Metadata(NamedTuple):
     max_seqlen: Tensor  # []: the rows of the longest sequence
 
     def stage(self, num_tokens: int, num_tokens_in: int) -> MetadataStage:
-        """This as the `stage` of `downsample` and its kind, which need row counts on the host: those
-        are known from the lengths and the schedule, without reading the device."""
+        """This as the `stage` of `downsample` and its kind, which need row counts on the host.
+
+        Those are known from the lengths and the schedule, without reading the device.
+        """
         return MetadataStage(self.segments, num_tokens, num_tokens_in)
 
 
@@ -46,20 +48,23 @@ def rebuild_metadata(
     pattern: str = "start",
     max_height: int | None = None,
 ) -> Metadata:
-    """The layout after one boundary, and the movement of rows into it, with no value of a tensor read
-    on the host: what a captured graph, whose batch changes under it, runs in place of `make_plan`.
+    """The layout after one boundary, and the movement of rows into it.
+
+    No value of a tensor is read on the host: this is what a captured graph, whose batch changes
+    under it, runs in place of `make_plan`.
 
     cu_seqlens: contiguous int32 [B + 1], the rows of the stage before, by sequence.
-    spans: contiguous int32 [N, 3]: sequence, start within the sequence, length; or [N, 5] with height
-      and width, height * width == length. Sorted by sequence and start, without overlap.
-    keep: what stays of each span, exact: a Fraction, "1/4", (1, 4), 0 or 1. For the pattern "grid" a
-      pair of those: of the rows and of the columns.
+    spans: contiguous int32 [N, 3]: sequence, start within the sequence, length; or [N, 5] with
+      height and width, height * width == length. Sorted by sequence and start, without overlap.
+    keep: what stays of each span, exact: a Fraction, "1/4", (1, 4), 0 or 1. For the pattern "grid"
+      a pair of those: of the rows and of the columns.
     pattern: "start", "center", "linspace" or "grid".
     max_height: with "grid" the largest height that a span may have, which bounds the table: S is
       B + N * (1 + kept rows of max_height). For the other patterns None; S is B + 2 * N.
     Returns `Metadata`; feed its cu_seqlens and spans to the next boundary's call.
 
-    Raises TypeError or ValueError naming the argument. What the tensors hold is checked on CPU only.
+    Raises TypeError or ValueError naming the argument. What the tensors hold is checked on CPU
+    only.
     """
     for name, tensor in (("cu_seqlens", cu_seqlens), ("spans", spans)):
         if not isinstance(tensor, Tensor):
@@ -112,7 +117,7 @@ def exact_fraction(keep: object) -> Fraction:
         if isinstance(keep, tuple) and len(keep) == 2:
             fraction = Fraction(*keep)
         elif isinstance(keep, Fraction | str) or keep in (0, 1):
-            fraction = Fraction(keep)  # type: ignore[arg-type]
+            fraction = Fraction(keep)
         else:
             raise TypeError(f"keep: expected {forms}, got {keep!r}")
     except (ValueError, ZeroDivisionError, OverflowError):

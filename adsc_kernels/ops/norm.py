@@ -69,7 +69,7 @@ def _check_like(tensor: Tensor, name: str, x: Tensor, shape: torch.Size) -> None
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
-# ---- Shapes for tracing, and gradients --------------------------------------------------------------
+# ---- Shapes for tracing, and gradients ----
 
 
 def _fake(

@@ -18,8 +18,8 @@ namespace {
 constexpr int64_t kBlock = 512;
 constexpr int64_t kLanes = 32;
 
-// Squares are summed in kLanes running sums of the compute type over a block, and blocks in double:
-// the error does not grow with the width.
+// Squares are summed in the compute type over a block (running sums, then a tree of them), and blocks in
+// double: the error hardly grows with the width.
 template <class T>
 ADSC_INLINE void add_rms_norm_row(const T* x, const T* residual, const T* weight, T* normed,
                                   T* residual_out, int64_t width, double eps) {
@@ -38,7 +38,10 @@ ADSC_INLINE void add_rms_norm_row(const T* x, const T* residual, const T* weight
     for (int64_t i = 0; i < kBlock; i += kLanes) {
       for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += sums[i + lane] * sums[i + lane];
     }
-    for (int64_t lane = 0; lane < kLanes; ++lane) squares += lanes[lane];
+    for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+      for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    }
+    squares += lanes[0];
   }
   const auto scale = static_cast<Compute>(1 / std::sqrt(squares / static_cast<double>(width) + eps));
   for (int64_t i = 0; i < width; ++i) {

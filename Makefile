@@ -1,0 +1,67 @@
+# Everything from nothing but Python, make and a C++ compiler. nvcc is used where there is one.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Without a GPU torch is pinned, so that every such machine tests the same build.
+TORCH ?= $(if $(shell nvidia-smi -L 2>/dev/null),torch>=2.10,torch==2.13.0)
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+BUILD = build/$(shell $(BIN)/python -c "import sys; print(sys.implementation.cache_tag)")
+NATIVE := setup.py CMakeLists.txt $(shell find cmake csrc -type f)
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: venv demo test test-fast test-cpp bench lint format wheel clean help
+
+help:           ## what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## */\t/' | expand -t 12
+
+venv: $(VENV)/.native $(VENV)/.installed  ## .venv with all that running, testing and building need
+
+$(VENV)/.tools:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) --upgrade pip
+	$(PIP_INSTALL) "$(TORCH)" cmake ninja pybind11 setuptools wheel
+	@touch $@
+
+$(VENV)/.native: $(NATIVE) | $(VENV)/.tools
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+# An editable install: Python sources are used where they lie.
+$(VENV)/.installed: pyproject.toml setup.py | $(VENV)/.native
+	$(PIP_INSTALL) --no-build-isolation -e ".[test]"
+	@touch $@
+
+demo: venv      ## the bundled model on a real picture, dense and compressed; the picture goes to out/
+	mkdir -p out
+	$(BIN)/adsc run --out out/survivors.png
+
+test: lint test-cpp  ## linters, C++ tests, Python tests
+	$(BIN)/python -m pytest -q
+
+test-fast: venv ## Python tests without the slow ones
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-cpp: venv  ## C++ tests of the keep rule and the planner
+	$(BIN)/cmake --build $(BUILD) --target adsc_tests
+	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure --no-tests=error
+
+bench: venv     ## benchmarks, against the plain copy of the same run
+	$(BIN)/python -m pytest -q bench --benchmark-enable --benchmark-only
+
+lint: venv      ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: venv    ## ruff and clang-format
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+	@$(BIN)/python -c "import clang_format" 2>/dev/null || $(PIP_INSTALL) clang-format
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+wheel: venv     ## dist/*.whl
+	rm -rf build/lib* build/bdist*
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:          ## everything that was made, but the virtual environment
+	rm -rf build dist out *.egg-info adsc_kernels/*.so
+	rm -f $(VENV)/.native

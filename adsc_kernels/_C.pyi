@@ -1,0 +1,28 @@
+from collections.abc import Sequence
+from typing import TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+class BuildInfo(TypedDict):
+    version: str
+    compiler: str
+    build_type: str
+    cxx_flags: str
+    torch: str
+    cuda_compiler: str | None
+    cuda_archs: tuple[str, ...] | None
+    cuda_reason: str | None
+
+def build_info() -> BuildInfo: ...
+def plan(
+    boundaries: Sequence[Sequence[int]],
+    cu_seqlens: Sequence[int],
+    vision_spans: Sequence[Sequence[int]],
+    chunks: Sequence[Sequence[int]] | None,
+) -> tuple[NDArray[np.int32], list[tuple[int, int, bool]], NDArray[np.int32]]: ...
+def expand(segments: NDArray[np.int32], rows: int) -> NDArray[np.int64]: ...
+def compress(sources: NDArray[np.int64]) -> NDArray[np.int32]: ...
+def kept_count(n: int, numerator: int, denominator: int) -> int: ...
+def kept_index(pattern: int, j: int, n: int, m: int) -> int: ...
+def kept_before(pattern: int, x: int, n: int, m: int) -> int: ...
