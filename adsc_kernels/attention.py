@@ -1,7 +1,7 @@
-"""Variable-length causal attention over packed rows: flash-attn, else PyTorch's own varlen flash, else SDPA.
+"""Variable-length causal attention: flash-attn, else PyTorch's own varlen flash, else SDPA.
 
-Queries are packed by a stage's `cu_seqlens`. Keys are either the same packed rows (a prompt run whole) or
-lie in a cache, each sequence in a stretch of its own that is longer than what it has filled (`CachedKeys`).
+Queries are packed by a stage's `cu_seqlens`. Keys are the same packed rows (a prompt run whole), or
+lie in a cache, where each sequence has a stretch of its own that it need not fill (`CachedKeys`).
 The causal mask is aligned bottom-right: the last query row of a sequence sees all of its keys.
 """
 
@@ -12,7 +12,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,28 +20,18 @@ from torch import Tensor
 
 from .errors import UnsupportedError
 
+if TYPE_CHECKING:
+    from .plan import StagePlan
+
 BACKENDS = ("flash_attn", "torch_varlen", "sdpa")  # in the order in which "auto" tries them
-
-
-class Rows(Protocol):
-    """What is read of a StagePlan: how the query rows are split into sequences."""
-
-    @property
-    def cu_seqlens(self) -> Tensor: ...
-    @property
-    def seq_lens(self) -> tuple[int, ...]: ...
-    @property
-    def max_seqlen(self) -> int: ...
-    @property
-    def num_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class CachedKeys:
     """Where each sequence's keys lie: rows starts[b] .. starts[b] + lens[b] of a cache.
 
-    The public varlen kernels know cumulative lengths only, no unused capacity. So every gap between two
-    sequences' keys is described to them as one more sequence, of keys that no query row asks for:
+    The varlen kernels know cumulative lengths, but no unused capacity. So the gap behind each
+    sequence's keys is told to them as one more sequence, of keys that no query row asks for:
     `cu_seqlens_q` and `cu_seqlens_k` (int32, [2B + 1]) list sequence, gap, sequence, gap ...
     """
 
@@ -59,7 +49,7 @@ class CachedKeys:
         capacities: Sequence[int],
         device: torch.device,
     ) -> CachedKeys:
-        """q_lens: query rows, lens: filled keys, capacities: key rows owned; one of each per sequence."""
+        """Of each sequence its query rows, its keys, and the cache rows that it owns."""
         starts: list[int] = []
         cu_q, cu_k = [0], [0]
         for rows, length, capacity in zip(q_lens, lens, capacities, strict=True):
@@ -74,7 +64,7 @@ def varlen_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    stage: Rows,
+    stage: StagePlan,
     *,
     keys: CachedKeys | None = None,
     scale: float | None = None,
@@ -84,7 +74,8 @@ def varlen_attention(
 
     Args:
         q: [T, Hq, D], rows packed by `stage.cu_seqlens`.
-        k, v: [T, Hkv, D] packed like q, or with `keys` the cache [capacity, Hkv, D]; Hkv divides Hq.
+        k, v: [T, Hkv, D] packed like q, or with `keys` the cache [capacity, Hkv, D]; Hkv divides
+            Hq.
         stage: a StagePlan, or anything with cu_seqlens, seq_lens, max_seqlen and num_tokens.
         keys: where each sequence's keys lie in the cache; None means packed like the queries.
         scale: of the scores; None means 1/sqrt(D).
@@ -92,8 +83,8 @@ def varlen_attention(
 
     Returns: [T, Hq, D].
 
-    Raises: ValueError on shapes that don't fit, TypeError on mixed dtypes, UnsupportedError where the
-        backend asked for can't do this call (it says why).
+    Raises: ValueError on shapes that don't fit, TypeError on mixed dtypes, UnsupportedError where
+        the backend asked for can't do this call (it says why).
     """
     _check(q, k, v, stage, keys)
     run = _choose(q, k, backend)
@@ -105,29 +96,29 @@ def varlen_attention(
 def available(
     device: torch.device | str = "cuda", dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, str | None]:
-    """Each backend with None where it would run on such tensors, else with the reason why it wouldn't."""
+    """Each backend with None where it would run on such tensors, else the reason why not."""
     device = torch.device(device)
     return {name: _why_not(name, device, dtype, head_dim=64, grouped=True) for name in BACKENDS}
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, stage: Rows, keys: CachedKeys | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, stage: StagePlan, keys: CachedKeys | None) -> None:
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or k.shape[2] != q.shape[2]:
-        raise ValueError(
-            "q must be [T, Hq, D] and k, v both [Tk, Hkv, D], "
-            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
-        )
+        got = f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        raise ValueError(f"q, k, v: expected [T, Hq, D] and twice [Tk, Hkv, D], got {got}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"k's {k.shape[1]} heads must divide q's {q.shape[1]}")
+        raise ValueError(f"k: expected heads that divide q's {q.shape[1]}, got {k.shape[1]}")
     if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"q, k, v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+        raise TypeError(f"q, k, v: expected one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     if q.shape[0] != stage.num_tokens:
-        raise ValueError(f"q must have the stage's {stage.num_tokens} rows, got {q.shape[0]}")
-    if keys is None and k.shape[0] != stage.num_tokens:
-        raise ValueError(f"k must have the stage's {stage.num_tokens} rows, got {k.shape[0]}")
-    if keys is not None and any(n > m for n, m in zip(stage.seq_lens, keys.lens, strict=True)):
-        raise ValueError(
-            f"keys.lens {keys.lens} must hold at least the query rows {stage.seq_lens}"
-        )
+        raise ValueError(f"q: expected the stage's {stage.num_tokens} rows, got {q.shape[0]}")
+    if keys is None:
+        if k.shape[0] != stage.num_tokens:
+            raise ValueError(f"k: expected the stage's {stage.num_tokens} rows, got {k.shape[0]}")
+        return
+    if any(n > m for n, m in zip(stage.seq_lens, keys.lens, strict=True)):
+        raise ValueError(f"keys: expected at least the rows {stage.seq_lens}, got {keys.lens}")
+    if any(start + n > k.shape[0] for start, n in zip(keys.starts, keys.lens, strict=True)):
+        raise ValueError(f"keys: expected rows inside k's {k.shape[0]}, got {keys.starts}")
 
 
 def _choose(q: Tensor, k: Tensor, backend: str) -> Callable[..., Tensor]:
@@ -137,7 +128,7 @@ def _choose(q: Tensor, k: Tensor, backend: str) -> Callable[..., Tensor]:
             if _why_not(name, q.device, q.dtype, q.shape[2], grouped) is None:
                 return _RUN[name]
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
+        raise ValueError(f"backend: expected 'auto' or one of {BACKENDS}, got {backend!r}")
     reason = _why_not(backend, q.device, q.dtype, q.shape[2], grouped)
     if reason is not None:
         raise UnsupportedError(f"attention backend {backend!r}: {reason}")
@@ -183,43 +174,41 @@ def _missing(name: str, grouped: bool) -> str | None:
     return f"torch {torch.__version__}'s varlen_attn takes no {', '.join(lacks)}" if lacks else None
 
 
-def _varlen_arguments(stage: Rows, keys: CachedKeys | None) -> tuple[Tensor, Tensor, int, int]:
+def _varlen_arguments(stage: StagePlan, keys: CachedKeys | None) -> tuple[Tensor, Tensor, int, int]:
     """cu_seqlens_q, cu_seqlens_k, and upper bounds on the two lengths."""
     if keys is None:
         return stage.cu_seqlens, stage.cu_seqlens, stage.max_seqlen, stage.max_seqlen
-    # At a bound of 1 and grouped heads flash-attn 2 folds the groups into the rows, which takes every
-    # sequence to have exactly one row: our gaps, and sequences that are done, have none.
+    # At a bound of 1 and grouped heads flash-attn 2 folds the groups into the rows, for which each
+    # sequence must have exactly one row: our gaps, and sequences that are done, have none.
     return keys.cu_seqlens_q, keys.cu_seqlens_k, max(2, stage.max_seqlen), keys.max_len
 
 
 def _flash_attn(
-    q: Tensor, k: Tensor, v: Tensor, stage: Rows, keys: CachedKeys | None, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, stage: StagePlan, keys: CachedKeys | None, scale: float | None
 ) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
     cu_q, cu_k, max_q, max_k = _varlen_arguments(stage, keys)
-    out: Tensor = flash_attn_varlen_func(
+    return flash_attn_varlen_func(
         q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=True
     )
-    return out
 
 
 def _torch_varlen(
-    q: Tensor, k: Tensor, v: Tensor, stage: Rows, keys: CachedKeys | None, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, stage: StagePlan, keys: CachedKeys | None, scale: float | None
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     cu_q, cu_k, max_q, max_k = _varlen_arguments(stage, keys)
     grouped: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     causal = (-1, 0)  # no bound to the left, nothing to the right
-    out: Tensor = varlen_attn(
+    return varlen_attn(  # type: ignore[return-value]  # a pair only where return_aux asks for it
         q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=causal, **grouped
     )
-    return out
 
 
 def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, stage: Rows, keys: CachedKeys | None, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, stage: StagePlan, keys: CachedKeys | None, scale: float | None
 ) -> Tensor:
     """One call per sequence: for CPU, float32, and machines without a varlen kernel."""
     outs = []

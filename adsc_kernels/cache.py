@@ -1,4 +1,4 @@
-"""The key-value cache of a compressed model: every stage has one of its own, as long as that stage needs.
+"""The key-value cache of a compressed model: one for each stage, as long as that stage needs.
 
 A dropped token never writes K or V in the stages after its boundary, so nothing has to be compacted
 after a prompt: stage s simply holds `plan.stages[s].kv_lens[b]` rows of sequence b.
@@ -7,6 +7,7 @@ after a prompt: stage s simply holds `plan.stages[s].kv_lens[b]` rows of sequenc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import Enum
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,11 +20,20 @@ if TYPE_CHECKING:
     from .schedule import CompressionSchedule
 
 
+class Phase(Enum):
+    """What a pass is for. Its caller says so: no length tells, since a prompt can be one token."""
+
+    PREFILL = "prefill"  # whole prompts, nothing cached: the keys are the chunk's own rows
+    CHUNKED_PREFILL = "chunked prefill"  # a part of each prompt, behind the parts before it
+    LATER_TURN = "later turn"  # new text and pictures, behind a conversation that is cached
+    DECODE = "decode"  # the token generated last, of every sequence still going
+
+
 class StageCache:
     """K and V of one stage's layers.
 
-    Each layer has `k[i]` and `v[i]`, [total_capacity, H_kv, D]; sequence b owns `capacities[b]` rows of
-    them, behind those of the sequences before it, and has filled the first `lens[b]`.
+    Each layer has `k[i]` and `v[i]`, [total_capacity, H_kv, D]; sequence b owns `capacities[b]` of
+    their rows, behind those of the sequences before it, and has filled the first `lens[b]`.
     """
 
     def __init__(
@@ -42,7 +52,7 @@ class StageCache:
         self.k = [torch.empty(empty, dtype=dtype, device=device) for _ in layers]
         self.v = [torch.empty(empty, dtype=dtype, device=device) for _ in layers]
         self._device = device
-        self.keys: CachedKeys | None = None  # of the chunk that `begin` was called for
+        self._keys: CachedKeys | None = None
         self._rows = torch.empty(0, dtype=torch.int64)
 
     @property
@@ -50,48 +60,51 @@ class StageCache:
         """What the K and V of all its layers occupy, read off their storages."""
         return sum(t.untyped_storage().nbytes() for t in (*self.k, *self.v))
 
-    def reserve(self, needed: Sequence[int]) -> None:
-        """Make room for `needed[b]` rows of each sequence, by a new allocation where one has too few.
+    def fit(self, needed: Sequence[int]) -> None:
+        """Make room for exactly `needed[b]` rows of each sequence, by a new allocation.
 
         Layer by layer, so that at most one tensor exists twice.
         """
-        capacities = tuple(max(n, c) for n, c in zip(needed, self.capacities, strict=True))
-        if capacities == self.capacities:
+        if any(n < length for n, length in zip(needed, self.lens, strict=True)):
+            raise ValueError(f"needed: expected at least the cached {self.lens}, got {needed}")
+        if tuple(needed) == self.capacities:
             return
         for tensors in (self.k, self.v):
             for i, old in enumerate(tensors):
-                new = old.new_empty((sum(capacities), *old.shape[1:]))
+                new = old.new_empty((sum(needed), *old.shape[1:]))
                 src = dst = 0
-                for length, had, has in zip(self.lens, self.capacities, capacities, strict=True):
+                for length, had, has in zip(self.lens, self.capacities, needed, strict=True):
                     new[dst : dst + length] = old[src : src + length]
                     src, dst = src + had, dst + has
                 tensors[i] = new
-        self.capacities = capacities
+        self.capacities = tuple(needed)
 
-    def begin(self, stage: StagePlan) -> None:
-        """Get ready to append a chunk: sets `keys`, where each sequence's keys lie once it is in.
+    def begin(self, stage: StagePlan, phase: Phase) -> StageCache:
+        """Get ready to append a chunk's rows to every layer; returns itself.
 
         Raises: ValueError where the plan was made for other cached lengths, or there is no room.
         """
         if stage.cached_lens != self.lens:
-            raise ValueError(
-                f"the plan expects {stage.cached_lens} cached rows, there are {self.lens}"
-            )
+            raise ValueError(f"stage: expected {self.lens} cached rows, got {stage.cached_lens}")
         if any(n > c for n, c in zip(stage.kv_lens, self.capacities, strict=True)):
-            raise ValueError(f"no room for {stage.kv_lens} rows in capacities {self.capacities}")
-        self.keys = CachedKeys.build(
-            stage.seq_lens, stage.kv_lens, self.capacities, device=self._device
-        )
-        spans = zip(self.keys.starts, stage.cached_lens, stage.seq_lens, strict=True)
+            raise ValueError(f"stage: expected room for {stage.kv_lens}, got {self.capacities}")
+        where = CachedKeys.build(stage.seq_lens, stage.kv_lens, self.capacities, self._device)
+        spans = zip(where.starts, stage.cached_lens, stage.seq_lens, strict=True)
         rows = [torch.arange(start + done, start + done + n) for start, done, n in spans]
         self._rows = torch.cat(rows).to(self._device, non_blocking=True)
+        self._keys = None if phase is Phase.PREFILL else where
+        return self
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the chunk's k and v, [T, H_kv, D], of one layer; returns that layer's whole cache."""
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, CachedKeys | None]:
+        """Write the chunk's k and v, [T, H_kv, D], of one layer.
+
+        Returns what its queries attend to, as `varlen_attention` takes it: the layer's cache and
+        where the keys lie in it; in PREFILL the same k and v, since there is nothing else.
+        """
         i = self.layers.index(layer)
         self.k[i].index_copy_(0, self._rows, k)
         self.v[i].index_copy_(0, self._rows, v)
-        return self.k[i], self.v[i]
+        return (k, v, None) if self._keys is None else (self.k[i], self.v[i], self._keys)
 
 
 class KVCache:
@@ -119,10 +132,10 @@ class KVCache:
             for s in range(schedule.num_stages)
         )
 
-    def reserve(self, plan: CompressionPlan, extra: int = 0) -> None:
-        """Make room in every stage for all that `plan` will have cached, and `extra` rows a sequence."""
+    def fit(self, plan: CompressionPlan, extra: int = 0) -> None:
+        """Room in every stage for exactly what `plan` will have cached, and `extra` rows more."""
         for cache, stage in zip(self.stages, plan.stages, strict=True):
-            cache.reserve([n + extra for n in stage.kv_lens])
+            cache.fit([n + extra for n in stage.kv_lens])
 
     def advance(self, plan: CompressionPlan) -> None:
         """The plan's chunk has been written in every layer: it now counts as cached."""

@@ -161,17 +161,15 @@ def make_plan(
         device: where the tables go; the CPU if not given. One copy, no synchronisation.
         block_size: tokens of a cache block, for ``StagePlan.block_counts``.
         chunks: ``B`` pairs ``(begin, end)`` of positions to run now, where earlier positions are in
-            the cache already: a chunk of a long prefill, or a later turn of a chat. A token survives
-            in a chunk exactly if it survives in the whole prompt.
+            the cache already: a chunk of a long prefill, or a later turn of a chat. A token
+            survives in a chunk exactly if it survives in the whole prompt.
 
     Raises ``ValueError`` or ``TypeError`` that names the argument for spans that overlap or leave
     their sequence, a grid span without height and width, lengths that decrease, chunks outside the
     prompt, or tensors on a device.
     """
     if not isinstance(schedule, CompressionSchedule):
-        raise TypeError(
-            f"schedule: expected a CompressionSchedule, got {type(schedule).__name__}"
-        )
+        raise TypeError(f"schedule: expected a CompressionSchedule, got {type(schedule).__name__}")
     if block_size is not None and (not isinstance(block_size, int) or block_size < 1):
         raise ValueError(f"block_size: expected an int of at least 1, got {block_size!r}")
     tables, offsets, cached = _C.plan(
@@ -214,15 +212,10 @@ def make_plan(
 
 def _boundary_rules(schedule: CompressionSchedule) -> list[tuple[int, ...]]:
     code = _PATTERN_CODES[schedule.pattern]
-    rules: list[tuple[int, ...]] = []
-    for boundary in schedule.boundaries:
-        shares = (
-            (boundary.keep,)
-            if boundary.keep_rows is None or boundary.keep_columns is None
-            else (boundary.keep_rows, boundary.keep_columns)
-        )
-        rules.append((code, *(n for s in shares for n in (s.numerator, s.denominator))))
-    return rules
+    return [
+        (code, *(term for share in b.factors for term in (share.numerator, share.denominator)))
+        for b in schedule.boundaries
+    ]
 
 
 def _host_ints(values: Any, name: str) -> Any:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from math import prod
 from typing import Any
 
 PATTERNS = ("start", "center", "linspace", "grid")
@@ -38,11 +39,16 @@ class Boundary:
     def __str__(self) -> str:
         return f"{self.layer}:{self.share()}"
 
+    @property
+    def factors(self) -> tuple[Fraction, ...]:
+        """The shares that the rule applies: ``keep`` alone, or that of rows and that of columns."""
+        if self.keep_rows is None or self.keep_columns is None:
+            return (self.keep,)
+        return self.keep_rows, self.keep_columns
+
     def share(self) -> str:
         """The keep share as text: ``1/4``, or rows x columns as ``1/2x1/2``."""
-        if self.keep_rows is None:
-            return str(self.keep)
-        return f"{self.keep_rows}x{self.keep_columns}"
+        return "x".join(map(str, self.factors))
 
 
 @dataclass(frozen=True)
@@ -82,16 +88,13 @@ class CompressionSchedule:
             self._check_keep(boundary)
 
     def _check_keep(self, boundary: Boundary) -> None:
-        is_grid = boundary.keep_rows is not None and boundary.keep_columns is not None
-        if is_grid != (self.pattern == "grid"):
+        if len(boundary.factors) != (2 if self.pattern == "grid" else 1):
             raise ValueError(
                 f"keep at layer {boundary.layer}: pattern 'grid' takes rows x columns such as "
                 f"1/2x1/2 and the others one share such as 1/4, got {boundary.share()!r} with "
                 f"pattern {self.pattern!r}"
             )
-        for share in (boundary.keep, boundary.keep_rows, boundary.keep_columns):
-            if share is None:
-                continue
+        for share in boundary.factors:
             if not 0 <= share <= 1:
                 raise ValueError(
                     f"keep at layer {boundary.layer}: expected a share in [0, 1], got {share}"
@@ -101,13 +104,11 @@ class CompressionSchedule:
                     f"keep at layer {boundary.layer}: expected a denominator below 2^31, "
                     f"got {share}"
                 )
-        if boundary.keep_rows is not None and boundary.keep_columns is not None:
-            product = boundary.keep_rows * boundary.keep_columns
-            if boundary.keep != product:
-                raise ValueError(
-                    f"keep at layer {boundary.layer}: expected keep_rows * keep_columns = "
-                    f"{product}, got {boundary.keep}"
-                )
+        if boundary.keep != prod(boundary.factors):
+            raise ValueError(
+                f"keep at layer {boundary.layer}: expected keep_rows * keep_columns = "
+                f"{prod(boundary.factors)}, got {boundary.keep}"
+            )
 
     @classmethod
     def dense(cls, num_layers: int) -> CompressionSchedule:
@@ -203,9 +204,8 @@ class CompressionSchedule:
             )
         counts = [count]
         for boundary in self.boundaries:
-            assert boundary.keep_rows is not None and boundary.keep_columns is not None
-            height = kept_count(height, boundary.keep_rows)
-            width = kept_count(width, boundary.keep_columns)
+            rows, columns = boundary.factors
+            height, width = kept_count(height, rows), kept_count(width, columns)
             counts.append(height * width)
         return tuple(counts)
 
@@ -248,7 +248,7 @@ class _Parser:
     def share(self) -> Fraction:
         start = self.at
         number = self.take(_NUMBER, "a keep share such as 1/4 or 0.25")
-        numerator, _, denominator = number.partition("/")
+        denominator = number.partition("/")[2]
         if denominator and int(denominator) == 0:
             self.at = start
             raise self.fail("a keep share with a denominator above 0")
@@ -285,10 +285,10 @@ class _Parser:
             if not self.accept("@"):
                 raise self.fail("',', '@' or the end")
             for name, values in choices:
-                end = next((v for v in values if re.match(rf"{v}(?=@|$)", self.text[self.at :])), "")
-                if end and name not in chosen:
-                    chosen[name] = end
-                    self.at += len(end)
+                rest = self.text[self.at :].partition("@")[0]
+                if rest in values and name not in chosen:
+                    chosen[name] = rest
+                    self.at += len(rest)
                     break
             else:
                 free = [v for name, values in choices if name not in chosen for v in values]

@@ -1,6 +1,7 @@
-"""make_plan on the host against the same tables in vectorised NumPy: 256 sequences x 8 images x 3 boundaries.
+"""make_plan on the host against the same tables in vectorised NumPy.
 
-The design's bound is 1 ms. Both start from Python lists and end with arrays; no device is involved.
+256 sequences x 8 images x 3 boundaries; the bound is 1 ms. Both start from Python lists
+and end with arrays; no device is involved.
 """
 
 from __future__ import annotations

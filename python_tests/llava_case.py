@@ -9,7 +9,8 @@ from llava_oracle import Share, oracle
 from tiny_checkpoints import picture
 from torch import Tensor
 
-from adsc_kernels.llava import Llava, Phase
+from adsc_kernels.cache import Phase
+from adsc_kernels.llava import Llava
 from adsc_kernels.llava.generate import Conversation, read_turn, run
 
 # One image, several, none, two side by side, one at the very beginning; all of different lengths.
@@ -43,7 +44,9 @@ def begin(
 
 
 @torch.no_grad()
-def run_to(model: Llava, talk: Conversation, ends: list[int], phase: Phase, pictures) -> list[Tensor]:
+def run_to(
+    model: Llava, talk: Conversation, ends: list[int], phase: Phase, pictures
+) -> list[Tensor]:
     """Run up to `ends`; logits of every row of the last stage, by sequence."""
     from adsc_kernels.plan import make_plan
 
@@ -52,7 +55,7 @@ def run_to(model: Llava, talk: Conversation, ends: list[int], phase: Phase, pict
         offsets.append(offsets[-1] + len(tokens))
     chunks = list(zip(talk.cached, ends, strict=True))
     plan = make_plan(model.schedule, offsets, talk.vision_spans, chunks=chunks)
-    talk.cache.reserve(plan)
+    talk.cache.fit(plan)
     hidden = run(model, talk, ends, phase, pictures, all_rows=True)
     return list(model.logits(hidden).split(plan.stages[-1].seq_lens))
 

@@ -19,9 +19,7 @@ shares = st.one_of(
 def schedules(draw, patterns=PATTERNS, max_boundaries=3) -> CompressionSchedule:
     pattern = draw(st.sampled_from(patterns))
     num_layers = draw(st.integers(max_boundaries, 12))
-    layers = draw(
-        st.lists(st.integers(0, num_layers - 1), max_size=max_boundaries, unique=True)
-    )
+    layers = draw(st.lists(st.integers(0, num_layers - 1), max_size=max_boundaries, unique=True))
     boundaries = []
     for layer in layers:
         keep = draw(shares)

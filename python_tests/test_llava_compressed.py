@@ -18,7 +18,8 @@ from llava_case import (
 )
 from tiny_checkpoints import make_checkpoint
 
-from adsc_kernels.llava import Llava, Phase
+from adsc_kernels.cache import Phase
+from adsc_kernels.llava import Llava
 
 GRID = 5  # odd, so that no share divides it
 SCHEDULES = [

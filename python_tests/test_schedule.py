@@ -31,9 +31,7 @@ def test_parse():
 
 def test_parse_grid():
     schedule = CompressionSchedule.parse("8:1/2x1/3@grid@renumber", num_layers=32)
-    assert schedule.boundaries == (
-        Boundary(8, Fraction(1, 6), Fraction(1, 2), Fraction(1, 3)),
-    )
+    assert schedule.boundaries == (Boundary(8, Fraction(1, 6), Fraction(1, 2), Fraction(1, 3)),)
     assert schedule.kept(20, 5, 4) == (20, 6)
     with pytest.raises(ValueError, match="pattern 'grid' needs both"):
         schedule.kept(20)
@@ -136,6 +134,6 @@ def test_out_of_range():
 
 
 def test_grid_factors_must_agree():
+    boundary = Boundary(1, Fraction(1, 3), Fraction(1, 2), Fraction(1, 2))
     with pytest.raises(ValueError, match="keep_rows \\* keep_columns"):
-        boundary = Boundary(1, Fraction(1, 3), Fraction(1, 2), Fraction(1, 2))
         CompressionSchedule(4, (boundary,), "grid")

@@ -1,26 +1,17 @@
-"""A thin LLaVA-1.5 that compresses: reads any checkpoint of it, and shows how to wire the ops in.
+"""A thin LLaVA-1.5 that compresses: how to wire the ops into an engine of one's own.
 
-Read `decoder.py` first: it is where vision tokens are dropped. `model.py` holds the weights around it,
-`generate.py` runs prompts through it, and the other files read checkpoints, text and pictures.
+Read `model.py` first, where `Decoder.forward` drops the vision tokens, then `generate.py`; the
+other files read checkpoints, text and pictures.
 """
 
 from pathlib import Path
 
+from ..images import load_image
 from .config import LlavaConfig
-from .decoder import Phase
-from .generate import Conversation, Generation
+from .generate import Generation
 from .model import Llava
-from .processor import load_image
 
-__all__ = [
-    "Conversation",
-    "Generation",
-    "Llava",
-    "LlavaConfig",
-    "Phase",
-    "bundled_checkpoint",
-    "load_image",
-]
+__all__ = ["Generation", "Llava", "LlavaConfig", "bundled_checkpoint", "load_image"]
 
 
 def bundled_checkpoint() -> Path:

@@ -14,7 +14,7 @@ from ..errors import UnsupportedError
 
 @dataclass(frozen=True)
 class LlavaConfig:
-    """The sizes of a LLaVA-1.5 checkpoint; the rest is in transformers' own, `hf`."""
+    """The sizes of a LLaVA-1.5 checkpoint; `hf` is transformers' own config, with all the rest."""
 
     hidden_size: int
     intermediate_size: int
@@ -24,24 +24,14 @@ class LlavaConfig:
     head_dim: int
     vocab_size: int
     max_positions: int
-    tied_head: bool
     image_token_id: int
     image_size: int
-    patch_size: int
-    vision_feature_layers: tuple[int, ...]
-    keep_class_token: bool
+    grid: int  # patches along each side of a picture
+    tokens_per_image: int  # rows that a picture takes in the decoder
+    keep_class_token: bool  # it is one of these rows
+    feature_layers: tuple[int, ...]  # of the vision tower
     stop_token_ids: tuple[int, ...]
     hf: transformers.LlavaConfig
-
-    @property
-    def grid(self) -> int:
-        """Patches along each side of a picture."""
-        return self.image_size // self.patch_size
-
-    @property
-    def tokens_per_image(self) -> int:
-        """Rows that a picture takes in the decoder."""
-        return self.grid**2 + self.keep_class_token
 
     @classmethod
     def from_folder(cls, folder: Path) -> LlavaConfig:
@@ -51,23 +41,32 @@ class LlavaConfig:
         _expect(path, "model_type", raw.get("model_type"), "llava")
         _expect(path, "quantization_config", raw.get("quantization_config"), None)
         try:  # transformers fills in what a sparse text_config leaves out
-            full = transformers.LlavaConfig.from_dict(raw)
+            hf = transformers.LlavaConfig.from_dict(raw)
         except Exception as error:  # its validators raise types of their own
             raise ValueError(f"{path}: {error}") from error
-        text, vision, layers = full.text_config, full.vision_config, full.vision_feature_layer
+        text, vision, layers = hf.text_config, hf.vision_config, hf.vision_feature_layer
         _expect(path, "text_config.model_type", text.model_type, "llama")
         _expect(path, "text_config.hidden_act", text.hidden_act, "silu")
         _expect(path, "vision_config.model_type", vision.model_type, "clip_vision_model")
-        layers = (layers,) if isinstance(layers, int) else tuple(layers)
-        depth = vision.num_hidden_layers
-        for fits, problem in (
-            (text.num_attention_heads % text.num_key_value_heads == 0, "num_key_value_heads"),
-            (0 <= full.image_token_id < text.vocab_size, "image_token_index"),
-            (0 < vision.patch_size <= vision.image_size, "patch_size"),
-            (all(-depth - 1 <= n <= depth for n in layers), "vision_feature_layer"),
+        layers, depth = [layers] if isinstance(layers, int) else layers, vision.num_hidden_layers
+        for name, fits in (
+            ("num_key_value_heads", text.num_attention_heads % text.num_key_value_heads == 0),
+            ("image_token_index", 0 <= hf.image_token_id < text.vocab_size),
+            ("patch_size", 0 < vision.patch_size <= vision.image_size),
+            ("vision_feature_layer", all(-depth - 1 <= n <= depth for n in layers)),
         ):
             if not fits:
-                raise ValueError(f"{path}: {problem} doesn't fit the other sizes")
+                raise ValueError(f"{path}: {name} doesn't fit the other sizes")
+        # longrope changes its frequencies past the length of its first training, when cached keys
+        # are rotated already; `dynamic` scaling changes nothing up to max_position_embeddings.
+        longest = text.max_position_embeddings
+        if text.rope_parameters["rope_type"] == "longrope":
+            longest = text.rope_parameters.get("original_max_position_embeddings") or longest
+        grid = vision.image_size // vision.patch_size
+        full = hf.vision_feature_select_strategy == "full"
+        path = folder / "generation_config.json"
+        stop = read_json(path).get("eos_token_id") if path.is_file() else None
+        stop = text.eos_token_id if stop is None else stop
         return cls(
             hidden_size=text.hidden_size,
             intermediate_size=text.intermediate_size,
@@ -76,15 +75,15 @@ class LlavaConfig:
             num_kv_heads=text.num_key_value_heads,
             head_dim=text.head_dim,
             vocab_size=text.vocab_size,
-            max_positions=_max_positions(text),
-            tied_head=full.tie_word_embeddings,
-            image_token_id=full.image_token_id,
+            max_positions=longest,
+            image_token_id=hf.image_token_id,
             image_size=vision.image_size,
-            patch_size=vision.patch_size,
-            vision_feature_layers=layers,
-            keep_class_token=full.vision_feature_select_strategy == "full",
-            stop_token_ids=_stop_tokens(folder, text),
-            hf=full,
+            grid=grid,
+            tokens_per_image=grid**2 + full,
+            keep_class_token=full,
+            feature_layers=tuple(layers),
+            stop_token_ids=() if stop is None else tuple([stop] if isinstance(stop, int) else stop),
+            hf=hf,
         )
 
 
@@ -97,29 +96,10 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {type(value).__name__}")
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
 
 
 def _expect(path: Path, name: str, got: object, supported: object) -> None:
     if got != supported:
-        raise UnsupportedError(f"{path}: {name} must be {supported!r}, got {got!r}")
-
-
-def _max_positions(text: transformers.LlamaConfig) -> int:
-    """The longest conversation for which one fixed set of RoPE frequencies is right.
-
-    `dynamic` scaling changes nothing up to max_position_embeddings. `longrope` changes frequencies
-    past the length it was first trained at, which would leave the cached keys rotated wrongly.
-    """
-    longest: int = text.max_position_embeddings
-    if text.rope_parameters["rope_type"] == "longrope":
-        longest = text.rope_parameters.get("original_max_position_embeddings") or longest
-    return longest
-
-
-def _stop_tokens(folder: Path, text: transformers.LlamaConfig) -> tuple[int, ...]:
-    path = folder / "generation_config.json"
-    found = read_json(path).get("eos_token_id") if path.is_file() else None
-    found = text.eos_token_id if found is None else found
-    return () if found is None else (found,) if isinstance(found, int) else tuple(found)
+        raise UnsupportedError(f"{path}: {name}: expected {supported!r}, got {got!r}")

@@ -13,20 +13,19 @@ from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ..cache import KVCache
+from ..cache import KVCache, Phase
 from ..plan import CompressionPlan, make_plan
-from .decoder import Phase
 
 if TYPE_CHECKING:
     from .model import Llava
 
-VisionSpan = tuple[int, int, int, int, int]  # sequence, start, length, height, width
+VisionSpan = tuple[int, ...]  # sequence, start, length, height, width: as make_plan takes it
 IMAGES_AT_ONCE = 16  # through the tower: bounds its memory
 
 
 @dataclass
 class Conversation:
-    """A batch of conversations so far. The token generated last is yet to be run, by a later turn."""
+    """A batch of conversations so far; the token generated last is for a later turn to run."""
 
     tokens: list[list[int]]  # with every picture expanded to its rows
     vision_spans: list[VisionSpan]
@@ -36,7 +35,7 @@ class Conversation:
 
 @dataclass
 class Generation:
-    """What `generate` returns; the first token counts as prefill in times and steps.
+    """What `generate` returns; the first token counts as prefill in the times and steps.
 
     `cache_bytes` is what the K and V that the prefill filled take up: the sizes of their storages,
     before room for generated tokens is added.
@@ -50,17 +49,13 @@ class Generation:
     decode_steps: int
     cache_bytes_per_stage: tuple[int, ...]
     plan: CompressionPlan  # of the conversation with this turn's prompts, as if run at once
+    vision_spans: list[VisionSpan]
     conversation: Conversation  # for a later turn
 
     @property
     def cache_bytes(self) -> int:
         """Over all stages."""
         return sum(self.cache_bytes_per_stage)
-
-    @property
-    def vision_spans(self) -> list[VisionSpan]:
-        """Every picture's (sequence, start, length, height, width)."""
-        return self.conversation.vision_spans
 
 
 @torch.no_grad()
@@ -92,41 +87,44 @@ def generate(
 
     Raises ValueError or TypeError for bad input, before anything is run or changed.
     """
-    if max_new_tokens < 1 or (prefill_chunk is not None and prefill_chunk < 1):
-        got = f"{max_new_tokens} and {prefill_chunk}"
-        raise ValueError(f"max_new_tokens, prefill_chunk: expected at least 1, got {got}")
-    if temperature < 0 or not 0 < top_p <= 1:
-        got = f"{temperature} and {top_p}"
-        raise ValueError(f"temperature, top_p: expected at least 0 and in (0, 1], got {got}")
-    talk, pixels, new = read_turn(model, prompts, images, max_new_tokens, conversation)
-    generator = torch.Generator(model.device)
-    generator.seed() if seed is None else generator.manual_seed(seed)
+    for name, fits, got in (
+        ("max_new_tokens: expected at least 1", max_new_tokens >= 1, max_new_tokens),
+        ("prefill_chunk: expected at least 1", (prefill_chunk or 1) >= 1, prefill_chunk),
+        ("temperature: expected at least 0", temperature >= 0, temperature),
+        ("top_p: expected a share in (0, 1]", 0 < top_p <= 1, top_p),
+    ):
+        if not fits:
+            raise ValueError(f"{name}, got {got}")
     stop = [stop] if isinstance(stop, str) else stop or ()
+    rng = torch.Generator(model.device)
+    rng.seed() if seed is None else rng.manual_seed(seed)
+    talk, pixels, spans = read_turn(model, prompts, images, max_new_tokens, conversation)
     lengths = [len(tokens) for tokens in talk.tokens]
-    plan = make_plan(model.schedule, _offsets(lengths), talk.vision_spans, model.device)
+    layout = ([0, *accumulate(lengths)], talk.vision_spans)
+    plan = make_plan(model.schedule, *layout, model.device)
 
-    times = [_now(model.device)]
-    parts = tqdm(pixels.split(IMAGES_AT_ONCE) if new else (), "pictures", disable=not progress)
+    started = _now(model.device)
+    parts = tqdm(pixels.split(IMAGES_AT_ONCE) if spans else (), "pictures", disable=not progress)
     features = [rows for part in parts for rows in model.image_features(part)]
-    pictures = list(zip(new, features, strict=True))
-    times.append(_now(model.device))
+    pictures = list(zip(spans, features, strict=True))
+    seen = _now(model.device)
 
     # The whole prompt at once, or chunks counted from each prompt's end, so that all end together.
-    talk.cache.reserve(plan)
     phase = Phase.PREFILL if conversation is None else Phase.LATER_TURN
     todo = max(end - done for end, done in zip(lengths, talk.cached, strict=True))
     chunk = min(prefill_chunk or todo, todo)
     if chunk < todo:
         phase = Phase.CHUNKED_PREFILL
-    to_come = range((todo - 1) // chunk * chunk, -1, -chunk)  # tokens left behind each chunk
-    for left in tqdm(to_come, "prefill", disable=not progress):
-        ends = [max(done, end - left) for end, done in zip(lengths, talk.cached, strict=True)]
+    talk.cache.fit(plan)
+    left = range((todo - 1) // chunk * chunk, -1, -chunk)  # tokens still to come after each chunk
+    for rest in tqdm(left, "prefill", disable=not progress):
+        ends = [max(done, end - rest) for end, done in zip(lengths, talk.cached, strict=True)]
         hidden = run(model, talk, ends, phase, pictures)
-    tokens = _choose(model.logits(hidden), temperature, top_p, generator)
+    tokens = _choose(model.logits(hidden), temperature, top_p, rng)
     cache_bytes = talk.cache.bytes_per_stage
-    times.append(_now(model.device))
+    filled = _now(model.device)
 
-    talk.cache.reserve(plan, extra=max_new_tokens - 1)  # the last token is not run
+    talk.cache.fit(plan, extra=max_new_tokens - 1)  # the last token is not run
     ids: list[list[int]] = [[] for _ in prompts]
     shown = ["" for _ in prompts]
     going = list(range(len(prompts)))
@@ -135,23 +133,34 @@ def generate(
             # A sequence that is done takes part with an empty chunk: no rows, and its cache stays.
             ends = [done + (b in going) for b, done in enumerate(talk.cached)]
             hidden = run(model, talk, ends, Phase.DECODE)
-            tokens = _choose(model.logits(hidden), temperature, top_p, generator)
+            tokens = _choose(model.logits(hidden), temperature, top_p, rng)
         for b, token in zip(going, tokens, strict=True):
             talk.tokens[b].append(token)
             ids[b].append(token)
-            text = model.processor.decode(ids[b])
-            whole = not text.endswith("\N{REPLACEMENT CHARACTER}")  # else a character is cut
-            piece, shown[b] = (text[len(shown[b]) :], text) if whole else ("", shown[b])
+            text, piece = model.processor.decode(ids[b]), ""
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else its last character is cut
+                piece, shown[b] = text[len(shown[b]) :], text
             if on_token is not None:
                 on_token(b, token, piece)
         going = [b for b in going if ids[b][-1] not in model.config.stop_token_ids]
-        going = [b for b in going if not any(text in shown[b] for text in stop)]
+        going = [b for b in going if not any(end in shown[b] for end in stop)]
         if not going:
             break
-    times.append(_now(model.device))
-    seconds = [after - before for before, after in zip(times, times[1:], strict=False)]
-    texts = [_cut(model.processor.decode(answer), stop) for answer in ids]
-    return Generation(texts, ids, *seconds, step, cache_bytes, plan, talk)
+    texts = [model.processor.decode(answer) for answer in ids]
+    for end in stop:
+        texts = [text.partition(end)[0] for text in texts]
+    return Generation(
+        texts=texts,
+        token_ids=ids,
+        vision_seconds=seen - started,
+        prefill_seconds=filled - seen,
+        decode_seconds=_now(model.device) - filled,
+        decode_steps=step,
+        cache_bytes_per_stage=cache_bytes,
+        plan=plan,
+        vision_spans=talk.vision_spans,
+        conversation=talk,
+    )
 
 
 def read_turn(
@@ -161,37 +170,33 @@ def read_turn(
     max_new_tokens: int,
     earlier: Conversation | None = None,
 ) -> tuple[Conversation, Tensor, list[VisionSpan]]:
-    """The conversation with a turn's tokens added, and that turn's pictures: pixels, and their spans.
+    """The conversation with a turn's tokens added, and that turn's pictures: pixels and spans.
 
     Runs nothing; an `earlier` conversation is only changed once all has been checked.
     """
     if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
         raise TypeError("prompts: expected a list of str")
+    size = len(prompts)
     given = [[] for _ in prompts] if images is None else [list(some) for some in images]
-    talk = earlier or Conversation([[] for _ in prompts], [], [0] * len(prompts), None)
-    if not len(prompts) == len(given) == len(talk.tokens) or not prompts:
-        got = f"{len(prompts)} prompts, {len(given)} lists of images, {len(talk.tokens)} sequences"
+    talk = earlier or Conversation([[]] * size, [], [0] * size, model.new_cache(size))
+    if not size == len(given) == len(talk.tokens) or not prompts:
+        got = f"{size} prompts, {len(given)} lists of images, {len(talk.tokens)} sequences"
         raise ValueError(f"prompts, images: expected one of each for each sequence, got {got}")
-    if earlier is not None and earlier.cache.schedule != model.schedule:
-        raise ValueError(f"conversation: its cache is for schedule {earlier.cache.schedule!s}")
+    if talk.cache.schedule != model.schedule:
+        raise ValueError(f"conversation: expected one under the schedule {model.schedule!s}")
     config, tokens, spans = model.config, [], []
+    # With a class token among them, a picture's rows are no grid.
+    grid = () if config.keep_class_token else (config.grid, config.grid)
     for b, (prompt, before) in enumerate(zip(prompts, talk.tokens, strict=True)):
         ids, starts = model.processor.encode(prompt, len(given[b]), begins=earlier is None)
-        # With a class token among them the rows are no grid.
-        shape = (config.tokens_per_image, *([config.grid] * 2 * (not config.keep_class_token)))
-        spans += [(b, len(before) + start, *shape) for start in starts]
+        spans += [(b, len(before) + at, config.tokens_per_image, *grid) for at in starts]
         tokens.append(before + ids)
-        total = len(tokens[b]) + max_new_tokens
-        if total > config.max_positions:
-            limit = f"at most {config.max_positions} tokens"
-            raise ValueError(f"prompts[{b}]: expected {limit} with the new ones, got {total}")
+        if (total := len(tokens[b]) + max_new_tokens) > config.max_positions:
+            most = f"at most {config.max_positions} tokens with the new ones"
+            raise ValueError(f"prompts[{b}]: expected {most}, got {total}")
         if ids[-1] == config.image_token_id and model.schedule.num_stages > 1:
-            raise ValueError(
-                f"prompts[{b}]: expected text after the last picture, which is dropped"
-            )
+            raise ValueError(f"prompts[{b}]: expected text behind a picture to be thinned out")
     pixels = model.processor.pixels([image for some in given for image in some])
-    if earlier is None:
-        talk.cache = model.new_cache(len(prompts))
     talk.tokens, talk.vision_spans = tokens, talk.vision_spans + spans
     return talk, pixels, spans
 
@@ -209,10 +214,11 @@ def run(
     Returns hidden rows of the last stage: the last one of each sequence that has any, or all.
     """
     chunks = list(zip(talk.cached, ends, strict=True))
-    cu_seqlens = _offsets([len(tokens) for tokens in talk.tokens])
-    plan = make_plan(model.schedule, cu_seqlens, talk.vision_spans, model.device, chunks=chunks)
-    x = model.embed([t for b, (lo, hi) in enumerate(chunks) for t in talk.tokens[b][lo:hi]])
-    first = _offsets([hi - lo for lo, hi in chunks])
+    layout = ([0, *accumulate(map(len, talk.tokens))], talk.vision_spans)
+    plan = make_plan(model.schedule, *layout, model.device, chunks=chunks)
+    ids = torch.tensor([t for b, (lo, hi) in enumerate(chunks) for t in talk.tokens[b][lo:hi]])
+    x = model.language_model.embed_tokens(ids.to(model.device, non_blocking=True))
+    first = [0, *accumulate(hi - lo for lo, hi in chunks)]
     for (b, start, length, *_), rows in pictures:
         lo, hi = max(chunks[b][0], start), min(chunks[b][1], start + length)
         if lo < hi:
@@ -220,22 +226,19 @@ def run(
             x[at + lo : at + hi] = rows[lo - start : hi - start]
     x = model(x, plan, phase, talk.cache)
     talk.cached = list(ends)
-    if all_rows:
-        return x
     lens = plan.stages[-1].seq_lens
     last = [end - 1 for end, n in zip(accumulate(lens), lens, strict=True) if n]
-    return x[torch.tensor(last, dtype=torch.int64).to(x.device, non_blocking=True)]
+    rows = torch.tensor(last, dtype=torch.int64).to(x.device, non_blocking=True)
+    return x if all_rows else x[rows]
 
 
-def _choose(
-    logits: Tensor, temperature: float, top_p: float, generator: torch.Generator
-) -> list[int]:
+def _choose(logits: Tensor, temperature: float, top_p: float, rng: torch.Generator) -> list[int]:
     """A token for each row. Reading them is the one place where a step waits for the device."""
     if temperature == 0:
         return logits.argmax(-1).tolist()
     shares, tokens = (logits / temperature).softmax(-1).sort(descending=True)
     shares[shares.cumsum(-1) - shares >= top_p] = 0  # the likeliest always stays
-    return tokens.gather(-1, shares.multinomial(1, generator=generator))[:, 0].tolist()
+    return tokens.gather(-1, shares.multinomial(1, generator=rng))[:, 0].tolist()
 
 
 def _now(device: torch.device) -> float:
@@ -243,12 +246,3 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _offsets(lengths: Sequence[int]) -> list[int]:
-    return [0, *accumulate(lengths)]
-
-
-def _cut(text: str, stop: Sequence[str]) -> str:
-    """The text before the first of the stop texts."""
-    return text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]

@@ -1,60 +1,176 @@
-"""The thin LLaVA: tower, projector, decoder and head, with a schedule."""
+"""The thin LLaVA: a packed, variable-length Llama that drops vision tokens at stage boundaries.
+
+The rows of all sequences lie one after the other, [T, hidden], without padding. What a stage needs
+to know of them (cu_seqlens, positions, cache lengths, who survives) is in `plan.stages[s]`, made on
+the host before the first layer runs. `Decoder.forward` is what to copy into another engine.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionModel
 from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from ..cache import KVCache
-from ..plan import CompressionPlan
+from .. import ops
+from ..attention import varlen_attention
+from ..cache import KVCache, Phase, StageCache
+from ..errors import UnsupportedError
+from ..plan import CompressionPlan, StagePlan
 from ..schedule import CompressionSchedule
-from . import generate
 from .config import LlavaConfig
-from .decoder import Decoder, Phase
+from .generate import generate
 from .processor import Processor
 from .weights import find_folder, load_weights
 
+Rope = tuple[Tensor, Tensor]  # cos and sin, [T, 1, head_dim]: of each row's position
 
-class Projector(nn.Module):
-    """Rows of the tower, [..., vision width x feature layers], to rows of the decoder."""
+
+class RMSNorm(nn.Module):
+    """Adds to the residual stream and norms the sum."""
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
-        width = config.hf.vision_config.hidden_size * len(config.vision_feature_layers)
-        bias = config.hf.multimodal_projector_bias
-        self.linear_1 = nn.Linear(width, config.hidden_size, bias=bias)
-        self.act = ACT2FN[config.hf.projector_hidden_act]
-        self.linear_2 = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.weight = nn.Parameter(torch.empty(config.hidden_size))
+        self.eps = config.hf.text_config.rms_norm_eps
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(norm(residual + x), residual + x); without a residual x begins the stream."""
+        residual = x if residual is None else residual + x
+        return F.rms_norm(residual, self.weight.shape, self.weight, self.eps), residual
+
+
+class Attention(nn.Module):
+    """Self-attention of one layer, grouped key heads or not."""
+
+    def __init__(self, config: LlavaConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        bias = config.hf.text_config.attention_bias
+        q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv, bias=bias)
+        self.o_proj = nn.Linear(q, config.hidden_size, bias=bias)
+
+    def forward(self, x: Tensor, rope: Rope, stage: StagePlan, cache: StageCache | None) -> Tensor:
+        """Rows [T, hidden] of a stage to as many, their K and V written to the stage's cache."""
+        q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), rope)
+        k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), rope)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        keys = None
+        if cache is not None:
+            k, v, keys = cache.append(self.layer, k, v)
+        return self.o_proj(varlen_attention(q, k, v, stage, keys=keys).flatten(-2))
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: LlavaConfig) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        bias = config.hf.text_config.mlp_bias
+        self.gate_proj = nn.Linear(width, inner, bias=bias)
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Both layers."""
-        return self.linear_2(self.act(self.linear_1(x)))
+        """Rows [T, hidden] to as many."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """A layer's parts; the decoder runs them, since a boundary cuts through the first norm."""
+
+    def __init__(self, config: LlavaConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config)
+        self.mlp = MLP(config)
+
+
+class Decoder(nn.Module):
+    """Token embedding, layers and final norm."""
+
+    inv_freq: Tensor
+
+    def __init__(self, config: LlavaConfig) -> None:
+        super().__init__()
+        with torch.device("meta"):  # the weights are still to come
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+            self.layers = nn.ModuleList(Layer(config, n) for n in range(config.num_layers))
+            self.norm = RMSNorm(config)
+        # transformers computes the frequencies, so that every scaling variant is read as it does.
+        text = config.hf.text_config
+        rotary = LlamaRotaryEmbedding(text)
+        if rotary.inv_freq.numel() * 2 != config.head_dim:
+            raise UnsupportedError(f"RoPE on a part of each head: {text.rope_parameters}")
+        self.rope_scale = float(rotary.attention_scaling)
+        self.register_buffer("inv_freq", rotary.inv_freq, persistent=False)
+
+    def forward(
+        self, x: Tensor, plan: CompressionPlan, cache: KVCache | None, phase: Phase
+    ) -> Tensor:
+        """Rows of stage 0, [T, hidden], to rows of the last stage, before the final norm."""
+        residual: Tensor | None = None
+        for s, stage in enumerate(plan.stages):
+            # What depends on the layout is made once here, and shared by the stage's layers.
+            angles = (stage.positions[:, None, None].float() * self.inv_freq).repeat(1, 1, 2)
+            cos, sin = angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
+            rope = (cos.to(x.dtype), sin.to(x.dtype))
+            stage_cache = None if cache is None else cache.stages[s].begin(stage, phase)
+            layers = plan.schedule.layers_of_stage(s)
+            for n in layers:
+                layer = cast(Layer, self.layers[n])
+                norm = layer.input_layernorm
+                if n > layers.start or stage.is_identity:
+                    x, residual = norm(x, residual)
+                elif residual is None:  # a boundary before layer 0: nothing is there to be added
+                    x, residual = norm(ops.downsample(x, stage))
+                else:
+                    # The boundary. x is the output of the MLP before, still to be added: the sum
+                    # and its norm are made of survivors only, and dropped rows are never touched.
+                    x, residual = ops.downsample_add_rms_norm(
+                        x, residual, norm.weight, stage, eps=norm.eps
+                    )
+                x = layer.self_attn(x, rope, stage, stage_cache)
+                x, residual = layer.post_attention_layernorm(x, residual)
+                x = layer.mlp(x)
+        return x if residual is None else residual + x
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Rotate [T, H, D] by the table of its rows."""
+    cos, sin = rope
+    low, high = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-high, low), dim=-1) * sin
 
 
 class Llava(nn.Module):
-    """A LLaVA-1.5 with a compression schedule, made by `from_pretrained`.
+    """A LLaVA-1.5 with its processor and a compression schedule, made by `from_pretrained`."""
 
-    `config`, `processor` (tokenizer and image processor) and `schedule` may be read.
-    """
-
-    def __init__(
-        self, config: LlavaConfig, processor: Processor, schedule: CompressionSchedule
-    ) -> None:
+    def __init__(self, config: LlavaConfig, processor: Processor) -> None:
         super().__init__()
-        self.config, self.processor, self.schedule = config, processor, schedule
+        self.config, self.processor = config, processor
+        self.schedule = CompressionSchedule.dense(config.num_layers)
         self.language_model = Decoder(config)
+        hf, size = config.hf, config.hidden_size
+        width = hf.vision_config.hidden_size * len(config.feature_layers)
+        bias = hf.multimodal_projector_bias
         with torch.device("meta"):  # the weights are still to come
-            self.vision_tower = CLIPVisionModel(config.hf.vision_config)
-            self.multi_modal_projector = Projector(config)
-            if not config.tied_head:
-                self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.vision_tower = CLIPVisionModel(hf.vision_config)
+            first, second = nn.Linear(width, size, bias), nn.Linear(size, size, bias)
+            self.multi_modal_projector = nn.ModuleDict({"linear_1": first, "linear_2": second})
+            if not hf.tie_word_embeddings:
+                self.lm_head = nn.Linear(size, config.vocab_size, bias=False)
         for module in self.vision_tower.modules():  # the one table that the tower makes itself
             if "position_ids" in module._buffers:
                 module.position_ids = torch.arange(config.grid**2 + 1)[None]
@@ -72,24 +188,20 @@ class Llava(nn.Module):
         schedule: an object, or text such as "8:1/4,16:1/4"; None drops nothing.
         device: None means CUDA where there is one. dtype: None means the checkpoint's.
 
-        Raises FileNotFoundError, ValueError (damaged or inconsistent files) or UnsupportedError
-        (another architecture).
+        Raises FileNotFoundError, ValueError (damaged files) or UnsupportedError (no LLaVA-1.5).
         """
         folder = find_folder(path_or_id)
         config = LlavaConfig.from_folder(folder)
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dense = CompressionSchedule.dense(config.num_layers)
-        model = cls(config, Processor(folder, config), dense).eval().with_schedule(schedule)
+        model = cls(config, Processor(folder, config)).eval().with_schedule(schedule)
         load_weights(model, folder, target, dtype)
         return model.to(target)
 
     def with_schedule(self, schedule: CompressionSchedule | str | None) -> Llava:
         """The same model, on the same weights, under another schedule."""
         depth = self.config.num_layers
-        if schedule is None:
-            schedule = CompressionSchedule.dense(depth)
-        elif isinstance(schedule, str):
-            schedule = CompressionSchedule.parse(schedule, num_layers=depth)
+        if not isinstance(schedule, CompressionSchedule):
+            schedule = CompressionSchedule.parse(schedule or "", num_layers=depth)
         if schedule.num_layers != depth:
             raise ValueError(f"schedule: expected one of {depth} layers, got {schedule.num_layers}")
         twin = copy.copy(self)  # shares the modules
@@ -101,28 +213,20 @@ class Llava(nn.Module):
         """Where the weights are."""
         return self.language_model.embed_tokens.weight.device
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the weights, and so the cache, are of."""
-        return self.language_model.embed_tokens.weight.dtype
-
     def new_cache(self, num_sequences: int) -> KVCache:
         """An empty cache for a batch under this model's schedule."""
-        heads, size = self.config.num_kv_heads, self.config.head_dim
-        return KVCache(self.schedule, num_sequences, heads, size, self.dtype, self.device)
+        like = self.language_model.embed_tokens.weight
+        shape = (self.config.num_kv_heads, self.config.head_dim)
+        return KVCache(self.schedule, num_sequences, *shape, like.dtype, like.device)
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """pixels [N, 3, S, S] -> [N, tokens_per_image, hidden]."""
-        states = self.vision_tower(
-            pixels.to(self.device, self.dtype), output_hidden_states=True
-        ).hidden_states
-        rows = torch.cat([states[n] for n in self.config.vision_feature_layers], dim=-1)
-        return self.multi_modal_projector(rows if self.config.keep_class_token else rows[:, 1:])
-
-    def embed(self, ids: Sequence[int]) -> Tensor:
-        """Packed token ids -> [T, hidden]; a picture's rows are the caller's to overwrite."""
-        tokens = torch.tensor(ids, dtype=torch.int64).to(self.device, non_blocking=True)
-        return self.language_model.embed_tokens(tokens)
+        pixels = pixels.to(self.language_model.embed_tokens.weight)
+        states = self.vision_tower(pixels, output_hidden_states=True).hidden_states
+        rows = torch.cat([states[n] for n in self.config.feature_layers], dim=-1)
+        rows = rows if self.config.keep_class_token else rows[:, 1:]
+        act, projector = ACT2FN[self.config.hf.projector_hidden_act], self.multi_modal_projector
+        return projector["linear_2"](act(projector["linear_1"](rows)))
 
     def forward(
         self, x: Tensor, plan: CompressionPlan, phase: Phase, cache: KVCache | None = None
@@ -142,7 +246,8 @@ class Llava(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Hidden rows [T, hidden] -> float32 [T, vocab]."""
         x, _ = self.language_model.norm(x)
-        head = self.language_model.embed_tokens if self.config.tied_head else self.lm_head
+        tied = self.config.hf.tie_word_embeddings
+        head = self.language_model.embed_tokens if tied else self.lm_head
         return F.linear(x, head.weight).float()
 
-    generate = generate.generate
+    generate = generate

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer
 
@@ -15,27 +14,6 @@ from .config import LlavaConfig
 
 # A picture is resized by its short side first: a thin enough strip would blow up to gigabytes.
 MAX_ASPECT = 100
-
-
-def load_image(path: str | Path) -> Image.Image:
-    """A picture file as 8-bit RGB, turned upright by its EXIF orientation.
-
-    Raises: FileNotFoundError; ValueError where it is no picture, is damaged or cut short, is so large that
-        it may be a decompression bomb, or has more than 8 bits a channel.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"image {path}: no such file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                if image.mode.startswith(("I", "F")):  # Pillow would clip, not scale, these
-                    raise ValueError(f"mode {image.mode}; 8 bits a channel are expected")
-                return ImageOps.exif_transpose(image).convert("RGB")
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"image {path}: too large ({error})") from error
-    except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
-        raise ValueError(f"image {path}: can't be read ({error})") from error
 
 
 class Processor:
@@ -65,10 +43,8 @@ class Processor:
             ids += [token] * (self.config.tokens_per_image if is_image else 1)
         if len(starts) != num_images:
             placeholder = self.tokenizer.convert_ids_to_tokens(self.config.image_token_id)
-            raise ValueError(
-                f"prompts: expected a {placeholder} for each image, got {len(starts)} for "
-                f"{num_images} in {prompt[:60]!r}"
-            )
+            got = f"{len(starts)} for {num_images} in {prompt[:60]!r}"
+            raise ValueError(f"prompts: expected a {placeholder} for each image, got {got}")
         return ids, starts
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
@@ -83,8 +59,7 @@ class Processor:
             return torch.empty(shape)
         pixels = self.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
         if pixels.shape != shape:
-            got = tuple(pixels.shape)
-            raise ValueError(f"the checkpoint's image processor: expected {shape}, got {got}")
+            raise ValueError(f"image processor: expected {shape}, got {tuple(pixels.shape)}")
         return pixels
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""Finding a checkpoint and reading its weights: safetensors only, every name and shape accounted for."""
+"""Finding a checkpoint and reading its weights: safetensors only, every name accounted for."""
 
 from __future__ import annotations
 
@@ -24,20 +24,19 @@ _RENAMES = (
 )
 # Tables that old versions saved, and that follow from the config.
 _DERIVED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def find_folder(path_or_id: str | Path) -> Path:
-    """A local folder, or one of the hub's: its json and safetensors files. FileNotFoundError."""
+    """A local folder, or the json and safetensors files of one on the hub; FileNotFoundError."""
     if Path(path_or_id).is_dir():
         return Path(path_or_id)
     try:
         patterns = ["*.json", "*.safetensors"]
         return Path(huggingface_hub.snapshot_download(str(path_or_id), allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(
-            f"{path_or_id}: no such folder, and not to be had from the hub ({reason})"
-        ) from error
+        reason = f"no such folder, and none to be had from the hub ({str(error).strip()[:200]})"
+        raise FileNotFoundError(f"{path_or_id}: {reason}") from error
 
 
 def load_weights(
@@ -46,7 +45,7 @@ def load_weights(
     """Fill a model that lies on the meta device; `dtype=None` takes the token embedding's.
 
     Raises FileNotFoundError for a missing file; ValueError for a damaged one, and for weights that
-    are missing, left over, there twice or of another shape. The model is filled only if all is well.
+    are missing, left over, there twice or of a wrong shape. Fills nothing unless all is well.
     """
     wanted = {_canonical(name): (name, p.shape) for name, p in model.named_parameters()}
     found: dict[str, Tensor] = {}
@@ -58,25 +57,21 @@ def load_weights(
                 continue
             if target in found:
                 raise ValueError(f"{file}: {name} is there twice")
-            if target in wanted and tensor.shape != wanted[target][1]:
-                expected, got = tuple(wanted[target][1]), tuple(tensor.shape)
-                raise ValueError(f"{file}: {name} must be {expected}, got {got}")
-            if not tensor.is_floating_point() or tensor.element_size() == 1:
-                raise ValueError(f"{file}: {name} must be 16- or 32-bit float, got {tensor.dtype}")
+            _, shape = wanted.get(target, (name, tensor.shape))
+            if tensor.shape != shape or tensor.dtype not in _FLOATS:
+                got = f"{tuple(tensor.shape)} of {tensor.dtype}"
+                raise ValueError(f"{file}: {name}: expected floats {tuple(shape)}, got {got}")
             found[target] = tensor
-    missing = sorted(wanted.keys() - found.keys())
+    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing:
         raise ValueError(f"{folder}: {len(missing)} weights are missing, {missing[0]} for one")
     embedding = found["language_model.embed_tokens.weight"]
-    extra = sorted(found.keys() - wanted.keys())
-    if extra == ["lm_head.weight"] and torch.equal(found["lm_head.weight"], embedding):
-        extra = []  # a tied head, written out once more
-    if extra:
+    # Some write a tied head out once more.
+    if extra and not (extra == ["lm_head.weight"] and torch.equal(found[extra[0]], embedding)):
         raise ValueError(f"{folder}: {len(extra)} weights are left over, {extra[0]} for one")
     dtype = dtype or embedding.dtype
-    model.load_state_dict(
-        {name: found[t].to(dtype) for t, (name, _) in wanted.items()}, assign=True
-    )
+    state = {name: found[target].to(dtype) for target, (name, _) in wanted.items()}
+    model.load_state_dict(state, assign=True)
 
 
 def _canonical(name: str) -> str:
@@ -94,7 +89,7 @@ def _files(folder: Path) -> list[Path]:
         raise FileNotFoundError(f"{folder}: neither {single.name} nor {index.name} is there")
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
-        raise ValueError(f"{index}: must hold a weight_map")
+        raise ValueError(f"{index}: expected a weight_map, got {shards!r}")
     files = [folder / name for name in sorted(set(shards.values()))]
     for file in files:
         if not file.is_file():

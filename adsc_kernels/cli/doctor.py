@@ -1,0 +1,58 @@
+"""``adsc doctor``: prints the report of ``adsc_kernels.doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from adsc_kernels.cli.text import in_bytes, table
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``doctor`` and its options to the commands."""
+    parser = commands.add_parser(
+        "doctor",
+        help="what is installed, which backends work and why the others don't",
+        description="Say what is installed, which backends work, and why the others don't.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON only")
+    parser.set_defaults(execute=execute)
+
+
+def execute(args: argparse.Namespace) -> None:
+    """Print the report."""
+    from adsc_kernels.doctor import report
+
+    found = report()
+    print(json.dumps(found, indent=1) if args.json else _as_text(found))
+
+
+def _as_text(found: dict[str, Any]) -> str:
+    cuda, planner = found["cuda"], found["planner"]
+    lines = [["python", found["python"]]]
+    lines += [[name, version or "not installed"] for name, version in found["packages"].items()]
+    lines.append(["CUDA in torch", cuda["torch_built_for"] or "none: a CPU-only torch"])
+    for index, device in enumerate(cuda["devices"]):
+        memory = in_bytes(device["bytes"])
+        lines.append(
+            [f"device {index}", f"{device['name']}, capability {device['capability']}, {memory}"]
+        )
+    if not cuda["devices"]:
+        lines.append(["devices", "torch sees no GPU"])
+    lines.append(["native planner", "loaded" if planner["loaded"] else planner["reason"]])
+    lines += [[f"  {name}", _one(value)] for name, value in (planner["build"] or {}).items()]
+    lines.append(["bundled checkpoint", found["checkpoint"] or "missing"])
+    width = max(len(name) for name, _ in lines)
+    parts = ["\n".join(f"{name.ljust(width)}  {value}" for name, value in lines)]
+    for title, key in (("backend", "backends"), ("attention", "attention")):
+        rows = [
+            [name, "works" if state["works"] else "no", state["reason"]]
+            for name, state in found[key].items()
+        ]
+        parts.append(table([title, "here", "why not"], rows, left=3))
+    return "\n\n".join(parts)
+
+
+def _one(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value or "-")

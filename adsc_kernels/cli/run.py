@@ -1,0 +1,273 @@
+"""``adsc run``: one model answers the same questions twice, dense and compressed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adsc_kernels.cli import report
+from adsc_kernels.schedule import CompressionSchedule
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+    from adsc_kernels.llava import Generation, Llava
+
+DTYPES = ("float32", "float16", "bfloat16")
+DEFAULT_OUT = "adsc-run.png"
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``run`` and its options to the commands."""
+    parser = commands.add_parser(
+        "run",
+        help="answer questions about pictures, dense and compressed",
+        description="Answer questions about pictures twice with the same weights, dense and "
+        "compressed, and show tokens, cache bytes, MACs and times side by side. Without arguments: "
+        "the bundled model, one of its held-out pictures and the questions that come with it.",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="PATH_OR_ID",
+        help="a LLaVA-1.5 checkpoint in Hugging Face format: a folder, or an id on the hub such as "
+        "llava-hf/llava-1.5-7b-hf (the bundled one)",
+    )
+    parser.add_argument(
+        "--image",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="the pictures, all of them in every prompt",
+    )
+    parser.add_argument(
+        "--ask",
+        action="append",
+        metavar="TEXT",
+        help="a question; may be repeated. Pictures come before it, or where it says <image>",
+    )
+    parser.add_argument(
+        "--schedule",
+        metavar="LAYER:KEEP,...",
+        help="such as 8:1/4,16:1/4,24:1/4 (1/4 at each quarter of the depth)",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="(48)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="(0: greedy)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="for sampling (0)")
+    parser.add_argument(
+        "--prefill-chunk", type=int, metavar="N", help="run prompts in parts of so many tokens"
+    )
+    parser.add_argument(
+        "--runs", type=int, default=3, metavar="N", help="timed ones, after one to warm up (3)"
+    )
+    parser.add_argument("--device", metavar="DEVICE", help="(cuda where there is one, else cpu)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of weights and cache (float16 on a GPU, else float32)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(DEFAULT_OUT),
+        metavar="PNG",
+        help=f"where to draw which patches survive ({DEFAULT_OUT})",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON only")
+    parser.set_defaults(execute=execute)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, and the right answer where it is known."""
+
+    text: str
+    expected: str | None = None
+
+
+def execute(args: argparse.Namespace) -> None:
+    """Print the comparison and draw the picture; ``ValueError`` or ``OSError`` for bad input."""
+    # All that can be wrong is looked at before weights are read, and again nothing is written until
+    # both models have answered.
+    if args.runs < 1:
+        raise ValueError(f"--runs: expected at least 1, got {args.runs}")
+    _check_out(args.out)
+    import torch
+
+    from adsc_kernels.llava import Llava, bundled_checkpoint, load_image
+    from adsc_kernels.llava.config import LlavaConfig
+    from adsc_kernels.llava.weights import find_folder
+
+    bundled = bundled_checkpoint()
+    files, questions = _choose(args.image, args.ask, bundled)
+    images = [load_image(file) for file in files]
+    prompts = [_prompt(question.text, len(images)) for question in questions]
+    device = _device(args.device)
+    dtype = _dtype(args.dtype, device)
+    folder = find_folder(args.model or bundled)
+    depth = LlavaConfig.from_folder(folder).num_layers
+    schedule = (
+        default_schedule(depth)
+        if args.schedule is None
+        else CompressionSchedule.parse(args.schedule, num_layers=depth)
+    )
+    options = {
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "seed": args.seed,
+        "prefill_chunk": args.prefill_chunk,
+    }
+    try:
+        _say(args, f"reading {folder.name}")
+        model = Llava.from_pretrained(folder, None, device, dtype)
+        dense, compressed = _both(args, model, schedule, prompts, [images] * len(prompts), options)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"--device: {device} ran out of memory, which a 16-bit --dtype, --prefill-chunk or "
+            f"fewer questions may avoid ({error})"
+        ) from None
+
+    picture = report.survivors(images, schedule, compressed, model)
+    facts = report.compare(model, schedule, dense, compressed)
+    facts["model"]["name"] = str(args.model or folder.name)
+    facts["images"] = [str(file) for file in files]
+    facts["answers"] = [
+        {"question": q.text, "expected": q.expected, "dense": a, "compressed": b}
+        for q, a, b in zip(questions, dense.texts, compressed.texts, strict=True)
+    ]
+    _write_png(picture, args.out)
+    facts["picture"] = str(args.out)
+    print(json.dumps(facts, indent=1) if args.json else report.as_text(facts))
+
+
+def default_schedule(num_layers: int) -> CompressionSchedule:
+    """Keep 1/4 before each quarter of the depth but the first: an average of 1/3 of the tokens."""
+    layers = sorted({num_layers * quarter // 4 for quarter in (1, 2, 3)} - {0})
+    return CompressionSchedule.parse(",".join(f"{n}:1/4" for n in layers), num_layers=num_layers)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """One way of running: what it answered, and the median times of its runs."""
+
+    generation: Generation
+    vision_seconds: list[float]  # of every run: the same work whichever way
+    prefill_seconds: float
+    seconds_per_token: float | None  # None where every answer was a single token
+
+    @property
+    def texts(self) -> list[str]:
+        """The answers."""
+        return self.generation.texts
+
+    @classmethod
+    def of(cls, generations: list[Generation]) -> Runs:
+        """From the same prompts, run again and again."""
+        last = generations[-1]
+        steps = last.decode_steps
+        return cls(
+            generation=last,
+            vision_seconds=[g.vision_seconds for g in generations],
+            prefill_seconds=statistics.median(g.prefill_seconds for g in generations),
+            seconds_per_token=(
+                statistics.median(g.decode_seconds / steps for g in generations) if steps else None
+            ),
+        )
+
+
+def _both(
+    args: argparse.Namespace,
+    model: Llava,
+    schedule: CompressionSchedule,
+    prompts: list[str],
+    images: list[list[Image]],
+    options: dict[str, Any],
+) -> tuple[Runs, Runs]:
+    """Dense and compressed by turns, on the same machine then; the first pair warms up."""
+    ways = (model.with_schedule(None), model.with_schedule(schedule))
+    done: tuple[list[Generation], list[Generation]] = ([], [])
+    for turn in range(1 + args.runs):
+        _say(args, f"run {turn} of {args.runs}" if turn else "warming up")
+        for way, generations in zip(ways, done, strict=True):
+            generation = way.generate(prompts, images, **options)
+            if turn:
+                generations.append(generation)
+    _say(args, "")
+    return Runs.of(done[0]), Runs.of(done[1])
+
+
+def _choose(
+    images: list[Path] | None, asked: list[str] | None, bundled: Path
+) -> tuple[list[Path], list[Question]]:
+    """The picture files and the questions; what is not given comes from the bundled checkpoint."""
+    folder = bundled / "pictures"
+    known = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
+    files = images or [folder / next(iter(known))]
+    answers: dict[str, str] = {}
+    if len(files) == 1 and files[0].resolve().parent == folder.resolve():
+        answers = {q["question"]: q["answer"] for q in known.get(files[0].name, ())}
+    if asked is None and not answers:
+        raise ValueError(f"--ask: expected a question about {', '.join(map(str, files))}, got none")
+    return files, [Question(text, answers.get(text)) for text in asked or answers]
+
+
+def _prompt(question: str, num_images: int) -> str:
+    """LLaVA-1.5's form of a single turn."""
+    if not question.strip():
+        raise ValueError("--ask: expected a question, got an empty text")
+    pictures = "" if "<image>" in question else "<image>\n" * num_images
+    return f"USER: {pictures}{question} ASSISTANT:"
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch says so in either way
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device: {name!r} can't be used ({reason})") from None
+    return device
+
+
+def _dtype(name: str | None, device: torch.device) -> torch.dtype:
+    import torch
+
+    chosen: torch.dtype = getattr(
+        torch, name or ("float16" if device.type == "cuda" else "float32")
+    )
+    return chosen
+
+
+def _check_out(path: Path) -> None:
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--out: expected a name that ends in .png, got {str(path)!r}")
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--out: expected a file in a folder that can be written, got '{path}'")
+
+
+def _write_png(picture: Image, path: Path) -> None:
+    """Under another name first, so that the file is whole or not there."""
+    handle, name = tempfile.mkstemp(suffix=".png", prefix=f".{path.stem}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            picture.save(file, format="PNG", optimize=True)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)  # mkstemp's own are for the owner alone
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _say(args: argparse.Namespace, text: str) -> None:
+    """A line of progress that the next one overwrites, for a person at a terminal only."""
+    if sys.stderr.isatty() and not args.json:
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,78 @@
+"""What is installed here, which backends work, and why the others don't."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "triton", "flash-attn", "safetensors", "pillow", "numpy")
+
+
+def report() -> dict[str, Any]:
+    """Everything as plain JSON types; what is missing or broken is reported, never raised."""
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in ("adsc_kernels", *PACKAGES)},
+        "cuda": _cuda(),
+        "planner": _planner(),
+        "backends": _backends(),
+        "attention": _attention(),
+        "checkpoint": _checkpoint(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cuda() -> dict[str, Any]:
+    import torch
+
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        capability = f"{found.major}.{found.minor}"
+        devices.append({"name": found.name, "capability": capability, "bytes": found.total_memory})
+    return {"torch_built_for": torch.version.cuda, "devices": devices}
+
+
+def _planner() -> dict[str, Any]:
+    """The native module, and how it and the library beside it were built."""
+    try:
+        from adsc_kernels import _C
+    except ImportError as error:
+        return {"loaded": False, "reason": str(error), "build": None}
+    return {"loaded": True, "reason": "", "build": dict(_C.build_info())}
+
+
+def _backends() -> dict[str, dict[str, Any]]:
+    from adsc_kernels.backend import available_backends
+
+    return {
+        name: {"works": works, "reason": reason}
+        for name, (works, reason) in available_backends().items()
+    }
+
+
+def _attention() -> dict[str, dict[str, Any]]:
+    """Asked for the tensors that one would use here: 16 bits on a GPU, 32 bits on the CPU."""
+    import torch
+
+    from adsc_kernels.attention import available
+
+    gpu = torch.cuda.is_available()
+    reasons = available("cuda" if gpu else "cpu", torch.bfloat16 if gpu else torch.float32)
+    return {
+        name: {"works": reason is None, "reason": reason or ""} for name, reason in reasons.items()
+    }
+
+
+def _checkpoint() -> str | None:
+    from adsc_kernels.llava import bundled_checkpoint
+
+    folder = bundled_checkpoint()
+    return str(folder) if (folder / "config.json").is_file() else None
