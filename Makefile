@@ -1,4 +1,4 @@
-# Everything from nothing but Python, make and a C++ compiler. nvcc is used where there is one.
+# Everything is made from nothing but Python, make and a C++ compiler. nvcc is used where there is one.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,7 +32,7 @@ $(VENV)/.installed: pyproject.toml setup.py | $(VENV)/.native
 	@touch $@
 
 demo: venv      ## the bundled model on a real picture, dense and compressed; the picture goes to out/
-	mkdir -p out
+	@mkdir -p out
 	$(BIN)/adsc run --out out/survivors.png
 
 test: lint test-cpp  ## linters, C++ tests, Python tests

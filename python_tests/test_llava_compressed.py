@@ -56,7 +56,7 @@ def test_logits_equal_the_oracle(pair, schedule):
 
 
 def test_the_oracle_tells_schedules_apart(pair):
-    """Positions, pattern and share all show in the logits, so equality with the oracle means something."""
+    """Positions, pattern and share all show in the logits: equality means something."""
     _, base = pair
     texts = ["2:2/5", "2:2/5@center", "2:2/5@linspace", "2:2/5@renumber", "2:2/3", "3:2/5"]
     last = [run_whole(base.with_schedule(text))[1][-1] for text in texts]
@@ -155,7 +155,7 @@ def test_logits_of_a_second_turn(pair, schedule):
 
 @pytest.mark.parametrize("schedule", ["", *FEW])
 def test_cache_bytes_are_what_the_stages_need(pair, schedule):
-    """K and V of every layer, of the rows that the oracle's index lists leave, and not a byte more."""
+    """K and V of every layer, of the rows that the oracle leaves, and not a byte more."""
     from llava_oracle import oracle
 
     hf, base = pair

@@ -87,14 +87,14 @@ def generate(
 
     Raises ValueError or TypeError for bad input, before anything is run or changed.
     """
-    for name, fits, got in (
-        ("max_new_tokens: expected at least 1", max_new_tokens >= 1, max_new_tokens),
-        ("prefill_chunk: expected at least 1", (prefill_chunk or 1) >= 1, prefill_chunk),
-        ("temperature: expected at least 0", temperature >= 0, temperature),
-        ("top_p: expected a share in (0, 1]", 0 < top_p <= 1, top_p),
+    for what, fits, got in (
+        ("max_new_tokens of at least 1", max_new_tokens >= 1, max_new_tokens),
+        ("prefill_chunk of at least 1", prefill_chunk is None or prefill_chunk >= 1, prefill_chunk),
+        ("temperature of at least 0", temperature >= 0, temperature),
+        ("top_p in (0, 1]", 0 < top_p <= 1, top_p),
     ):
         if not fits:
-            raise ValueError(f"{name}, got {got}")
+            raise ValueError(f"expected {what}, got {got}")
     stop = [stop] if isinstance(stop, str) else stop or ()
     rng = torch.Generator(model.device)
     rng.seed() if seed is None else rng.manual_seed(seed)

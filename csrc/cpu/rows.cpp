@@ -43,8 +43,8 @@ std::string find_segment_fault(const RowMap& map, int64_t num_rows) {
       return fault("expected its ", count, " output rows to be kept rows below keep");
     }
     // kept_index rises, so the first and the last source row bound the others.
-    const int64_t low = source_row(segment, segment.dst);
-    const int64_t high = source_row(segment, next - 1);
+    const int64_t low = KeptRows(segment, segment.dst).row();
+    const int64_t high = KeptRows(segment, next - 1).row();
     if (low < 0 || high >= num_rows) {
       return fault("expected source rows in [0, ", num_rows, "), got ", low, " to ", high);
     }
