@@ -19,7 +19,7 @@ venv: $(VENV)/.native $(VENV)/.installed  ## .venv with all that running, testin
 $(VENV)/.tools:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) --upgrade pip
-	$(PIP_INSTALL) "$(TORCH)" cmake ninja pybind11 setuptools wheel
+	$(PIP_INSTALL) "$(TORCH)" cmake ninja pybind11 "setuptools>=77" wheel
 	@touch $@
 
 $(VENV)/.native: $(NATIVE) | $(VENV)/.tools
