@@ -1,4 +1,4 @@
-# Everything from nothing but Python, make and a C++ compiler. nvcc is used where there is one.
+# Everything is made from nothing but Python, make and a C++ compiler. nvcc is used where there is one.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,7 +19,7 @@ venv: $(VENV)/.native $(VENV)/.installed  ## .venv with all that running, testin
 $(VENV)/.tools:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) --upgrade pip
-	$(PIP_INSTALL) "$(TORCH)" cmake ninja pybind11 setuptools wheel
+	$(PIP_INSTALL) "$(TORCH)" cmake ninja pybind11 "setuptools>=77" wheel
 	@touch $@
 
 $(VENV)/.native: $(NATIVE) | $(VENV)/.tools
@@ -32,7 +32,7 @@ $(VENV)/.installed: pyproject.toml setup.py | $(VENV)/.native
 	@touch $@
 
 demo: venv      ## the bundled model on a real picture, dense and compressed; the picture goes to out/
-	mkdir -p out
+	@mkdir -p out
 	$(BIN)/adsc run --out out/survivors.png
 
 test: lint test-cpp  ## linters, C++ tests, Python tests

@@ -14,12 +14,18 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "adsc_kernels"
 OLDEST_TORCH = (2, 10)
+OLDEST_SETUPTOOLS = (77,)  # reads the licence as pyproject.toml writes it
+
+
+def older(version: str, oldest: tuple[int, ...]) -> bool:
+    return tuple(map(int, re.findall(r"\d+", version)[: len(oldest)])) < oldest
 
 
 def installed_torch() -> tuple[Path, str]:
@@ -32,7 +38,7 @@ def installed_torch() -> tuple[Path, str]:
             "then pip install --no-build-isolation ."
         )
     version = importlib.metadata.version("torch")
-    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TORCH:
+    if older(version, OLDEST_TORCH):
         sys.exit(f"{PACKAGE} needs torch>=2.10, and torch {version} is installed")
     return Path(spec.submodule_search_locations[0]), version
 
@@ -87,4 +93,9 @@ class CMakeBuild(build_ext):
 
 # Right away: an isolated build stops here, before pip fetches a second torch of several gigabytes.
 installed_torch()
+if older(setuptools.__version__, OLDEST_SETUPTOOLS):
+    sys.exit(
+        f"{PACKAGE} needs setuptools>=77 to build, and setuptools {setuptools.__version__} is "
+        "installed: pip install --upgrade setuptools"
+    )
 setup(ext_modules=[Extension(f"{PACKAGE}._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -301,7 +301,7 @@ def test_broken_pipe() -> None:
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
-        [*plan, *["677"] * 50], stdout=write, stderr=subprocess.PIPE, env=environment(), timeout=60
+        [*plan, *["677"] * 50], stdout=write, stderr=subprocess.PIPE, env=environment(), timeout=600
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (1, b"")

@@ -45,14 +45,13 @@ def test_box_of_the_other_processors() -> None:
 def test_survivors_are_clear_and_the_rest_is_veiled() -> None:
     image = Image.new("RGB", (4, 4), RED)
     image.paste(BLUE, (2, 0, 4, 2))
-    kept = frozenset({1, 2})  # row-major: top right, bottom left
+    kept = frozenset({1})  # in reading order: top right
     strip = Strip(image, (0, 0, 4, 4), (2, 2), [Panel("s", kept)])
     drawn = draw([strip], "title")
     panel = drawn.crop((28, 56, 28 + PANEL, 56 + PANEL))
     quarter, three = PANEL // 4, 3 * PANEL // 4
     assert panel.getpixel((three, quarter)) == BLUE
-    assert panel.getpixel((quarter, three)) == RED
-    for corner in ((quarter, quarter), (three, three)):
+    for corner in ((quarter, quarter), (quarter, three), (three, three)):
         assert sum(abs(a - b) for a, b in zip(panel.getpixel(corner), RED, strict=True)) > 200
 
 

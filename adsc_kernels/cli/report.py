@@ -22,6 +22,7 @@ from adsc_kernels.picture import Panel, Strip, draw, seen_box
 from adsc_kernels.schedule import CompressionSchedule
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
 
     from adsc_kernels.cli.run import Runs
@@ -59,7 +60,7 @@ def compare(
         "model": {
             "layers": schedule.num_layers,
             "device": str(model.device),
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": str(_dtype(model)).removeprefix("torch."),
         },
         "schedule": str(schedule),
         "prompt_tokens": list(generation.plan.stages[0].seq_lens),
@@ -148,12 +149,17 @@ def _accounts(
     lengths = [stage.seq_lens for stage in generation.plan.stages]
     options: dict[str, Any] = {
         "num_images": _pictures(generation),
-        "element_bytes": model.dtype.itemsize,
+        "element_bytes": _dtype(model).itemsize,
     }
     return (
         account_lengths(shape, schedule, [lengths[0]] * len(lengths), **options),
         account_lengths(shape, schedule, lengths, **options),
     )
+
+
+def _dtype(model: Llava) -> torch.dtype:
+    """Of the weights, and so of the cache."""
+    return next(model.parameters()).dtype
 
 
 def _pictures(generation: Generation) -> int:

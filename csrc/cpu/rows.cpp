@@ -43,8 +43,8 @@ std::string find_segment_fault(const RowMap& map, int64_t num_rows) {
       return fault("expected its ", count, " output rows to be kept rows below keep");
     }
     // kept_index rises, so the first and the last source row bound the others.
-    const int64_t low = source_row(segment, segment.dst);
-    const int64_t high = source_row(segment, next - 1);
+    const int64_t low = KeptRows(segment, segment.dst).row();
+    const int64_t high = KeptRows(segment, next - 1).row();
     if (low < 0 || high >= num_rows) {
       return fault("expected source rows in [0, ", num_rows, "), got ", low, " to ", high);
     }
@@ -56,8 +56,8 @@ template <class Index>
 std::string find_index_fault(const Index* indices, int64_t count, int64_t num_rows) {
   // The sign bit of `bad` is set by any index below 0 or past the last row: a sum and an or, which
   // vectorize where a 64-bit comparison does not.
-  const auto last = static_cast<Index>(
-      std::min<int64_t>(num_rows - 1, std::numeric_limits<Index>::max()));
+  const auto last =
+      static_cast<Index>(std::min<int64_t>(num_rows - 1, std::numeric_limits<Index>::max()));
   using Unsigned = std::make_unsigned_t<Index>;
   Unsigned bad = 0;
   for (int64_t i = 0; i < count; ++i) {
