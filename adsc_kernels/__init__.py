@@ -1,8 +1,10 @@
 """ADSC kernels: uniform vision-token downsampling inside multimodal LLMs (arXiv 2602.12618)."""
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 
-from . import ops, reference
+from . import accounting, attention, ops, reference
 from .backend import available_backends, backend
 from .errors import UnsupportedError
 from .plan import CompressionPlan, StagePlan, make_plan
@@ -13,12 +15,22 @@ try:
 except PackageNotFoundError:  # a source folder on the path, not installed
     __version__ = "unknown"
 
+
+def __getattr__(name: str) -> ModuleType:
+    """`adsc_kernels.llava`, which brings transformers, is imported when it is asked for."""
+    if name == "llava":
+        return import_module("adsc_kernels.llava")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "Boundary",
     "CompressionPlan",
     "CompressionSchedule",
     "StagePlan",
     "UnsupportedError",
+    "accounting",
+    "attention",
     "available_backends",
     "backend",
     "make_plan",
