@@ -1,6 +1,6 @@
-// torch.ops.adsc_kernels: what each op accepts, what it allocates, and where it is registered. Built
-// against PyTorch's stable ABI, so one binary serves every torch from 2.10 on. The kernels know no
-// torch; they live in cpu/ (and cuda/).
+// torch.ops.adsc_kernels: what each op accepts, what it allocates, and where it is registered.
+// Built against PyTorch's stable ABI, so one binary serves every torch from 2.10 on. The kernels
+// know no torch; they live in cpu/ (and cuda/).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <ostream>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -28,17 +29,25 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// ---- Checks. std::invalid_argument reaches Python as ValueError. ----------------------------------
+// ---- Checks. std::invalid_argument reaches Python as ValueError. ----
 
 template <class... Parts>
 void check(bool ok, const Parts&... parts) {
   if (!ok) throw std::invalid_argument(cpu::join(parts...));
 }
 
-std::string shape_text(const Tensor& tensor) {
-  std::string text;
-  for (const int64_t size : tensor.sizes()) text += (text.empty() ? "" : ", ") + std::to_string(size);
-  return "[" + text + "]";
+// A tensor's shape in a message, put into words only if the message is needed.
+struct Shape {
+  const Tensor& tensor;
+};
+
+std::ostream& operator<<(std::ostream& out, const Shape& shape) {
+  const char* separator = "[";
+  for (const int64_t size : shape.tensor.sizes()) {
+    out << separator << size;
+    separator = ", ";
+  }
+  return out << (shape.tensor.dim() == 0 ? "[]" : "]");
 }
 
 int32_t dtype_of(const Tensor& tensor) {
@@ -66,7 +75,7 @@ RowLayout row_layout(const Tensor& x, const char* name) {
   }
   check(dense || row_size == 0 || sizes[0] == 0, name,
         ": expected rows that are contiguous inside (only dimension 0 may be strided), got shape ",
-        shape_text(x), " with other strides");
+        Shape{x}, " with other strides");
   return {sizes[0], row_size, strides[0]};
 }
 
@@ -84,7 +93,7 @@ cpu::RowMap row_map(const OptionalTensor& segments, const OptionalTensor& keep_i
     check(dtype_of(*segments) == aoti_torch_dtype_int32() && segments->dim() == 2 &&
               segments->size(1) == kSegmentColumns && segments->is_contiguous(),
           "segments: expected a contiguous int32 table [S, ", kSegmentColumns, "], got shape ",
-          shape_text(*segments));
+          Shape{*segments});
     map.segments = static_cast<const Segment*>(segments->const_data_ptr());
     map.num_segments = static_cast<int32_t>(segments->size(0));
   } else {
@@ -94,7 +103,7 @@ cpu::RowMap row_map(const OptionalTensor& segments, const OptionalTensor& keep_i
     check((wide || dtype == aoti_torch_dtype_int32()) && keep_indices->dim() == 1 &&
               keep_indices->is_contiguous(),
           "keep_indices: expected contiguous int32 or int64 [num_tokens], got shape ",
-          shape_text(*keep_indices));
+          Shape{*keep_indices});
     check(keep_indices->size(0) == num_tokens, "keep_indices: expected ", num_tokens,
           " of them (num_tokens), got ", keep_indices->size(0));
     if (wide) {
@@ -108,7 +117,7 @@ cpu::RowMap row_map(const OptionalTensor& segments, const OptionalTensor& keep_i
   return map;
 }
 
-// ---- Allocation and threads ------------------------------------------------------------------------
+// ---- Allocation and threads ----
 
 // Contiguous and uninitialized, with the dtype and on the device of `like`.
 Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes) {
@@ -121,9 +130,9 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes) {
   int32_t device_type;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype_of(like), device_type,
-      like.get_device_index(), &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               dtype_of(like), device_type, like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
@@ -148,7 +157,7 @@ void parallel_rows(int64_t count, int64_t bytes_per_row, const Body& body) {
   }
 }
 
-// ---- The ops on CPU --------------------------------------------------------------------------------
+// ---- The ops on CPU ----
 
 std::vector<Tensor> downsample_many_cpu(std::vector<Tensor> xs, OptionalTensor segments,
                                         OptionalTensor keep_indices, int64_t num_tokens) {
@@ -168,10 +177,9 @@ std::vector<Tensor> downsample_many_cpu(std::vector<Tensor> xs, OptionalTensor s
   for (size_t i = 0; i < xs.size(); ++i) {
     outs.push_back(empty_rows(xs[i], num_tokens));
     const auto width = static_cast<int64_t>(xs[i].element_size());
-    copies.push_back({static_cast<const std::byte*>(xs[i].const_data_ptr()),
-                      layouts[i].row_stride * width,
-                      static_cast<std::byte*>(outs[i].mutable_data_ptr()),
-                      layouts[i].row_size * width});
+    copies.push_back(
+        {static_cast<const std::byte*>(xs[i].const_data_ptr()), layouts[i].row_stride * width,
+         static_cast<std::byte*>(outs[i].mutable_data_ptr()), layouts[i].row_size * width});
     bytes_per_row += copies.back().row_bytes;
   }
   parallel_rows(num_tokens, bytes_per_row, [&](int64_t begin, int64_t end) {
@@ -198,11 +206,15 @@ Tensor downsample_cpu(Tensor x, OptionalTensor segments, OptionalTensor keep_ind
 cpu::Element element_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
-    case ScalarType::ComplexFloat: return cpu::Element::kFloat;
+    case ScalarType::ComplexFloat:
+      return cpu::Element::kFloat;
     case ScalarType::Double:
-    case ScalarType::ComplexDouble: return cpu::Element::kDouble;
-    case ScalarType::BFloat16: return cpu::Element::kBFloat16;
-    case ScalarType::Half: return cpu::Element::kHalf;
+    case ScalarType::ComplexDouble:
+      return cpu::Element::kDouble;
+    case ScalarType::BFloat16:
+      return cpu::Element::kBFloat16;
+    case ScalarType::Half:
+      return cpu::Element::kHalf;
     default:
       throw std::invalid_argument(std::string(name) +
                                   ": expected float32, float64, bfloat16, float16, complex64 or "
@@ -218,7 +230,7 @@ int64_t real_parts(const Tensor& tensor) {
 Tensor upsample_grad_cpu(Tensor grad, OptionalTensor segments, OptionalTensor keep_indices,
                          int64_t num_rows) {
   const RowLayout layout = row_layout(grad, "grad");
-  check(grad.is_contiguous(), "grad: expected a contiguous tensor, got shape ", shape_text(grad));
+  check(grad.is_contiguous(), "grad: expected a contiguous tensor, got shape ", Shape{grad});
   check(num_rows >= 0, "num_rows: expected at least 0, got ", num_rows);
   const cpu::Element element = element_of(grad, "grad");
   const cpu::RowMap map = row_map(segments, keep_indices, layout.num_rows, num_rows);
@@ -236,13 +248,13 @@ std::tuple<Tensor, Tensor> downsample_add_rms_norm_cpu(Tensor x, Tensor residual
                                                        OptionalTensor segments,
                                                        OptionalTensor keep_indices,
                                                        int64_t num_tokens, double eps) {
-  check(x.dim() == 2, "x: expected shape [rows, hidden], got ", shape_text(x));
+  check(x.dim() == 2, "x: expected shape [rows, hidden], got ", Shape{x});
   const RowLayout x_layout = row_layout(x, "x");
   const RowLayout residual_layout = row_layout(residual, "residual");
   check(residual.dim() == 2 && residual.size(0) == x.size(0) && residual.size(1) == x.size(1),
-        "residual: expected the shape of x, ", shape_text(x), ", got ", shape_text(residual));
+        "residual: expected the shape of x, ", Shape{x}, ", got ", Shape{residual});
   check(weight.dim() == 1 && weight.size(0) == x.size(1) && weight.is_contiguous(),
-        "weight: expected a contiguous [", x.size(1), "], got shape ", shape_text(weight));
+        "weight: expected a contiguous [", x.size(1), "], got shape ", Shape{weight});
   check(dtype_of(residual) == dtype_of(x), "residual: expected the dtype of x");
   check(dtype_of(weight) == dtype_of(x), "weight: expected the dtype of x");
   check(real_parts(x) == 1, "x: expected float32, float64, bfloat16 or float16");
@@ -265,13 +277,13 @@ std::tuple<Tensor, Tensor> downsample_add_rms_norm_cpu(Tensor x, Tensor residual
                           x_layout.row_size,
                           eps,
                           element};
-  parallel_rows(num_tokens, 4 * x_layout.row_size * width, [&](int64_t begin, int64_t end) {
-    add_rms_norm_rows(map, norm, begin, end);
-  });
+  parallel_rows(num_tokens, 4 * x_layout.row_size * width,
+                [&](int64_t begin, int64_t end) { add_rms_norm_rows(map, norm, begin, end); });
   return {normed, residual_out};
 }
 
-// keep: numerator and denominator; for the pattern "grid" those of the rows, then those of the columns.
+// keep: numerator and denominator; for the pattern "grid" those of the rows, then those of the
+// columns.
 cpu::Boundary boundary_of(const std::vector<int64_t>& keep, const std::string& pattern,
                           int64_t span_columns, int64_t max_height) {
   const bool grid = pattern == "grid";
@@ -305,16 +317,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rebuild_metadata_cpu(
   const int32_t int32 = aoti_torch_dtype_int32();
   check(dtype_of(cu_seqlens) == int32 && cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1 &&
             cu_seqlens.is_contiguous(),
-        "cu_seqlens: expected contiguous int32 [B + 1], got shape ", shape_text(cu_seqlens));
+        "cu_seqlens: expected contiguous int32 [B + 1], got shape ", Shape{cu_seqlens});
   check(spans.is_cpu(), "spans: expected the device of cu_seqlens, cpu");
   check(dtype_of(spans) == int32 && spans.dim() == 2 &&
             (spans.size(1) == 3 || spans.size(1) == 5) && spans.is_contiguous(),
-        "spans: expected contiguous int32 [N, 3] or [N, 5], got shape ", shape_text(spans));
+        "spans: expected contiguous int32 [N, 3] or [N, 5], got shape ", Shape{spans});
   const cpu::Boundary boundary = boundary_of(keep, pattern, spans.size(1), max_height);
-  const cpu::BatchLayout layout{static_cast<const int32_t*>(cu_seqlens.const_data_ptr()),
-                                cu_seqlens.size(0) - 1,
-                                static_cast<const int32_t*>(spans.const_data_ptr()), spans.size(0),
-                                spans.size(1)};
+  const cpu::BatchLayout layout{
+      static_cast<const int32_t*>(cu_seqlens.const_data_ptr()), cu_seqlens.size(0) - 1,
+      static_cast<const int32_t*>(spans.const_data_ptr()), spans.size(0), spans.size(1)};
   const std::string fault = find_layout_fault(layout, boundary);
   check(fault.empty(), fault);
 
@@ -328,10 +339,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rebuild_metadata_cpu(
   const auto data = [](const Tensor& tensor) {
     return static_cast<int32_t*>(tensor.mutable_data_ptr());
   };
-  rebuild_metadata(layout, boundary,
-                   {data(next_cu_seqlens), data(next_spans),
-                    static_cast<Segment*>(segments.mutable_data_ptr()), data(seq_lens),
-                    data(num_tokens), data(max_seqlen)});
+  rebuild_metadata(
+      layout, boundary,
+      {data(next_cu_seqlens), data(next_spans), static_cast<Segment*>(segments.mutable_data_ptr()),
+       data(seq_lens), data(num_tokens), data(max_seqlen)});
   return {next_cu_seqlens, next_spans, segments, seq_lens, num_tokens, max_seqlen};
 }
 
@@ -339,7 +350,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rebuild_metadata_cpu(
 }  // namespace adsc
 
 STABLE_TORCH_LIBRARY(adsc_kernels, m) {
-  m.def("downsample(Tensor x, Tensor? segments, Tensor? keep_indices, SymInt num_tokens) -> Tensor");
+  m.def(
+      "downsample(Tensor x, Tensor? segments, Tensor? keep_indices, SymInt num_tokens) -> Tensor");
   m.def(
       "downsample_many(Tensor[] xs, Tensor? segments, Tensor? keep_indices, SymInt num_tokens) "
       "-> Tensor[]");
@@ -350,7 +362,8 @@ STABLE_TORCH_LIBRARY(adsc_kernels, m) {
       "downsample_add_rms_norm(Tensor x, Tensor residual, Tensor weight, Tensor? segments, "
       "Tensor? keep_indices, SymInt num_tokens, float eps) -> (Tensor, Tensor)");
   m.def(
-      "rebuild_metadata(Tensor cu_seqlens, Tensor spans, int[] keep, str pattern, SymInt max_height) "
+      "rebuild_metadata(Tensor cu_seqlens, Tensor spans, int[] keep, str pattern, SymInt "
+      "max_height) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
@@ -362,5 +375,7 @@ STABLE_TORCH_LIBRARY_IMPL(adsc_kernels, CPU, m) {
   m.impl("rebuild_metadata", TORCH_BOX(&adsc::rebuild_metadata_cpu));
 }
 
-// The CUDA kernels, once there are some, register here under the same names for the key CUDA, inside
-// `#ifdef` of the build's CUDA switch; what the CPU functions check, bar contents, holds for them too.
+// The CUDA kernels, once there are some, register here under the same names for the key CUDA,
+// inside
+// `#ifdef` of the build's CUDA switch; what the CPU functions check, bar contents, holds for them
+// too.

@@ -112,7 +112,8 @@ BAD_CONFIGS = {
     "image token": ({"image_token_index": 9999}, ValueError, "image_token_index"),
     "feature layer": ({"vision_feature_layer": 9}, ValueError, "vision_feature_layer"),
     "strategy": ({"vision_feature_select_strategy": "some"}, ValueError, "config.json"),
-    "a type": ({"text_config__hidden_size": "wide"}, ValueError, "config.json"),
+    # Only newer versions of transformers look at types, and say where.
+    "a type": ({"text_config__hidden_size": "wide"}, (ValueError, TypeError), "str"),
     "width": ({"text_config__intermediate_size": 40}, ValueError, "expected floats"),
     "depth": ({"text_config__num_hidden_layers": 3}, ValueError, "missing"),
     "too little depth": ({"text_config__num_hidden_layers": 1}, ValueError, "left over"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +115,9 @@ def _nest_tower(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     file = folder / "model.safetensors"
-    renamed = {
-        name.replace("vision_tower.", "vision_tower.vision_model."): tensor
-        for name, tensor in load_file(file).items()
-    }
+    nest = re.compile(r"^vision_tower\.(vision_model\.)?")  # some versions write it nested
+    weights = load_file(file)
+    renamed = {nest.sub("vision_tower.vision_model.", name): weights[name] for name in weights}
     save_file(renamed, file, metadata={"format": "pt"})
 
 

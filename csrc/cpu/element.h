@@ -1,5 +1,5 @@
-// The element types the kernels compute with. The two 16-bit floats are bits, taken to and from float by
-// integer arithmetic that every compiler can vectorize, rounding to nearest even.
+// The element types the kernels compute with. The two 16-bit floats are bits, taken to and from
+// float by integer arithmetic that every compiler can vectorize, rounding to nearest even.
 #pragma once
 
 #include <cstdint>
@@ -64,8 +64,8 @@ inline void store(Half& out, float value) {
   const uint32_t subnormal = float_bits(bits_float(magnitude) + 0.5f) - float_bits(0.5f);
   const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
   const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;  // nan, else infinity
-  const uint32_t half = magnitude >= 0x47800000u  ? special               // 2^16 and above
-                        : magnitude < 0x38800000u ? subnormal             // below 2^-14
+  const uint32_t half = magnitude >= 0x47800000u  ? special              // 2^16 and above
+                        : magnitude < 0x38800000u ? subnormal            // below 2^-14
                                                   : normal;
   out.bits = static_cast<uint16_t>(half | sign);
 }

@@ -58,12 +58,17 @@ std::string find_layout_fault(const BatchLayout& layout, const Boundary& boundar
   return "";
 }
 
-void rebuild_metadata(const BatchLayout& layout, const Boundary& boundary, const StageMetadata& out) {
+void rebuild_metadata(const BatchLayout& layout, const Boundary& boundary,
+                      const StageMetadata& out) {
   Segment* segment = out.segments;
   int64_t dst = 0;
   const auto emit = [&](int64_t src, int64_t span, int64_t keep, int32_t pattern) {
-    *segment++ = {static_cast<int32_t>(dst),  static_cast<int32_t>(src), static_cast<int32_t>(span),
-                  static_cast<int32_t>(keep), 0,                         pattern};
+    *segment++ = {static_cast<int32_t>(dst),
+                  static_cast<int32_t>(src),
+                  static_cast<int32_t>(span),
+                  static_cast<int32_t>(keep),
+                  0,
+                  pattern};
     dst += keep;
   };
 

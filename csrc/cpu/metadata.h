@@ -1,5 +1,6 @@
-// What one boundary makes of a batch's layout: lengths, spans and the segment table of the stage that
-// follows, from tensors alone. The table's length depends on shapes only, as a captured graph needs.
+// What one boundary makes of a batch's layout: lengths, spans and the segment table of the stage
+// that follows, from tensors alone. The table's length depends on shapes only, as a captured graph
+// needs.
 #pragma once
 
 #include <cstdint>
@@ -27,23 +28,24 @@ struct Boundary {
   bool grid;            // keep rows and columns of spans with a height and a width
   Fraction keep;        // of a span; for a grid, of its rows
   Fraction keep_cols;   // for a grid
-  int64_t span_blocks;  // segments set aside for each span: 1; for a grid, the most rows one can keep
+  int64_t span_blocks;  // segments for each span: 1; for a grid, the most rows one can keep
 };
 
 struct StageMetadata {
-  int32_t* cu_seqlens;   // [num_sequences + 1]
-  int32_t* spans;        // [num_spans, 5 for a grid, else 3]
-  Segment* segments;     // [num_sequences + num_spans * (1 + span_blocks)]
-  int32_t* seq_lens;     // [num_sequences]
-  int32_t* num_tokens;   // one
-  int32_t* max_seqlen;   // one
+  int32_t* cu_seqlens;  // [num_sequences + 1]
+  int32_t* spans;       // [num_spans, 5 for a grid, else 3]
+  Segment* segments;    // [num_sequences + num_spans * (1 + span_blocks)]
+  int32_t* seq_lens;    // [num_sequences]
+  int32_t* num_tokens;  // one
+  int32_t* max_seqlen;  // one
 };
 
 // What is wrong with the layout, in words; empty when nothing is.
 std::string find_layout_fault(const BatchLayout& layout, const Boundary& boundary);
 
-// The segments of a sequence: before each span its text, then the span_blocks of the span; at the end
-// the text that is left. Blocks that aren't needed are empty.
-void rebuild_metadata(const BatchLayout& layout, const Boundary& boundary, const StageMetadata& out);
+// The segments of a sequence: before each span its text, then the span_blocks of the span; at the
+// end the text that is left. Blocks that aren't needed are empty.
+void rebuild_metadata(const BatchLayout& layout, const Boundary& boundary,
+                      const StageMetadata& out);
 
 }  // namespace adsc::cpu

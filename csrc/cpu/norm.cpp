@@ -18,8 +18,8 @@ namespace {
 constexpr int64_t kBlock = 512;
 constexpr int64_t kLanes = 32;
 
-// Squares are summed in the compute type over a block (running sums, then a tree of them), and blocks in
-// double: the error hardly grows with the width.
+// Squares are summed in the compute type over a block (running sums, then a tree of them), and
+// blocks in double: the error hardly grows with the width.
 template <class T>
 ADSC_INLINE void add_rms_norm_row(const T* x, const T* residual, const T* weight, T* normed,
                                   T* residual_out, int64_t width, double eps) {
@@ -43,16 +43,17 @@ ADSC_INLINE void add_rms_norm_row(const T* x, const T* residual, const T* weight
     }
     squares += lanes[0];
   }
-  const auto scale = static_cast<Compute>(1 / std::sqrt(squares / static_cast<double>(width) + eps));
+  const auto scale =
+      static_cast<Compute>(1 / std::sqrt(squares / static_cast<double>(width) + eps));
   for (int64_t i = 0; i < width; ++i) {
     store(normed[i], load(residual_out[i]) * scale * load(weight[i]));
   }
 }
 
-#define ADSC_ROW(NAME, TYPE)                                                                     \
-  ADSC_SIMD void NAME(const TYPE* x, const TYPE* residual, const TYPE* weight, TYPE* normed,     \
-                      TYPE* residual_out, int64_t width, double eps) {                           \
-    add_rms_norm_row<TYPE>(x, residual, weight, normed, residual_out, width, eps);               \
+#define ADSC_ROW(NAME, TYPE)                                                                 \
+  ADSC_SIMD void NAME(const TYPE* x, const TYPE* residual, const TYPE* weight, TYPE* normed, \
+                      TYPE* residual_out, int64_t width, double eps) {                       \
+    add_rms_norm_row<TYPE>(x, residual, weight, normed, residual_out, width, eps);           \
   }
 ADSC_ROW(row_float, float)
 ADSC_ROW(row_double, double)
@@ -68,9 +69,9 @@ void run(const RowMap& map, const RowNorm& norm, int64_t begin, int64_t end, Row
   for_each_run(map, begin, end, [&](int64_t row, int64_t source, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
       one_row(reinterpret_cast<const T*>(norm.x + (source + i) * norm.x_stride),
-              reinterpret_cast<const T*>(norm.residual + (source + i) * norm.residual_stride), weight,
-              normed + (row + i) * norm.width, residual_out + (row + i) * norm.width, norm.width,
-              norm.eps);
+              reinterpret_cast<const T*>(norm.residual + (source + i) * norm.residual_stride),
+              weight, normed + (row + i) * norm.width, residual_out + (row + i) * norm.width,
+              norm.width, norm.eps);
     }
   });
 }
@@ -80,10 +81,14 @@ void run(const RowMap& map, const RowNorm& norm, int64_t begin, int64_t end, Row
 void add_rms_norm_rows(const RowMap& map, const RowNorm& norm, int64_t begin, int64_t end) {
   if (norm.width == 0) return;
   switch (norm.element) {
-    case Element::kFloat: return run<float>(map, norm, begin, end, row_float);
-    case Element::kDouble: return run<double>(map, norm, begin, end, row_double);
-    case Element::kBFloat16: return run<BFloat16>(map, norm, begin, end, row_bfloat16);
-    case Element::kHalf: return run<Half>(map, norm, begin, end, row_half);
+    case Element::kFloat:
+      return run<float>(map, norm, begin, end, row_float);
+    case Element::kDouble:
+      return run<double>(map, norm, begin, end, row_double);
+    case Element::kBFloat16:
+      return run<BFloat16>(map, norm, begin, end, row_bfloat16);
+    case Element::kHalf:
+      return run<Half>(map, norm, begin, end, row_half);
   }
 }
 

@@ -56,8 +56,8 @@ template <class Index>
 std::string find_index_fault(const Index* indices, int64_t count, int64_t num_rows) {
   // The sign bit of `bad` is set by any index below 0 or past the last row: a sum and an or, which
   // vectorize where a 64-bit comparison does not.
-  const auto last = static_cast<Index>(
-      std::min<int64_t>(num_rows - 1, std::numeric_limits<Index>::max()));
+  const auto last =
+      static_cast<Index>(std::min<int64_t>(num_rows - 1, std::numeric_limits<Index>::max()));
   using Unsigned = std::make_unsigned_t<Index>;
   Unsigned bad = 0;
   for (int64_t i = 0; i < count; ++i) {

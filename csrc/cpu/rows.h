@@ -22,7 +22,8 @@ struct RowMap {
 // What is wrong with the map as one over `num_rows` source rows, in words; empty when nothing is.
 std::string find_fault(const RowMap& map, int64_t num_rows);
 
-// a / b for a >= 0, b > 0. The 64-bit division takes several times as long where the 32-bit one will do.
+// a / b for a >= 0, b > 0. The 64-bit division takes several times as long where the 32-bit one
+// will do.
 inline int64_t divide(int64_t a, int64_t b) {
   if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
   return a / b;

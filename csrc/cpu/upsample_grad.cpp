@@ -55,10 +55,14 @@ Takers find_takers(const RowMap& map, int64_t num_rows) {
 
 void add_rows(const Takers& takers, const RowScatter& scatter, int64_t begin, int64_t end) {
   switch (scatter.element) {
-    case Element::kFloat: return add_rows_of<float>(takers, scatter, begin, end);
-    case Element::kDouble: return add_rows_of<double>(takers, scatter, begin, end);
-    case Element::kBFloat16: return add_rows_of<BFloat16>(takers, scatter, begin, end);
-    case Element::kHalf: return add_rows_of<Half>(takers, scatter, begin, end);
+    case Element::kFloat:
+      return add_rows_of<float>(takers, scatter, begin, end);
+    case Element::kDouble:
+      return add_rows_of<double>(takers, scatter, begin, end);
+    case Element::kBFloat16:
+      return add_rows_of<BFloat16>(takers, scatter, begin, end);
+    case Element::kHalf:
+      return add_rows_of<Half>(takers, scatter, begin, end);
   }
 }
 

@@ -1,5 +1,5 @@
-// The backward of moving rows: every source row gets the sum of the gradients of the output rows that
-// took it, and 0 where none did.
+// The backward of moving rows: every source row gets the sum of the gradients of the output rows
+// that took it, and 0 where none did.
 #pragma once
 
 #include <cstddef>
@@ -11,8 +11,8 @@
 
 namespace adsc::cpu {
 
-// The output rows by source row: those of source row r are rows[starts[r]] .. rows[starts[r + 1] - 1],
-// in rising order, so that a sum is the same for every number of threads.
+// The output rows by source row: those of source row r are rows[starts[r]] .. rows[starts[r + 1] -
+// 1], in rising order, so that a sum is the same for every number of threads.
 struct Takers {
   std::vector<int64_t> starts;
   std::vector<int64_t> rows;
