@@ -141,13 +141,17 @@ def test_more_than_two_to_the_31_elements() -> None:
     x = torch.zeros(num_rows, width, dtype=torch.uint8)
     marks = torch.arange(num_rows, dtype=torch.int32)
     x[:, -4:] = marks.view(torch.uint8).reshape(num_rows, 4)
-    stage = stage_of([[0, 0, 40, 1, 0, 0], [1, 40, num_rows - 40, num_rows - 40, 0, 0]],
-                     num_rows - 39, num_rows)  # fmt: skip
+    end = num_rows - 20  # the last segment starts past 2^31 in the output too
+    table = [
+        [0, 0, 40, 1, 0, 0],
+        [1, 40, end - 40, end - 40, 0, 0],
+        [end - 39, end, 20, 10, 0, 0],
+    ]
+    stage = stage_of(table, end - 29, num_rows)
     out = ops.downsample(x, stage)
-    assert out.numel() > 1 << 31
-    assert torch.equal(
-        out[:, -4:].contiguous().view(torch.int32)[:, 0], marks[[0, *range(40, num_rows)]]
-    )
+    assert (end - 39) * width > 1 << 31
+    kept = marks[[0, *range(40, end), *range(end, num_rows, 2)]]
+    assert torch.equal(out[:, -4:].contiguous().view(torch.int32)[:, 0], kept)
     far = ops.downsample(x, keep_indices=torch.tensor([num_rows - 1, 0]))
     assert torch.equal(far, x[[num_rows - 1, 0]])
 
