@@ -1,0 +1,34 @@
+"""Write a few held-out pictures with questions beside a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from pictures import Painter, held_out_picture, sample_questions, to_rgb
+
+PER_PICTURE = {"cell": 3, "count": 3, "largest": 1, "side": 2, "where": 1, "row": 1, "all": 1}
+SEED = 3  # not the pictures that evaluate.py asks about
+
+
+def main() -> None:
+    """Write ``held-out-N.png`` and ``questions.json``."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--pictures", type=int, default=4)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    painter = Painter("held-out", augment=False)
+    asked = {}
+    for i in range(args.pictures):
+        batch, rng = held_out_picture(painter, SEED, i)
+        name = f"held-out-{i + 1}.png"
+        to_rgb(batch.pixels[0]).save(args.out / name, optimize=True)
+        questions = sample_questions(batch.digits[0], rng, PER_PICTURE)
+        asked[name] = [{"question": q.text, "answer": q.answer, "kind": q.kind} for q in questions]
+    (args.out / "questions.json").write_text(json.dumps(asked, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
