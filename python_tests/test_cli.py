@@ -291,7 +291,12 @@ def test_interrupt(
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Llava, "generate", interrupt)
-    assert main(["run"]) == 130
+    # A job in the background starts with the signal ignored, and Python then leaves it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["run"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr() == ("", "adsc run: interrupted\n")
     assert os.listdir(tmp_path) == []
 
