@@ -196,11 +196,11 @@ class Quiz:
     # The second half of the training: most of it on what is learned last.
     FOCUS: ClassVar = {
         "cell": 2,
-        "count": 8,
+        "count": 12,
         "largest": 1,
-        "side": 10,
-        "where": 8,
-        "row": 1,
+        "side": 14,
+        "where": 4,
+        "row": 2,
         "all": 1,
     }
 
