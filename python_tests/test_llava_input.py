@@ -225,7 +225,6 @@ def test_neither_folder_nor_hub_id(monkeypatch, tmp_path):
             Llava.from_pretrained(name)
 
 
-@pytest.mark.skipif(not bundled_checkpoint().is_dir(), reason="not exported yet")
 def test_the_bundled_checkpoint_loads():
     model = Llava.from_pretrained(bundled_checkpoint(), device="cpu")
     assert model.config.tokens_per_image == 576

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from adsc_kernels import reference
 from adsc_kernels.backend import native_problem, resolve
+from adsc_kernels.schedule import PATTERNS
 
 Keep = Fraction | str | int | float | tuple[int, int]
-PATTERNS = ("start", "center", "linspace", "grid")
 
 
 @dataclass(frozen=True)
