@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -31,6 +32,7 @@ from pictures import CELL, CELLS, EMPTY, PATCH, SIDE, Batch, Painter, Question, 
 DEPTH = 16
 # Where the layers of the shallow decoder end up, with and without the looking layer.
 PLACES = {4: (0, 3, 6, 10), 5: (0, 1, 3, 6, 10)}
+STAGES = ("tower", "llm", "grow", "export")
 STEP_CAP = 4.0  # a step that took this many times the usual one was a pause of the machine
 
 
@@ -93,6 +95,60 @@ def save(path: Path, **state: object) -> None:
     path.with_suffix(".part").replace(path)
 
 
+class Run:
+    """The frame of a training stage: its budget, its rate, and a checkpoint to go on from."""
+
+    def __init__(self, args: argparse.Namespace, name: str, lr: float, module: nn.Module) -> None:
+        self.name, self.module, self.lr, self.every = name, module, args.lr or lr, args.every
+        self.adam = optimizer(module, self.lr)
+        self.budget = Budget(args.minutes, args.steps)
+        self.rng = torch.Generator().manual_seed(args.seed * 1000 + STAGES.index(name))
+        self.path = args.work / f"{name}.pt"
+        self.losses: list[float] = []
+        if (args.resume or args.restart) and self.path.exists():
+            state = torch.load(self.path, map_location=args.device)
+            module.load_state_dict(state["module"])
+            if args.resume:
+                self.adam.load_state_dict(state["adam"])
+                self.rng.set_state(state["rng"].cpu())
+                self.budget.step, self.budget.seconds = state["step"], state["seconds"]
+
+    def train(self, loss_of_batch: Callable[[], Tensor], score: Callable[[], str]) -> None:
+        """Steps until the budget is used up; a score and a checkpoint every `every` steps."""
+        self.budget.skip()
+        while self.budget.share < 1.0:
+            self._step(loss_of_batch())
+            if self.budget.step % self.every == 0 or self.budget.share >= 1.0:
+                print(f"{self.name} step {self.budget.step} held-out {score()}", flush=True)
+                save(
+                    self.path,
+                    module=self.module.state_dict(),
+                    adam=self.adam.state_dict(),
+                    rng=self.rng.get_state(),
+                    step=self.budget.step,
+                    seconds=self.budget.seconds,
+                )
+                self.budget.skip()
+
+    def _step(self, loss: Tensor) -> None:
+        self.adam.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        for group in self.adam.param_groups:
+            group["lr"] = rate(self.lr, self.budget)
+        self.adam.step()
+        self.budget.tick()
+        self.losses.append(loss.item())
+        if self.budget.step % 20 == 0:
+            mean = sum(self.losses) / len(self.losses)
+            self.losses.clear()
+            print(
+                f"{self.name} step {self.budget.step} {self.budget.share:6.1%} loss {mean:.3f} "
+                f"{self.budget.usual:.2f} s/step",
+                flush=True,
+            )
+
+
 class TowerHeads(nn.Module):
     """What the tower learns from: the digit on each patch, and the row and column of its cell."""
 
@@ -114,7 +170,7 @@ def cell_places(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def tower_accuracy(tower: Tower, heads: TowerHeads, device: torch.device, n: int = 160) -> float:
+def tower_accuracy(tower: Tower, heads: TowerHeads, device: torch.device, n: int) -> float:
     """Share of held-out digits that the patches of their box name rightly together."""
     batch = Painter("held-out", augment=False).sample(n, torch.Generator().manual_seed(1))
     right = total = 0
@@ -136,24 +192,13 @@ def train_tower(args: argparse.Namespace) -> None:
     sizes = Sizes()
     torch.manual_seed(args.seed)
     tower, heads = Tower(sizes).to(device), TowerHeads(sizes).to(device)
-    both = nn.ModuleList([tower, heads])
-    adam = optimizer(both, args.lr or 1.5e-3)
-    budget = Budget(args.minutes, args.steps)
-    path = args.work / "tower.pt"
-    state: dict[str, object] = {}
-    if (args.resume or args.restart) and path.exists():
-        state = torch.load(path, map_location=device)
-        both.load_state_dict(state["both"])
-        if args.resume:
-            adam.load_state_dict(state["adam"])
-            budget.step, budget.seconds = state["step"], state["seconds"]
+    run = Run(args, "tower", 1.5e-3, nn.ModuleList([tower, heads]))
     painter = Painter("train", augment=True)
-    rng = torch.Generator().manual_seed(args.seed * 1000 + state.get("step", 0))
     rows, columns = cell_places(device)
-    budget.skip()
-    while budget.share < 1.0:
-        batch = painter.sample(args.batch, rng)
-        cells = CELLS if budget.share < args.local_share else 0
+
+    def loss_of_batch() -> Tensor:
+        batch = painter.sample(args.batch, run.rng)
+        cells = CELLS if run.budget.share < args.local_share else 0
         digit, row, column = heads(tower(normalise(batch.pixels.to(device)), cells))
         target = batch.patches.flatten(1).to(device)
         target = torch.where(target == EMPTY, 10, target)
@@ -163,30 +208,12 @@ def train_tower(args: argparse.Namespace) -> None:
         n = len(target)
         place = F.cross_entropy(row.flatten(0, 1), rows.repeat(n))
         place = place + F.cross_entropy(column.flatten(0, 1), columns.repeat(n))
-        adam.zero_grad()
-        (loss + 0.1 * place).backward()
-        nn.utils.clip_grad_norm_(both.parameters(), 1.0)
-        for group in adam.param_groups:
-            group["lr"] = rate(args.lr or 1.5e-3, budget)
-        adam.step()
-        budget.tick()
-        if budget.step % 20 == 0:
-            print(
-                f"tower step {budget.step} {budget.share:6.1%} loss {loss.item():.3f} "
-                f"place {place.item():.3f} {budget.usual:.2f} s/step",
-                flush=True,
-            )
-        if budget.step % 100 == 0 or budget.share >= 1.0:
-            accuracy = tower_accuracy(tower, heads, device)
-            print(f"tower step {budget.step} held-out digits {accuracy:.2%}", flush=True)
-            save(
-                path,
-                both=both.state_dict(),
-                adam=adam.state_dict(),
-                step=budget.step,
-                seconds=budget.seconds,
-            )
-            budget.skip()
+        return loss + 0.1 * place
+
+    def share() -> str:
+        return f"digits {tower_accuracy(tower, heads, device, args.pictures):.2%}"
+
+    run.train(loss_of_batch, share)
 
 
 class Quiz:
@@ -262,9 +289,14 @@ class Quiz:
         return tokens, targets, [[question.kind for question in picture] for picture in questions]
 
 
+def load_module(args: argparse.Namespace, name: str) -> dict[str, Tensor]:
+    """The weights that the stage `name` has reached."""
+    return torch.load(args.work / f"{name}.pt", map_location=args.device)["module"]
+
+
 def load_tower(args: argparse.Namespace, device: torch.device) -> Tower:
     """The pretrained tower, frozen."""
-    state = torch.load(args.work / "tower.pt", map_location=device)["both"]
+    state = load_module(args, "tower")
     tower = Tower(Sizes()).to(device)
     tower.load_state_dict({k[2:]: v for k, v in state.items() if k.startswith("0.")})
     return tower.requires_grad_(False).eval()
@@ -272,14 +304,14 @@ def load_tower(args: argparse.Namespace, device: torch.device) -> Tower:
 
 @torch.no_grad()
 def score(
-    reader: Reader, tower: Tower, quiz: Quiz, device: torch.device, pictures: int = 64
+    reader: Reader, tower: Tower, quiz: Quiz, device: torch.device, pictures: int
 ) -> dict[str, float]:
     """Share of held-out questions whose whole answer is right, by kind."""
     painter = Painter("held-out", augment=False)
     rng = torch.Generator().manual_seed(7)
     right: dict[str, list[bool]] = {}
-    for _ in range(0, pictures, 16):
-        batch = painter.sample(16, rng)
+    for start in range(0, pictures, 16):
+        batch = painter.sample(min(16, pictures - start), rng)
         tokens, targets, kinds = quiz.ask(batch, rng)
         features = tower(normalise(batch.pixels.to(device)))
         logits = reader(features, quiz.opening.to(device), tokens.to(device)).cpu()
@@ -297,65 +329,27 @@ def train_reader(args: argparse.Namespace, name: str, lr: float, reader: Reader)
     device = torch.device(args.device)
     tower, quiz = load_tower(args, device), Quiz(args.focus)
     reader.to(device)
-    if args.look:
-        state = torch.load(args.work / f"{name}.pt", map_location=device)
-        reader.load_state_dict(state["reader"])
-        rng = torch.Generator().manual_seed(args.seed + 2)
-        reader.layers.insert(1, looking_layer(reader, tower, rng))
-    adam = optimizer(reader, args.lr or lr)
-    budget = Budget(args.minutes, args.steps)
-    path = args.work / f"{name}.pt"
-    state: dict[str, object] = {}
-    if (args.resume or args.restart) and path.exists():
-        state = torch.load(path, map_location=device)
-        reader.load_state_dict(state["reader"])
-        if args.resume:
-            adam.load_state_dict(state["adam"])
-            budget.step, budget.seconds = state["step"], state["seconds"]
+    run = Run(args, name, lr, reader)
     painter = Painter("train", augment=True)
-    rng = torch.Generator().manual_seed(args.seed * 1000 + 500 + state.get("step", 0))
     opening = quiz.opening.to(device)
-    budget.skip()
-    losses = []
-    while budget.share < 1.0:
-        batch = painter.sample(args.batch, rng)
-        tokens, targets, _ = quiz.ask(batch, rng)
+
+    def loss_of_batch() -> Tensor:
+        batch = painter.sample(args.batch, run.rng)
+        tokens, targets, _ = quiz.ask(batch, run.rng)
         with torch.no_grad():
             features = tower(normalise(batch.pixels.to(device)))
         logits = reader(features, opening, tokens.to(device))
-        loss = F.cross_entropy(logits.flatten(0, 2), targets.flatten().to(device))
-        adam.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
-        for group in adam.param_groups:
-            group["lr"] = rate(args.lr or lr, budget)
-        adam.step()
-        budget.tick()
-        losses.append(loss.item())
-        if budget.step % 20 == 0:
-            mean = sum(losses) / len(losses)
-            losses.clear()
-            print(
-                f"{name} step {budget.step} {budget.share:6.1%} loss {mean:.3f} "
-                f"{budget.usual:.2f} s/step",
-                flush=True,
-            )
-        if budget.step % 200 == 0 or budget.share >= 1.0:
-            shares = score(reader, tower, Quiz(), device)
-            text = " ".join(f"{kind} {share:.1%}" for kind, share in shares.items())
-            print(f"{name} step {budget.step} held-out {text}", flush=True)
-            save(
-                path,
-                reader=reader.state_dict(),
-                adam=adam.state_dict(),
-                step=budget.step,
-                seconds=budget.seconds,
-            )
-            budget.skip()
+        return F.cross_entropy(logits.flatten(0, 2), targets.flatten().to(device))
+
+    def shares() -> str:
+        each = score(reader, tower, Quiz(), device, args.pictures)
+        return " ".join(f"{kind} {share:.1%}" for kind, share in each.items())
+
+    run.train(loss_of_batch, shares)
 
 
 @torch.no_grad()
-def looking_layer(reader: Reader, tower: Tower, rng: torch.Generator) -> Layer:
+def looking_layer(reader: Reader, tower: Tower, seed: int) -> Layer:
     """A new second layer in which two heads start by looking at the digit that a token names.
 
     Reading a place from a name ("the 7") needs a head that finds the patches of a 7 from the token
@@ -366,6 +360,7 @@ def looking_layer(reader: Reader, tower: Tower, rng: torch.Generator) -> Layer:
     """
     device = reader.lm_head.weight.device
     sizes = reader.sizes
+    rng = torch.Generator().manual_seed(seed + 2)
     layer = Layer(sizes)
     init_weights(layer)
     nn.init.zeros_(layer.self_attn.o_proj.weight)
@@ -425,12 +420,20 @@ def depth_of(state: dict[str, Tensor]) -> int:
 
 
 def train_llm(args: argparse.Namespace) -> None:
-    """Train a decoder of four layers."""
+    """Train a decoder of four layers, or of five with the looking layer."""
     torch.manual_seed(args.seed)
-    depth = 4
-    if (args.resume or args.restart) and not args.look and (args.work / "llm.pt").exists():
-        depth = depth_of(torch.load(args.work / "llm.pt", map_location="cpu")["reader"])
-    train_reader(args, "llm", 1.5e-3, Reader(Sizes(), depth, len(words.build())))
+    stored = None
+    if (args.resume or args.restart or args.look) and (args.work / "llm.pt").exists():
+        stored = load_module(args, "llm")
+    reader = Reader(Sizes(), depth_of(stored) if stored else 4, len(words.build()))
+    if args.look and len(reader.layers) == 4:
+        if stored is None:
+            raise SystemExit(f"--look goes on from {args.work / 'llm.pt'}, which is not there")
+        reader.load_state_dict(stored)
+        tower = load_tower(args, torch.device(args.device))
+        reader.layers.insert(1, looking_layer(reader.to(args.device), tower, args.seed))
+        args.resume = args.restart = False  # what is stored has no such layer yet
+    train_reader(args, "llm", 1.5e-3, reader)
 
 
 def deepened(state: dict[str, Tensor]) -> Reader:
@@ -460,35 +463,38 @@ def deepened(state: dict[str, Tensor]) -> Reader:
 def train_grown(args: argparse.Namespace) -> None:
     """Train all sixteen layers, from where the shallow decoder ended."""
     torch.manual_seed(args.seed + 1)
-    state = torch.load(args.work / "llm.pt", map_location="cpu")["reader"]
-    train_reader(args, "grow", 6e-4, deepened(state))
+    train_reader(args, "grow", 6e-4, deepened(load_module(args, "llm")))
 
 
 def load_reader(args: argparse.Namespace) -> Reader:
     """The newest decoder there is, at full depth."""
-    grown = args.work / "grow.pt"
-    if not grown.exists():
+    if not (args.work / "grow.pt").exists():
         torch.manual_seed(args.seed + 1)
-        return deepened(torch.load(args.work / "llm.pt", map_location="cpu")["reader"])
+        return deepened(load_module(args, "llm"))
     reader = Reader(Sizes(), DEPTH, len(words.build()))
-    reader.load_state_dict(torch.load(grown, map_location="cpu")["reader"])
+    reader.load_state_dict(load_module(args, "grow"))
     return reader
 
 
 def run_export(args: argparse.Namespace) -> None:
     """Write the trained parts as a Hugging Face checkpoint."""
+    args.device = "cpu"
     export(load_tower(args, torch.device("cpu")), load_reader(args), words.build(), args.out)
 
 
 def main() -> None:
     """Run one stage."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=["tower", "llm", "grow", "export"])
+    parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--work", type=Path, default=Path("runs/digits"), help="checkpoints")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, default=None)
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--batch", type=int, default=16, help="pictures in a step")
+    parser.add_argument(
+        "--every", type=int, default=200, help="steps from checkpoint to checkpoint"
+    )
+    parser.add_argument("--pictures", type=int, default=64, help="held-out pictures in a score")
     parser.add_argument("--lr", type=float, default=None)
     parser.add_argument("--out", type=Path, default=Path("tiny-llava-digits"), help="export")
     parser.add_argument("--seed", type=int, default=0)
