@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from . import _C
+from .errors import UnsupportedError
 from .schedule import CompressionSchedule
 
 _PATTERN_CODES = {"start": 0, "center": 1, "linspace": 2, "grid": 0}
@@ -97,6 +98,15 @@ class StagePlan:
         return _to_device(values, self.segments.device)
 
 
+class Rounded(NamedTuple):
+    """A span of which a stage keeps more than the schedule asks, for ``align="block"``."""
+
+    span: tuple[int, int, int]  # sequence, start, length
+    stage: int
+    wanted: int  # tokens, by the schedule
+    kept: int  # tokens, a whole number of blocks less than the span has
+
+
 @dataclass(frozen=True, eq=False)
 class CompressionPlan:
     """All stages of one batch; ``stages[s]`` holds stage ``s``'s rows."""
@@ -105,6 +115,15 @@ class CompressionPlan:
     num_sequences: int
     block_size: int | None
     stages: tuple[StagePlan, ...]
+    _roundings: np.ndarray = field(repr=False)
+
+    @cached_property
+    def rounded(self) -> tuple[Rounded, ...]:
+        """What ``align="block"`` changed, stage by stage; empty without it."""
+        return tuple(
+            Rounded((sequence, start, length), *rest)
+            for sequence, start, length, *rest in self._roundings.tolist()
+        )
 
     def between(self, i: int, j: int) -> StagePlan:
         """The mapping from stage ``i``'s rows straight to stage ``j``'s, for ``i <= j``."""
@@ -146,6 +165,7 @@ def make_plan(
     device: torch.device | str | None = None,
     block_size: int | None = None,
     chunks: Iterable[Sequence[int]] | np.ndarray | torch.Tensor | None = None,
+    align: str | None = None,
 ) -> CompressionPlan:
     """Plan every stage of a batch of prompts.
 
@@ -159,10 +179,16 @@ def make_plan(
             each row is followed by ``length / height - width`` text tokens (LLaVA-NeXT's newline),
             which stay.
         device: where the tables go; the CPU if not given. One copy, no synchronisation.
-        block_size: tokens of a cache block, for ``StagePlan.block_counts``.
+        block_size: tokens of a cache block, for ``StagePlan.block_counts`` and ``align``.
         chunks: ``B`` pairs ``(begin, end)`` of positions to run now, where earlier positions are in
             the cache already: a chunk of a long prefill, or a later turn of a chat. A token
             survives in a chunk exactly if it survives in the whole prompt.
+        align: ``"block"`` keeps, in each stage, up to ``block_size - 1`` tokens of a span more than
+            the schedule asks, so that a multiple of ``block_size`` of the span's tokens is dropped:
+            what follows keeps its place within its cache block, and a paged cache is compacted by
+            editing its block table. ``CompressionPlan.rounded`` says what was rounded. The grid
+            pattern keeps whole rows and columns, which can't be rounded: its spans must fit as
+            they are, or ``UnsupportedError`` says which does not.
 
     Raises ``ValueError`` or ``TypeError`` that names the argument for spans that overlap or leave
     their sequence, a grid span without height and width, lengths that decrease, chunks outside the
@@ -172,17 +198,28 @@ def make_plan(
         raise TypeError(f"schedule: expected a CompressionSchedule, got {type(schedule).__name__}")
     if block_size is not None and (not isinstance(block_size, int) or block_size < 1):
         raise ValueError(f"block_size: expected an int of at least 1, got {block_size!r}")
-    tables, offsets, cached = _C.plan(
+    if align not in (None, "block"):
+        raise ValueError(f"align: expected 'block' or None, got {align!r}")
+    if align is not None and block_size is None:
+        raise ValueError("align: expected a block_size to go with 'block', got none")
+    tables, offsets, cached, roundings = _C.plan(
         _boundary_rules(schedule),
         _host_ints(cu_seqlens, "cu_seqlens"),
         _host_ints(vision_spans, "vision_spans"),
         None if chunks is None else _host_ints(chunks, "chunks"),
+        1 if align is None or block_size is None else block_size,
     )
     batch = cached.shape[1]
     on_device = _to_device(tables, torch.device("cpu" if device is None else device))
     cached_lens = cached.tolist()
     stages: list[StagePlan] = []
-    plan = CompressionPlan(schedule, batch, block_size, ())
+    plan = CompressionPlan(schedule, batch, block_size, (), roundings)
+    if schedule.pattern == "grid" and plan.rounded:
+        worst = plan.rounded[0]
+        raise UnsupportedError(
+            f"align: pattern 'grid' can't be rounded; expected that the span {worst.span} loses a "
+            f"multiple of {block_size} tokens, got {worst.wanted} kept in stage {worst.stage}"
+        )
     rows_before = None
     for stage, (begin, num_segments, is_identity) in enumerate(offsets):
         middle = begin + batch + 1

@@ -22,6 +22,13 @@ def kept_count(n: int, keep: Fraction) -> int:
     return -((-n * keep.numerator) // keep.denominator)
 
 
+def aligned_kept_count(n: int, kept: int, block: int) -> int:
+    """The least count from `kept` up that leaves a multiple of `block` of n rows to drop."""
+    while (n - kept) % block:
+        kept += 1
+    return kept
+
+
 def kept_index(pattern: str, j: int, n: int, m: int) -> int:
     """The index, in [0, n), of number j of the m rows that stay."""
     if pattern == "start":

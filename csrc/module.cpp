@@ -118,9 +118,11 @@ std::vector<adsc::BoundaryRule> to_boundaries(py::handle items) {
   return boundaries;
 }
 
-// -> (tables, offsets, cached): `tables` holds every stage's cu_seqlens and segments one after the
-// other; `offsets[s]` says where stage s's begin, how many segments it has and whether it drops.
-py::tuple plan(py::object boundaries, py::object cu_seqlens, py::object spans, py::object chunks) {
+// -> (tables, offsets, cached, rounded): `tables` holds every stage's cu_seqlens and segments one after
+// the other; `offsets[s]` says where stage s's begin, how many segments it has and whether it drops;
+// `rounded` has a row (sequence, start, length, stage, wanted, kept) for each rounding.
+py::tuple plan(py::object boundaries, py::object cu_seqlens, py::object spans, py::object chunks,
+               int64_t align) {
   const std::vector<adsc::BoundaryRule> rules = to_boundaries(boundaries);
   const bool grid = !rules.empty() && rules.front().grid;
   const std::vector<int64_t> bounds = to_ints(cu_seqlens, "cu_seqlens");
@@ -136,10 +138,11 @@ py::tuple plan(py::object boundaries, py::object cu_seqlens, py::object spans, p
                  [&](const int64_t* v, Py_ssize_t) { parts.push_back({v[0], v[1]}); });
   }
   const std::vector<adsc::StageTables> stages =
-      adsc::make_plan(rules, bounds, std::move(layout), parts);
+      adsc::make_plan(rules, bounds, std::move(layout), parts, align);
 
-  py::ssize_t size = 0;
+  py::ssize_t size = 0, roundings = 0;
   for (const auto& stage : stages) {
+    roundings += static_cast<py::ssize_t>(stage.rounded.size());
     size += stage.cu_seqlens.size() + stage.segments.size() * adsc::kSegmentColumns;
   }
   const py::ssize_t batch = static_cast<py::ssize_t>(bounds.size()) - 1;
@@ -156,7 +159,17 @@ py::tuple plan(py::object boundaries, py::object cu_seqlens, py::object spans, p
     cached_out = std::copy(stage.cached.begin(), stage.cached.end(), cached_out);
     offsets.append(py::make_tuple(begin, stage.segments.size(), stage.identity));
   }
-  return py::make_tuple(tables, offsets, cached);
+  Int64Array rounded({roundings, py::ssize_t{6}});
+  int64_t* rounded_out = rounded.mutable_data();
+  for (size_t s = 0; s < stages.size(); ++s) {
+    for (const adsc::Rounding& r : stages[s].rounded) {
+      for (const int64_t value : {r.span.sequence, r.span.start, r.span.length,
+                                  static_cast<int64_t>(s), r.wanted, r.kept}) {
+        *rounded_out++ = value;
+      }
+    }
+  }
+  return py::make_tuple(tables, offsets, cached, rounded);
 }
 
 // The source row of every output row of a segment table [S, 6].
@@ -208,10 +221,11 @@ PYBIND11_MODULE(_C, m) {
         "What this build is made of: version, compiler, build_type, cxx_flags, torch (the one built\n"
         "against), cuda_compiler, cuda_archs, and cuda_reason: why there is no CUDA, or None.");
   m.def("plan", &plan, py::arg("boundaries"), py::arg("cu_seqlens"), py::arg("vision_spans"),
-        py::arg("chunks"));
+        py::arg("chunks"), py::arg("align") = 1);
   m.def("expand", &expand, py::arg("segments").noconvert(), py::arg("rows"));
   m.def("compress", &compress, py::arg("sources").noconvert());
   m.def("kept_count", &adsc::kept_count);
+  m.def("aligned_kept_count", &adsc::aligned_kept_count);
   m.def("kept_index", &adsc::kept_index);
   m.def("kept_before", &adsc::kept_before);
 }

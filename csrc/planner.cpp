@@ -215,7 +215,7 @@ void check_layout(const std::vector<int64_t>& cu_seqlens, const std::vector<Visi
 std::vector<StageTables> make_plan(const std::vector<BoundaryRule>& boundaries,
                                    const std::vector<int64_t>& cu_seqlens,
                                    std::vector<VisionSpan> spans,
-                                   const std::vector<Chunk>& chunks) {
+                                   const std::vector<Chunk>& chunks, int64_t align) {
   const auto earlier = [](const VisionSpan& a, const VisionSpan& b) {
     return a.sequence != b.sequence ? a.sequence < b.sequence : a.start < b.start;
   };
@@ -239,9 +239,14 @@ std::vector<StageTables> make_plan(const std::vector<BoundaryRule>& boundaries,
   std::vector<Extent> extents(spans.size() * num_stages);
   for (size_t i = 0; i < spans.size(); ++i) {
     Extent e{spans[i].height, spans[i].width};
+    const int64_t n = e.height * e.width;
     extents[i * num_stages] = e;
     for (size_t s = 1; s < num_stages; ++s) {
-      e = extents[i * num_stages + s] = next_extent(boundaries[s - 1], e);
+      e = next_extent(boundaries[s - 1], e);
+      const int64_t wanted = e.height * e.width;
+      const int64_t kept = aligned_kept_count(n, wanted, align);
+      if (kept != wanted) stages[s].rounded.push_back({spans[i], wanted, kept});
+      extents[i * num_stages + s] = boundaries[s - 1].grid ? e : Extent{1, kept};
     }
   }
 

@@ -22,6 +22,12 @@ ADSC_HOST_DEVICE int64_t kept_count(int64_t n, int64_t numerator, int64_t denomi
   return (n * numerator + denominator - 1) / denominator;
 }
 
+// The least count of at least `kept` of n rows whose dropped rows, n less it, fill whole blocks: what
+// follows the span then keeps its offset within a cache block. A block of 1 changes nothing.
+ADSC_HOST_DEVICE int64_t aligned_kept_count(int64_t n, int64_t kept, int64_t block) {
+  return n - (n - kept) / block * block;
+}
+
 // The index, in [0, n), of the j-th of m kept rows. Requires 0 <= j < m <= n < 2^31.
 ADSC_HOST_DEVICE int64_t kept_index(int32_t pattern, int64_t j, int64_t n, int64_t m) {
   if (pattern == kStart) return j * n / m;

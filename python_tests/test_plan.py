@@ -71,13 +71,17 @@ def test_whole_prompts(case):
 def test_chunks_join_to_the_whole(case, data):
     """For any cuts: each chunk holds the whole prompt's survivors there, and knows the earlier."""
     schedule, cu_seqlens, spans = case
-    lives = survivors(schedule, cu_seqlens, spans)
+    # A grid of these sizes seldom fits a block; test_a_grid_is_not_rounded has those.
+    aligned = schedule.pattern != "grid" and data.draw(st.booleans())
+    block = data.draw(st.integers(1, 9)) if aligned else 1
+    options = dict(block_size=block, align="block") if aligned else {}
+    lives = survivors(schedule, cu_seqlens, spans, block)
     lengths = np.diff(cu_seqlens).tolist()
     begins = [0] * len(lengths)
     while True:
         ends = [data.draw(st.integers(b, n)) for b, n in zip(begins, lengths, strict=True)]
         plan = adsc.make_plan(
-            schedule, cu_seqlens, spans, chunks=list(zip(begins, ends, strict=True))
+            schedule, cu_seqlens, spans, chunks=list(zip(begins, ends, strict=True)), **options
         )
         inside = [
             [
@@ -116,6 +120,51 @@ def test_kept_counts(case):
         assert stage.num_tokens == cu_seqlens[-1] - dropped
 
 
+@given(plans(patterns=("start", "center", "linspace")), st.integers(1, 40))
+def test_aligned_spans_drop_whole_blocks(case, block):
+    schedule, cu_seqlens, spans = case
+    plan = adsc.make_plan(schedule, cu_seqlens, spans, block_size=block, align="block")
+    lives = survivors(schedule, cu_seqlens, spans, block)
+    check_stages(plan, lives, [(0,) * (len(cu_seqlens) - 1)] * schedule.num_stages)
+    rounded = {(r.span, r.stage): r for r in plan.rounded}
+    assert len(rounded) == len(plan.rounded)
+    for span in spans:
+        count = span[2] if len(span) == 3 else span[3] * span[4]
+        first, last = span[1], span[1] + span[2]
+        for s, wanted in enumerate(schedule.kept(count)):
+            kept = sum(first <= p < last for p in lives[s][span[0]]) - (span[2] - count)
+            assert (count - kept) % block == 0
+            assert wanted <= kept < wanted + block
+            record = rounded.pop((tuple(span[:3]), s), None)
+            assert (kept != wanted) == (record is not None)
+            if record is not None:
+                assert (record.wanted, record.kept) == (wanted, kept)
+    assert not rounded
+
+
+def test_rounding_does_not_add_up():
+    schedule = adsc.CompressionSchedule.parse("8:1/4,16:1/4,24:1/4", 32)
+    plan = adsc.make_plan(schedule, [0, 677], [(0, 35, 576)], block_size=16, align="block")
+    assert [stage.num_tokens - 101 for stage in plan.stages] == [576, 144, 48, 16]  # 144, 36, 9
+    assert plan.rounded == (((0, 35, 576), 2, 36, 48), ((0, 35, 576), 3, 9, 16))
+    assert adsc.make_plan(schedule, [0, 677], [(0, 35, 576)], block_size=16).rounded == ()
+    # Half of the 55 that stay in stage 1 would be 28, and so 40 for the sake of blocks.
+    halves = adsc.CompressionSchedule.parse("0:1/2,1:1/2", 2)
+    plan = adsc.make_plan(halves, [0, 100], [(0, 0, 100)], block_size=15, align="block")
+    assert [stage.num_tokens for stage in plan.stages] == [100, 55, 25]
+
+
+def test_a_grid_is_not_rounded():
+    schedule = adsc.CompressionSchedule.parse("8:1/2x1/2,16:1/2x1/2@grid", 32)
+    layout = dict(cu_seqlens=[0, 677], vision_spans=[(0, 35, 576, 24, 24)], align="block")
+    fits = adsc.make_plan(schedule, **layout, block_size=4)
+    assert [stage.num_tokens - 101 for stage in fits.stages] == [576, 144, 36]
+    with pytest.raises(
+        adsc.UnsupportedError, match=r"align: .* multiple of 16 .* 36 kept in stage 2"
+    ):
+        adsc.make_plan(schedule, **layout, block_size=16)
+
+
 def test_keep_rule_twins_agree():
     """C++, Python and the definition by sets, for every m <= n <= 40 and every cut."""
     for pattern, code in PATTERN_CODES.items():
@@ -142,6 +191,16 @@ def test_keep_rule_does_not_overflow(pattern, m):
         assert _C.kept_index(code, j, n, m) == index
         assert _C.kept_before(code, index, n, m) == j
         assert _C.kept_before(code, index + 1, n, m) == j + 1
+
+
+def test_aligned_counts_agree():
+    for n in range(41):
+        for m in range(n + 1):
+            for block in range(1, 20):
+                kept = reference.aligned_kept_count(n, m, block)
+                assert _C.aligned_kept_count(n, m, block) == kept
+                assert (n - kept) % block == 0
+                assert m <= kept < m + block
 
 
 def test_known_plan():
@@ -210,6 +269,8 @@ LAYOUT = dict(cu_seqlens=[0, 10, 20], vision_spans=[(0, 2, 4)])
         (dict(chunks=[(0, 11), (0, 1)]), ValueError, "end <= 10 for sequence 0, got \\(0, 11\\)"),
         (dict(chunks=[(3, 2), (0, 1)]), ValueError, "chunks: expected 0 <= begin <= end"),
         (dict(block_size=0), ValueError, "block_size: expected an int of at least 1, got 0"),
+        (dict(align="page"), ValueError, "align: expected 'block' or None, got 'page'"),
+        (dict(align="block"), ValueError, "align: expected a block_size to go with 'block'"),
         (dict(schedule="0:1/2"), TypeError, "schedule: expected a CompressionSchedule, got str"),
         (
             dict(schedule=adsc.CompressionSchedule.parse("0:1/2x1/2@grid", 1)),

@@ -51,6 +51,17 @@ void test_kept_count() {
   CHECK(kept_count((1LL << 31) - 1, (1LL << 31) - 2, (1LL << 31) - 1) == (1LL << 31) - 2);
 }
 
+void test_aligned_kept_count() {
+  for (int64_t n = 0; n <= 64; ++n) {
+    for (int64_t m = 0; m <= n; ++m) {
+      for (int64_t block = 1; block <= 20; ++block) {
+        const int64_t kept = aligned_kept_count(n, m, block);
+        CHECK((n - kept) % block == 0 && m <= kept && kept < m + block && kept <= n);
+      }
+    }
+  }
+}
+
 void test_lookup() {
   // Empty segments share their dst with the next one and never hold a row.
   const Segment table[] = {{0, 0, 3, 3, 0, kStart},
@@ -71,6 +82,7 @@ void test_lookup() {
 int main() {
   adsc::test_keep_rule();
   adsc::test_kept_count();
+  adsc::test_aligned_kept_count();
   adsc::test_lookup();
   return adsc::test::failures() != 0;
 }
