@@ -8,7 +8,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoTokenizer
+
+# From where it is defined: transformers 5.17 hides it at the top where torchvision is missing.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .config import LlavaConfig
 
