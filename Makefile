@@ -9,7 +9,7 @@ BUILD = build/$(shell $(BIN)/python -c "import sys; print(sys.implementation.cac
 NATIVE := setup.py CMakeLists.txt $(shell find cmake csrc -type f)
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: venv demo test test-fast test-cpp bench lint format wheel clean help
+.PHONY: venv demo test test-fast test-cpp bench gpu-test gpu-sanitize gpu-bench lint format wheel clean help
 
 help:           ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## */\t/' | expand -t 12
@@ -47,6 +47,16 @@ test-cpp: venv  ## C++ tests of the keep rule and the planner
 
 bench: venv     ## benchmarks, against the plain copy of the same run
 	$(BIN)/python -m pytest -q bench --benchmark-enable --benchmark-only
+
+# These take the Python, torch and nvcc that are here, and make no environment.
+gpu-test:       ## all GPU tests; JSON to the folder ADSC_OUT (out/)
+	@$(PYTHON) tools/gpu.py test
+
+gpu-sanitize:   ## compute-sanitizer's four tools over a small selection
+	@$(PYTHON) tools/gpu.py sanitize
+
+gpu-bench:      ## GPU benchmarks beside eager and compiled PyTorch and the plain copy
+	@$(PYTHON) tools/gpu.py bench
 
 lint: venv      ## ruff and mypy
 	$(BIN)/ruff check .

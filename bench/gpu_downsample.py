@@ -1,0 +1,76 @@
+"""downsample and downsample_many beside index_select with its indices on the device.
+
+python bench/gpu_downsample.py FILE SECONDS      (make gpu-bench runs it)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from gpu_shapes import BATCHES, Batch
+from gpu_timing import DEVICE, Case, main
+from torch import Tensor
+
+from adsc_kernels import ops
+
+HEAD = 128
+
+
+def moved_bytes(batch: Batch, row_bytes: int) -> int:
+    return 2 * batch.stage().num_tokens * row_bytes
+
+
+def downsample(batch: Batch) -> Iterator[Case]:
+    stage = batch.stage()
+    rows = stage.keep_indices()
+
+    def make() -> Tensor:
+        return torch.randn(stage.num_tokens_in, batch.hidden, device=DEVICE, dtype=torch.bfloat16)
+
+    baselines = {"eager": lambda x: torch.index_select(x, 0, rows)}
+    size = moved_bytes(batch, 2 * batch.hidden)
+    yield Case("downsample", batch.name, size, make, lambda x: ops.downsample(x, stage), baselines)
+    if batch.hidden == BATCHES[0].hidden and batch.sequences in (1, 32):
+        yield Case(
+            "downsample",
+            f"{batch.name}, keep_indices",
+            size,
+            make,
+            lambda x: ops.downsample(x, keep_indices=rows),
+            baselines,
+            compiled=False,  # as above
+        )
+
+
+def downsample_many(batch: Batch) -> Case:
+    """Hidden states, residual, positions and the two RoPE tables."""
+    stage = batch.stage()
+    rows = stage.keep_indices()
+
+    def make() -> list[Tensor]:
+        count = stage.num_tokens_in
+        return [
+            *torch.randn(2, count, batch.hidden, device=DEVICE, dtype=torch.bfloat16).unbind(),
+            torch.randint(0, 1 << 40, (count,), device=DEVICE),
+            *torch.randn(2, count, HEAD, device=DEVICE, dtype=torch.bfloat16).unbind(),
+        ]
+
+    return Case(
+        "downsample_many",
+        batch.name,
+        moved_bytes(batch, 2 * 2 * batch.hidden + 8 + 2 * 2 * HEAD),
+        make,
+        lambda xs: ops.downsample_many(xs, stage),
+        {"eager": lambda xs: [torch.index_select(x, 0, rows) for x in xs]},
+    )
+
+
+def cases() -> Iterator[Case]:
+    for batch in BATCHES:
+        yield from downsample(batch)
+        yield downsample_many(batch)
+
+
+if __name__ == "__main__":
+    main(cases())
