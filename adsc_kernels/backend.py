@@ -1,12 +1,14 @@
 """Which implementation an op runs on: native kernels, Triton, or the reference.
 
 `auto` takes the native kernel for the tensor's device, else Triton, else the reference. A backend
-named outright serves the tensor or raises: it never falls back.
+named outright serves the tensor or raises: it never falls back. CUDA devices differ: each is asked
+about once, when its first tensor comes, since asking at import would start CUDA.
 """
 
 import functools
 import os
 import threading
+from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
 from typing import Final
 
@@ -75,25 +77,92 @@ def native_problem() -> str:
     return ""
 
 
-# Neither is part of this version; the reasons are what `adsc doctor` prints.
-_NO_CUDA = "no CUDA kernels in this version of adsc_kernels"
-_NO_TRITON = "no Triton kernels in this version of adsc_kernels"
+# Triton reads it when a kernel is defined, so a later change has no effect.
+INTERPRETED: Final = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y")
+_OLDEST_TRITON: Final = (3, 5)
+_OLDEST_CAPABILITY: Final = (8, 0)
 
 
-def available_backends() -> dict[str, tuple[bool, str]]:
-    """Every backend with whether it works here and, where it doesn't, why not."""
-    problem = native_problem()
-    return {
-        "cuda": (False, _NO_CUDA),
-        "triton": (False, _NO_TRITON),
-        "cpu": (problem == "", problem),
-        "reference": (True, ""),
-    }
+@functools.cache
+def _triton_package_problem() -> str:
+    """Why Triton can't be used at all; empty when it can. Does not import it."""
+    try:
+        found = version("triton")
+    except PackageNotFoundError:
+        return "the package triton is not installed (pip install 'adsc_kernels[triton]')"
+    if tuple(int(part) for part in found.split(".")[:2]) < _OLDEST_TRITON:
+        return f"triton>=3.5 is needed, {found} is installed"
+    return ""
 
 
-# Filled at import, so that a traced call reads a constant.
-_problems: Final = {name: why for name, (_, why) in available_backends().items()}
-_native_devices: Final = frozenset(name for name in ("cpu", "cuda") if not _problems[name])
+def _device_problem(index: int) -> str:
+    """Why PyTorch can't use CUDA device number `index`; empty when it can."""
+    if torch.version.cuda is None:
+        return f"no CUDA in torch {torch.__version__}"
+    if index >= torch.cuda.device_count():
+        return f"no CUDA device {index}"
+    return ""
+
+
+def _cuda_problem(index: int) -> str:
+    problem = native_problem() or _device_problem(index)
+    if problem:
+        return problem
+    try:
+        _library.device_code(index)
+    except UnsupportedError as error:
+        return str(error)
+    return ""
+
+
+def _triton_problem(kind: str, index: int) -> str:
+    problem = _triton_package_problem()
+    if problem:
+        return problem
+    if kind == "cpu":
+        return "" if INTERPRETED else "no interpreter for CPU tensors without TRITON_INTERPRET=1"
+    problem = _device_problem(index)
+    if problem:
+        return problem
+    capability = torch.cuda.get_device_capability(index)
+    if capability < _OLDEST_CAPABILITY:
+        return f"no compute capability of 8.0 or more: device {index} has {capability}"
+    return ""
+
+
+_problems: dict[tuple[str, str, int], str] = {}
+
+
+@torch.compiler.assume_constant_result
+def _problem(name: str, kind: str, index: int) -> str:
+    """Why a backend, not "auto", can't serve tensors on a device; empty when it can."""
+    key = name, kind, index
+    if key not in _problems:
+        serves = {"cuda": ("cuda",), "triton": ("cuda", "cpu"), "cpu": ("cpu",)}.get(name, (kind,))
+        if name == "reference":
+            problem = ""
+        elif kind not in serves:
+            problem = f"it serves tensors on {' and '.join(serves)}"
+        elif name == "triton":
+            problem = _triton_problem(kind, index)
+        else:
+            problem = _cuda_problem(index) if name == "cuda" else native_problem()
+        _problems[key] = problem
+    return _problems[key]
+
+
+# The interpreter is for tests: on CPU, Triton serves only when it is named.
+_automatic_on_cpu: Final = "reference" if native_problem() else "cpu"
+_automatic_on_cuda: dict[int, str] = {}
+
+
+@torch.compiler.assume_constant_result
+def _for_cuda(index: int) -> str:
+    """The first of the backends that serves CUDA device number `index`."""
+    if index not in _automatic_on_cuda:
+        serving = [name for name in ("cuda", "triton") if not _problem(name, "cuda", index)]
+        _automatic_on_cuda[index] = (*serving, "reference")[0]
+    return _automatic_on_cuda[index]
 
 
 def resolve(device: torch.device) -> str:
@@ -104,11 +173,22 @@ def resolve(device: torch.device) -> str:
     name = current()
     kind = device.type
     if name == "auto":
-        return kind if kind in _native_devices else "reference"
-    if _problems[name]:
-        raise UnsupportedError(f"backend {name!r} is not available: {_problems[name]}")
-    if name != "reference" and kind != name:
-        raise UnsupportedError(
-            f"backend {name!r}: expected tensors on {name}, got a tensor on {device}"
-        )
+        if kind == "cpu":
+            return _automatic_on_cpu
+        return _for_cuda(device.index or 0) if kind == "cuda" else "reference"
+    problem = _problem(name, kind, device.index or 0)
+    if problem:
+        raise UnsupportedError(f"backend {name!r} can't serve a tensor on {device}: {problem}")
     return name
+
+
+def available_backends() -> dict[str, tuple[bool, str]]:
+    """Every backend with whether it serves some device here and, where it serves none, why not."""
+    devices = [("cuda", index) for index in range(max(torch.cuda.device_count(), 1))]
+    found = {}
+    for name in BACKENDS[1:]:
+        kinds = {"cuda": devices, "triton": [*devices, ("cpu", 0)]}.get(name, [("cpu", 0)])
+        problems = list(dict.fromkeys(_problem(name, *device) for device in kinds))
+        works = "" in problems
+        found[name] = (works, "" if works else "; ".join(problems))
+    return found

@@ -4,14 +4,17 @@ import os
 import subprocess
 import sys
 import threading
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
 
-from adsc_kernels import ops, reference
+from adsc_kernels import _library, ops, reference
 from adsc_kernels.backend import available_backends, backend, current, native_problem, resolve
 from adsc_kernels.errors import UnsupportedError
 
+backend_module = import_module("adsc_kernels.backend")  # the package has the class by this name
 CPU = torch.device("cpu")
 X = torch.arange(6)
 ROWS = torch.tensor([4, 0])
@@ -64,23 +67,92 @@ def test_what_is_available() -> None:
     assert backends["cpu"] == (True, "")
     for name in ("cuda", "triton"):
         works, why = backends[name]
-        assert not works
-        assert "in this version" in why
+        if torch.cuda.is_available():
+            assert works == (why == "")
+        else:
+            assert not works
+            assert "no CUDA in torch" in why or "no CUDA device" in why or "triton" in why
+
+
+@pytest.fixture
+def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forgets what the backends were found to serve, and does so again afterwards."""
+    monkeypatch.setattr(backend_module, "_problems", {})
+    monkeypatch.setattr(backend_module, "_automatic_on_cuda", {})
+
+
+@pytest.mark.usefixtures("no_memory")
+def test_each_cuda_device_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Device 0 has native code, 1 can run Triton, 2 has neither."""
+    asked = []
+
+    def device_code(index: int) -> int:
+        asked.append(index)
+        if index:
+            raise UnsupportedError(f"no code for {index}")
+        return 90
+
+    monkeypatch.setattr(_library, "device_code", device_code)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: ((9, 0), (8, 0), (7, 5))[i])
+    monkeypatch.setattr(backend_module, "_triton_package_problem", lambda: "")
+    wanted = ["cuda", "triton", "reference"]
+    for _ in range(2):
+        assert [resolve(torch.device("cuda", i)) for i in range(3)] == wanted
+    assert asked == [0, 1, 2]
+    assert available_backends()["cuda"] == (True, "")
+    with backend("cuda"), pytest.raises(UnsupportedError, match="no code for 1"):
+        resolve(torch.device("cuda:1"))
+    with backend("triton"):
+        assert resolve(torch.device("cuda:0")) == "triton"
+        with pytest.raises(UnsupportedError, match=r"compute capability .* device 2 has \(7, 5\)"):
+            resolve(torch.device("cuda:2"))
+
+
+@pytest.mark.usefixtures("no_memory")
+@pytest.mark.parametrize(("found", "why"), [(None, "not installed"), ("3.4.0", "3.4.0 is inst")])
+def test_triton_is_missing_or_old(
+    monkeypatch: pytest.MonkeyPatch, found: str | None, why: str
+) -> None:
+    def version(package: str) -> str:
+        if found is None:
+            raise PackageNotFoundError(package)
+        return found
+
+    monkeypatch.setattr(backend_module, "version", version)
+    backend_module._triton_package_problem.cache_clear()
+    works, reason = available_backends()["triton"]
+    backend_module._triton_package_problem.cache_clear()
+    assert not works
+    assert why in reason
+
+
+def test_the_choice_is_a_constant_of_the_graph() -> None:
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if resolve(x.device) == "cpu" else x - 1
+
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)).item() == 1
+    with backend("reference"):
+        assert compiled(torch.zeros(1)).item() == -1
+    assert compiled(torch.zeros(1)).item() == 1
 
 
 def test_auto_falls_to_the_reference_where_no_kernel_is() -> None:
     assert resolve(torch.device("meta")) == "reference"
-    assert resolve(torch.device("cuda")) == "reference"
+    if not torch.cuda.is_available():
+        assert resolve(torch.device("cuda")) == "reference"
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_a_backend_that_is_not_there_never_falls_back(name: str) -> None:
-    with backend(name), pytest.raises(UnsupportedError, match=f"'{name}' is not available: no "):
+    with backend(name), pytest.raises(UnsupportedError, match=f"'{name}' can't serve .* cpu: "):
         ops.downsample(X, keep_indices=ROWS)
 
 
 def test_a_backend_for_another_device_never_falls_back() -> None:
-    with backend("cpu"), pytest.raises(UnsupportedError, match=r"'cpu': expected .*got .* meta"):
+    with backend("cpu"), pytest.raises(UnsupportedError, match=r"'cpu' can't serve .* meta: .*cpu"):
         ops.downsample(X.to("meta"), keep_indices=ROWS.to("meta"))
 
 
@@ -153,3 +225,19 @@ def test_without_the_library_the_reference_serves() -> None:
     done = run_python(code)
     assert done.returncode == 0, done.stderr
     assert native_problem() == ""
+
+
+def test_the_triton_ops_have_the_native_schemas() -> None:
+    names = [
+        name.partition("::")[2]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("adsc_triton::")
+    ]
+    assert "downsample" in names
+    for name in names:
+        schemas = [
+            getattr(space, name).default._schema
+            for space in (torch.ops.adsc_kernels, torch.ops.adsc_triton)
+        ]
+        native, triton = (str(schema).partition("::")[2] for schema in schemas)
+        assert triton == native

@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from adsc_kernels import reference
-from adsc_kernels.backend import native_problem, resolve
-from adsc_kernels.ops._dispatch import Stage, call, check_rows, row_source
+from adsc_kernels.ops._dispatch import Stage, call, check_rows, choose, register, row_source
 
 
 def downsample(
@@ -30,9 +28,9 @@ def downsample(
     """
     check_rows(x, "x")
     segments, num_tokens = row_source(stage, keep_indices, x, "x")
-    if resolve(x.device) == "reference":
+    op = choose("downsample", x.device)
+    if op is None:
         return reference.downsample(x, stage, keep_indices=keep_indices)
-    op = torch.ops.adsc_kernels.downsample.default
     return call(op, x, segments, keep_indices, num_tokens, grad=x.requires_grad)
 
 
@@ -57,9 +55,9 @@ def downsample_many(
         if x.shape[0] != xs[0].shape[0]:
             raise ValueError(f"xs[{i}]: expected {xs[0].shape[0]} rows, as xs[0], got {x.shape[0]}")
     segments, num_tokens = row_source(stage, keep_indices, xs[0], "xs[0]")
-    if resolve(xs[0].device) == "reference":
+    op = choose("downsample_many", xs[0].device)
+    if op is None:
         return reference.downsample_many(xs, stage, keep_indices=keep_indices)
-    op = torch.ops.adsc_kernels.downsample_many.default
     grad = any(x.requires_grad for x in xs)
     return call(op, xs, segments, keep_indices, num_tokens, grad=grad)
 
@@ -78,12 +76,12 @@ def _fake_many(
 
 
 def upsample_grad(
-    grad: Tensor, segments: Tensor | None, keep_indices: Tensor | None, num_rows: int
+    ctx: Any, grad: Tensor, segments: Tensor | None, keep_indices: Tensor | None
 ) -> Tensor:
-    """The gradient of x: [num_rows, ...], from that of x's surviving rows. Gradients come with any
-    strides (that of a sum has all 0), hence the copy where a row is not dense."""
-    op = torch.ops.adsc_kernels.upsample_grad.default
-    return op(grad.contiguous(), segments, keep_indices, num_rows)
+    """The gradient of x: [ctx.num_rows, ...], from that of x's surviving rows. Gradients come with
+    any strides (that of a sum has all 0), hence the copy where a row is not dense."""
+    op = ctx.ops.upsample_grad.default
+    return op(grad.contiguous(), segments, keep_indices, ctx.num_rows)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -94,7 +92,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     segments, keep_indices = ctx.saved_tensors
-    return upsample_grad(grad, segments, keep_indices, ctx.num_rows), None, None, None
+    return upsample_grad(ctx, grad, segments, keep_indices), None, None, None
 
 
 def _setup_many(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -107,7 +105,7 @@ def _setup_many(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None
 def _backward_many(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor | None] | None, ...]:
     segments, keep_indices = ctx.saved_tensors
     x_grads = [
-        upsample_grad(grad, segments, keep_indices, ctx.num_rows) if wanted else None
+        upsample_grad(ctx, grad, segments, keep_indices) if wanted else None
         for grad, wanted in zip(grads, ctx.wanted, strict=True)
     ]
     return x_grads, None, None, None
@@ -121,18 +119,31 @@ def _upsample_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _upsample_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     segments, keep_indices = ctx.saved_tensors
-    op = torch.ops.adsc_kernels.downsample.default
+    op = ctx.ops.downsample.default
     return op(grad.contiguous(), segments, keep_indices, ctx.num_tokens), None, None, None
 
 
-if not native_problem():
-    torch.library.register_fake("adsc_kernels::downsample", _fake)
-    torch.library.register_fake("adsc_kernels::downsample_many", _fake_many)
-    torch.library.register_fake("adsc_kernels::upsample_grad", _fake)
-    torch.library.register_autograd("adsc_kernels::downsample", _backward, setup_context=_setup)
-    torch.library.register_autograd(
-        "adsc_kernels::downsample_many", _backward_many, setup_context=_setup_many
-    )
-    torch.library.register_autograd(
-        "adsc_kernels::upsample_grad", _upsample_backward, setup_context=_upsample_setup
-    )
+register(
+    "downsample",
+    "(Tensor x, Tensor? segments, Tensor? keep_indices, SymInt num_tokens) -> Tensor",
+    fake=_fake,
+    backward=_backward,
+    setup=_setup,
+    triton="downsample",
+)
+register(
+    "downsample_many",
+    "(Tensor[] xs, Tensor? segments, Tensor? keep_indices, SymInt num_tokens) -> Tensor[]",
+    fake=_fake_many,
+    backward=_backward_many,
+    setup=_setup_many,
+    triton="downsample",
+)
+register(
+    "upsample_grad",
+    "(Tensor grad, Tensor? segments, Tensor? keep_indices, SymInt num_rows) -> Tensor",
+    fake=_fake,
+    backward=_upsample_backward,
+    setup=_upsample_setup,
+    triton="upsample_grad",
+)

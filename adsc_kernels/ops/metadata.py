@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adsc_kernels import reference
-from adsc_kernels.backend import native_problem, resolve
+from adsc_kernels.ops._dispatch import choose, register
 from adsc_kernels.schedule import PATTERNS
 
 Keep = Fraction | str | int | float | tuple[int, int]
@@ -97,10 +97,11 @@ def rebuild_metadata(
         fractions = [exact_fraction(keep)]
         if max_height is not None:
             raise ValueError(f"max_height: expected None but for the grid, got {max_height!r}")
-    if resolve(cu_seqlens.device) == "reference":
+    op = choose("rebuild_metadata", cu_seqlens.device)
+    if op is None:
         outputs = reference.rebuild_metadata(cu_seqlens, spans, fractions, pattern, max_height)
     else:
-        outputs = torch.ops.adsc_kernels.rebuild_metadata.default(
+        outputs = op(
             cu_seqlens,
             spans,
             [part for f in fractions for part in (f.numerator, f.denominator)],
@@ -144,5 +145,10 @@ def _fake(
     return tuple(cu_seqlens.new_empty(shape) for shape in shapes)
 
 
-if not native_problem():
-    torch.library.register_fake("adsc_kernels::rebuild_metadata", _fake)
+register(
+    "rebuild_metadata",
+    "(Tensor cu_seqlens, Tensor spans, int[] keep, str pattern, SymInt max_height) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake,
+    triton="metadata",
+)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from adsc_kernels import reference
-from adsc_kernels.backend import native_problem, resolve
-from adsc_kernels.ops._dispatch import Stage, call, check_rows, row_source
+from adsc_kernels.ops._dispatch import Stage, call, check_rows, choose, register, row_source
 from adsc_kernels.ops.downsample import upsample_grad
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -51,11 +50,11 @@ def downsample_add_rms_norm(
     if not eps >= 0:
         raise ValueError(f"eps: expected at least 0, got {eps}")
     segments, num_tokens = row_source(stage, keep_indices, x, "x")
-    if resolve(x.device) == "reference":
+    op = choose("downsample_add_rms_norm", x.device)
+    if op is None:
         return reference.downsample_add_rms_norm(
             x, residual, weight, stage, eps, keep_indices=keep_indices
         )
-    op = torch.ops.adsc_kernels.downsample_add_rms_norm.default
     grad = x.requires_grad or residual.requires_grad or weight.requires_grad
     return call(op, x, residual, weight, segments, keep_indices, num_tokens, float(eps), grad=grad)
 
@@ -103,13 +102,17 @@ def _backward(ctx: Any, grad_normed: Tensor, grad_residual: Tensor) -> tuple[Ten
     weighted = grad * weight.to(compute)
     grad_h = scale * (weighted - normed * (weighted * normed).mean(-1, keepdim=True))
     grad_h = (grad_h + grad_residual.to(compute)).to(h.dtype)
-    grad_x = upsample_grad(grad_h, segments, keep_indices, ctx.num_rows)
+    grad_x = upsample_grad(ctx, grad_h, segments, keep_indices)
     grad_weight = (grad * normed).sum(0).to(weight.dtype)
     return grad_x, grad_x, grad_weight, None, None, None, None
 
 
-if not native_problem():
-    torch.library.register_fake("adsc_kernels::downsample_add_rms_norm", _fake)
-    torch.library.register_autograd(
-        "adsc_kernels::downsample_add_rms_norm", _backward, setup_context=_setup
-    )
+register(
+    "downsample_add_rms_norm",
+    "(Tensor x, Tensor residual, Tensor weight, Tensor? segments, Tensor? keep_indices, "
+    "SymInt num_tokens, float eps) -> (Tensor, Tensor)",
+    fake=_fake,
+    backward=_backward,
+    setup=_setup,
+    triton="norm",
+)
