@@ -58,6 +58,9 @@ gpu-sanitize:   ## compute-sanitizer's four tools over a small selection
 gpu-bench:      ## GPU benchmarks beside eager and compiled PyTorch and the plain copy
 	@$(PYTHON) tools/gpu.py bench
 
+report: venv    ## registers, spills and access widths of the GPU kernels, from their machine code
+	$(BIN)/python python_tests/cubin_report.py
+
 lint: venv      ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
