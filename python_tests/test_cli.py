@@ -79,7 +79,7 @@ def test_measured_cache_is_the_accounts_to_the_byte(capsys: pytest.CaptureFixtur
     }
     for key, seq_lens in costs.items():
         counted = account_lengths(
-            ModelShape.from_config(config), schedule, seq_lens, num_images=1, element_bytes=4
+            ModelShape.from_config(config), schedule, seq_lens, tiles=1, kv_dtype="float32"
         )
         stages = facts["stages"]
         assert [s["cache_bytes"][key] for s in stages] == [s.kv_bytes for s in counted.stages]

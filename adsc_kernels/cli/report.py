@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from adsc_kernels.accounting import CONVENTIONS, Account, ModelShape, account_lengths
+from adsc_kernels.accounting import Account, ModelShape, account_lengths
 from adsc_kernels.cli.text import (
     in_bytes,
     in_macs,
@@ -68,9 +68,8 @@ def compare(
         "average_vision_tokens": visible / schedule.num_layers,
         "stages": stages,
         "outside": {
-            "tower_macs": costs[0].tower_macs,
-            "projector_macs": costs[0].projector_macs,
-            "head_macs": costs[0].head_macs,
+            f"{part}_macs": getattr(costs[0].prefill, part)
+            for part in ("tower", "projector", "head")
         },
         "total": {
             "cache_bytes": _pair((dense.generation.cache_bytes, generation.cache_bytes)),
@@ -78,8 +77,8 @@ def compare(
             "macs": _pair([cost.macs for cost in costs]),
         },
         "convention": {
-            "name": costs[0].convention,
-            "definition": CONVENTIONS[costs[0].convention],
+            "name": costs[0].convention.name,
+            "definition": costs[0].convention.definition,
         },
         "seconds": {
             "pictures": statistics.median(dense.vision_seconds + compressed.vision_seconds),
@@ -148,8 +147,8 @@ def _accounts(
     shape = ModelShape.from_config(model.config)
     lengths = [stage.seq_lens for stage in generation.plan.stages]
     options: dict[str, Any] = {
-        "num_images": _pictures(generation),
-        "element_bytes": _dtype(model).itemsize,
+        "tiles": _pictures(generation),
+        "kv_dtype": str(_dtype(model)).removeprefix("torch."),
     }
     return (
         account_lengths(shape, schedule, [lengths[0]] * len(lengths), **options),
