@@ -201,8 +201,8 @@ def test_macs_of_llava_7b() -> None:
     assert account(LLAVA_7B, DENSE, 101, convention="full-3").macs / 1e12 == pytest.approx(
         4.504, abs=5e-4
     )
-    assert cut(dense.macs, kept.macs) == pytest.approx(54.51, abs=5e-3)
-    assert cut(dense.decoder_macs, kept.decoder_macs) == pytest.approx(56.99, abs=5e-3)
+    assert cut(dense.macs, kept.macs) == pytest.approx(54.49, abs=5e-3)
+    assert cut(dense.decoder_macs, kept.decoder_macs) == pytest.approx(56.98, abs=5e-3)
 
 
 def test_pyramiddrops_published_macs() -> None:

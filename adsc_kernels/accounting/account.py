@@ -330,7 +330,7 @@ def _account(
     positions = {"none": 0, "last": sequences, "all": sum(counted[-1])}[convention.head]
     tower = projector = 0
     if convention.tower and shape.tower is not None and tiles:
-        tower = tiles * shape.tower.macs(token_grid)
+        tower = tiles * shape.tower.macs(token_grid, scores=convention.scores != "none")
         projector = tiles * shape.tower.projector_macs(token_grid)
     head = shape.hidden_size * (shape.vocab_size + 2 * convention.norms)
     return Account(

@@ -35,7 +35,7 @@ SCORES = {
     "causal": "row t of a sequence with the t + 1 rows up to it, n(n+1)/2 pairs",
     "full": "every row with every row, n^2 pairs",
     "halved": "half of full, n^2/2 pairs",
-    "none": "no scores at all",
+    "none": "no scores at all, not even the tower's",
 }
 HEADS = {
     "last": "the last position of each sequence, and every decoded one",
@@ -55,6 +55,8 @@ _FORMULAS = (
 
 def _with_tower(formula: Convention) -> Convention:
     name, definition = f"{formula.name}+tower", f"{formula.name}, vision tower and projector"
+    if formula.scores == "none":
+        definition += ", no scores in the tower either"
     return replace(formula, name=name, definition=definition, tower=True)
 
 

@@ -42,10 +42,11 @@ class TowerShape:
         """Rows that a tile takes in the decoder; None where the tile's size decides."""
         return None if self.grid is None else self._rows(self.grid)
 
-    def macs(self, token_grid: tuple[int, int] | None = None) -> int:
+    def macs(self, token_grid: tuple[int, int] | None = None, scores: bool = True) -> int:
         """Matrix products for one tile: patch embedding, and layers with full or windowed scores.
 
         ``token_grid``: the tile's size in rows of the decoder, needed where ``grid`` is None.
+        ``scores``: False leaves them out.
         """
         down, across = self._patches(token_grid)
         rows, width = down * across + self.class_token, self.hidden_size
@@ -57,7 +58,7 @@ class TowerShape:
             windowed = sum(h * h for h in heights) * sum(w * w for w in widths)
             pairs = self.full_layers * rows**2 + (self.num_layers - self.full_layers) * windowed
         embedding = down * across * self.patch_elements * width
-        return embedding + self.num_layers * layer + 2 * pairs * width
+        return embedding + self.num_layers * layer + 2 * pairs * width * scores
 
     def projector_macs(self, token_grid: tuple[int, int] | None = None) -> int:
         """Matrix products of the projector for one tile; ``token_grid`` as for :meth:`macs`."""
