@@ -35,6 +35,7 @@ class StagePlan:
         num_tokens_in: rows of the source stage, a host int.
         max_seqlen: the longest sequence's rows, a host int.
         seq_lens: rows of each sequence, ``B`` host ints.
+        seq_lens_in, cu_seqlens_in: the same of the source stage.
         cached_lens: rows of each sequence already in this stage's KV cache before these.
         is_identity: nothing was dropped on the way; ``downsample`` would be a plain copy.
     """
@@ -45,6 +46,8 @@ class StagePlan:
     num_tokens_in: int
     max_seqlen: int
     seq_lens: tuple[int, ...]
+    seq_lens_in: tuple[int, ...]
+    cu_seqlens_in: torch.Tensor
     cached_lens: tuple[int, ...]
     is_identity: bool
     _host_segments: np.ndarray = field(repr=False)
@@ -85,13 +88,14 @@ class StagePlan:
 
     def keep_indices(self) -> torch.Tensor:
         """The source stage's rows that this stage keeps, int64 ``[num_tokens]`` on the device."""
-        return self._upload(self._sources())
+        return self._upload(self.source_rows())
 
     def token_indices(self) -> torch.Tensor:
         """Stage 0's rows that this stage keeps, int64 ``[num_tokens]`` on the device."""
         return self._upload(self._plan._token_indices(self._stage))
 
-    def _sources(self) -> np.ndarray:
+    def source_rows(self) -> np.ndarray:
+        """``keep_indices`` on the host."""
         return _C.expand(self._host_segments, self.num_tokens)
 
     def _upload(self, values: np.ndarray) -> torch.Tensor:
@@ -135,7 +139,7 @@ class CompressionPlan:
             return target
         sources = np.arange(self.stages[i].num_tokens)
         for stage in self.stages[i + 1 : j + 1]:
-            sources = sources[stage._sources()]
+            sources = sources[stage.source_rows()]
         host_segments = _C.compress(sources)
         return StagePlan(
             segments=_to_device(host_segments, target.segments.device),
@@ -144,6 +148,8 @@ class CompressionPlan:
             num_tokens_in=self.stages[i].num_tokens,
             max_seqlen=target.max_seqlen,
             seq_lens=target.seq_lens,
+            seq_lens_in=self.stages[i].seq_lens,
+            cu_seqlens_in=self.stages[i].cu_seqlens,
             cached_lens=target.cached_lens,
             is_identity=target.num_tokens == self.stages[i].num_tokens,
             _host_segments=host_segments,
@@ -152,9 +158,9 @@ class CompressionPlan:
         )
 
     def _token_indices(self, stage: int) -> np.ndarray:
-        rows = self.stages[0]._sources()
+        rows = self.stages[0].source_rows()
         for later in self.stages[1 : stage + 1]:
-            rows = rows[later._sources()]
+            rows = rows[later.source_rows()]
         return rows
 
 
@@ -220,21 +226,24 @@ def make_plan(
             f"align: pattern 'grid' can't be rounded; expected that the span {worst.span} loses a "
             f"multiple of {block_size} tokens, got {worst.wanted} kept in stage {worst.stage}"
         )
-    rows_before = None
     for stage, (begin, num_segments, is_identity) in enumerate(offsets):
         middle = begin + batch + 1
         end = middle + num_segments * SEGMENT_COLUMNS
         bounds = tables[begin:middle]
         seq_lens = tuple(np.diff(bounds).tolist())
         num_tokens = int(bounds[-1])
+        cu_seqlens = on_device[begin:middle]
+        before = stages[-1] if stages else None
         stages.append(
             StagePlan(
                 segments=on_device[middle:end].view(num_segments, SEGMENT_COLUMNS),
-                cu_seqlens=on_device[begin:middle],
+                cu_seqlens=cu_seqlens,
                 num_tokens=num_tokens,
-                num_tokens_in=num_tokens if rows_before is None else rows_before,
+                num_tokens_in=before.num_tokens if before else num_tokens,
                 max_seqlen=max(seq_lens, default=0),
                 seq_lens=seq_lens,
+                seq_lens_in=before.seq_lens if before else seq_lens,
+                cu_seqlens_in=before.cu_seqlens if before else cu_seqlens,
                 cached_lens=tuple(cached_lens[stage]),
                 is_identity=is_identity,
                 _host_segments=tables[middle:end].reshape(num_segments, SEGMENT_COLUMNS),
@@ -242,7 +251,6 @@ def make_plan(
                 _stage=stage,
             )
         )
-        rows_before = num_tokens
     object.__setattr__(plan, "stages", tuple(stages))
     return plan
 

@@ -169,3 +169,8 @@ def rebuild_metadata(
         tensor(rows),
         tensor(max(lengths, default=0)),
     )
+
+
+# That file needs source_rows from this one.
+from adsc_kernels.reference_kv import compact_kv_ as compact_kv_  # noqa: E402
+from adsc_kernels.reference_kv import compact_paged_kv_ as compact_paged_kv_  # noqa: E402

@@ -1,11 +1,20 @@
-"""The ops of the token path. Each module holds one family: signature, checks, fake and autograd."""
+"""The ops of the token path and of the cache.
 
+Each module holds one family: signature, checks, fake and autograd.
+"""
+
+from adsc_kernels.compaction import CompactionResult, Ints
+from adsc_kernels.ops.compact import compact_kv_, compact_paged_kv_
 from adsc_kernels.ops.downsample import downsample, downsample_many
 from adsc_kernels.ops.metadata import Metadata, rebuild_metadata
 from adsc_kernels.ops.norm import downsample_add_rms_norm
 
 __all__ = [
+    "CompactionResult",
+    "Ints",
     "Metadata",
+    "compact_kv_",
+    "compact_paged_kv_",
     "downsample",
     "downsample_add_rms_norm",
     "downsample_many",

@@ -51,7 +51,7 @@ def row_source(
         both = "both" if stage is not None else "neither"
         raise ValueError(f"stage, keep_indices: expected exactly one of them, got {both}")
     if keep_indices is not None:
-        _check_table(keep_indices, "keep_indices", (torch.int32, torch.int64), x, name)
+        check_table(keep_indices, "keep_indices", (torch.int32, torch.int64), x, name)
         if keep_indices.dim() != 1:
             raise ValueError(
                 f"keep_indices: expected shape [rows], got {tuple(keep_indices.shape)}"
@@ -59,7 +59,7 @@ def row_source(
         return None, keep_indices.shape[0]
     assert stage is not None  # for the type checker
     segments = stage.segments
-    _check_table(segments, "stage.segments", (torch.int32,), x, name)
+    check_table(segments, "stage.segments", (torch.int32,), x, name)
     if segments.dim() != 2 or segments.shape[1] != 6:
         raise ValueError(f"stage.segments: expected shape [S, 6], got {tuple(segments.shape)}")
     if x.shape[0] != stage.num_tokens_in:
@@ -69,7 +69,7 @@ def row_source(
     return segments, stage.num_tokens
 
 
-def _check_table(
+def check_table(
     table: Tensor, name: str, dtypes: tuple[torch.dtype, ...], x: Tensor, x_name: str
 ) -> None:
     if not isinstance(table, Tensor):
