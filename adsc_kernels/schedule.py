@@ -128,6 +128,40 @@ class CompressionSchedule:
         return _Parser(text).schedule(num_layers)
 
     @classmethod
+    def for_budget(
+        cls,
+        average_tokens: int | float | Fraction,
+        vision_tokens: int,
+        num_layers: int,
+        num_boundaries: int,
+        **options: Any,
+    ) -> CompressionSchedule:
+        """The best schedule whose layers process ``average_tokens`` of ``vision_tokens`` on
+        average, or as near to that as can be, with one keep share at ``num_boundaries`` boundaries.
+
+        ``options`` (other shares or mixed ones, allowed layers, whole cache blocks, ``exact``,
+        pattern, positions), the ranking and the errors are those of
+        :func:`adsc_kernels.budget.search`, which lists all that are as near.
+        """
+        from adsc_kernels.budget import search
+
+        found = search(average_tokens, vision_tokens, num_layers, num_boundaries, **options)
+        return found.schedules[0]
+
+    @classmethod
+    def preset(cls, name: str) -> CompressionSchedule:
+        """A schedule of :data:`adsc_kernels.budget.PRESETS`: ``llava-1.5-7b/192``, ``/128``,
+        ``/64`` and the same of ``llava-1.5-13b``, by the tokens of 576 that a layer processes on
+        average.
+        """
+        from adsc_kernels.budget import PRESETS
+
+        if name not in PRESETS:
+            raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+        num_layers, text = PRESETS[name]
+        return cls.parse(text, num_layers)
+
+    @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CompressionSchedule:
         """The inverse of :meth:`to_dict`; unknown or missing keys raise ``ValueError``."""
         if not isinstance(data, Mapping):

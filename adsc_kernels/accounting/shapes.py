@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adsc_kernels.accounting.counts import at_least
 from adsc_kernels.accounting.tower import (
     TowerShape,
     clip,
@@ -15,6 +14,7 @@ from adsc_kernels.accounting.tower import (
     siglip,
     tower_from_config,
 )
+from adsc_kernels.counts import at_least
 
 # Decoders of the Llama kind: RMSNorm before attention and before a SwiGLU of three matrices, RoPE.
 KNOWN_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "qwen2_5_vl_text")
