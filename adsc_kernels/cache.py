@@ -1,23 +1,29 @@
 """The key-value cache of a compressed model: one for each stage, as long as that stage needs.
 
 A dropped token never writes K or V in the stages after its boundary, so nothing has to be compacted
-after a prompt: stage s simply holds `plan.stages[s].kv_lens[b]` rows of sequence b.
+after a prompt: stage s simply holds `plan.stages[s].kv_lens[b]` rows of sequence b. What is written
+can be shrunk further, in place: the layers before the first boundary, and older pictures. A plan
+doesn't know of it, so each stage keeps a list of the rows that are gone; positions are the plan's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from . import ops
 from .attention import CachedKeys
+from .plan import make_plan
+from .schedule import CompressionSchedule
 
 if TYPE_CHECKING:
     from .plan import CompressionPlan, StagePlan
-    from .schedule import CompressionSchedule
 
 
 class Phase(Enum):
@@ -34,6 +40,7 @@ class StageCache:
 
     Each layer has `k[i]` and `v[i]`, [total_capacity, H_kv, D]; sequence b owns `capacities[b]` of
     their rows, behind those of the sequences before it, and has filled the first `lens[b]`.
+    `gone[b]` are the numbers of the rows that were cached and then compacted away.
     """
 
     def __init__(
@@ -48,6 +55,7 @@ class StageCache:
         self.layers = layers
         self.lens: tuple[int, ...] = (0,) * num_sequences
         self.capacities: tuple[int, ...] = (0,) * num_sequences
+        self.gone = [np.empty(0, np.int64)] * num_sequences
         empty = (0, num_kv_heads, head_dim)
         self.k = [torch.empty(empty, dtype=dtype, device=device) for _ in layers]
         self.v = [torch.empty(empty, dtype=dtype, device=device) for _ in layers]
@@ -59,6 +67,10 @@ class StageCache:
     def allocated_bytes(self) -> int:
         """What the K and V of all its layers occupy, read off their storages."""
         return sum(t.untyped_storage().nbytes() for t in (*self.k, *self.v))
+
+    def left(self, rows: Sequence[int]) -> tuple[int, ...]:
+        """How many of each sequence's rows are left of those that a plan counts."""
+        return tuple(n - len(gone) for n, gone in zip(rows, self.gone, strict=True))
 
     def fit(self, needed: Sequence[int]) -> None:
         """Make room for exactly `needed[b]` rows of each sequence, by a new allocation.
@@ -84,12 +96,13 @@ class StageCache:
 
         Raises: ValueError where the plan was made for other cached lengths, or there is no room.
         """
-        if stage.cached_lens != self.lens:
-            raise ValueError(f"stage: expected {self.lens} cached rows, got {stage.cached_lens}")
-        if any(n > c for n, c in zip(stage.kv_lens, self.capacities, strict=True)):
-            raise ValueError(f"stage: expected room for {stage.kv_lens}, got {self.capacities}")
-        where = CachedKeys.build(stage.seq_lens, stage.kv_lens, self.capacities, self._device)
-        spans = zip(where.starts, stage.cached_lens, stage.seq_lens, strict=True)
+        cached, kv_lens = self.left(stage.cached_lens), self.left(stage.kv_lens)
+        if cached != self.lens:
+            raise ValueError(f"stage: expected {self.lens} cached rows, got {cached}")
+        if any(n > c for n, c in zip(kv_lens, self.capacities, strict=True)):
+            raise ValueError(f"stage: expected room for {kv_lens}, got {self.capacities}")
+        where = CachedKeys.build(stage.seq_lens, kv_lens, self.capacities, self._device)
+        spans = zip(where.starts, cached, stage.seq_lens, strict=True)
         rows = [torch.arange(start + done, start + done + n) for start, done, n in spans]
         self._rows = torch.cat(rows).to(self._device, non_blocking=True)
         self._keys = None if phase is Phase.PREFILL else where
@@ -105,6 +118,31 @@ class StageCache:
         self.k[i].index_copy_(0, self._rows, k)
         self.v[i].index_copy_(0, self._rows, v)
         return (k, v, None) if self._keys is None else (self.k[i], self.v[i], self._keys)
+
+    def compact(self, mapping: StagePlan) -> None:
+        """Drop what `mapping` drops, in every layer, and give the memory back.
+
+        Its source rows are the last ones cached of each sequence; what lies before them stays.
+        """
+        prefix = tuple(n - new for n, new in zip(self.lens, mapping.seq_lens_in, strict=True))
+        starts = (0, *accumulate(self.capacities))
+        result = ops.compact_kv_(
+            self.k, self.v, mapping, starts, prefix_lens=prefix, seq_lens=self.lens
+        )
+        kept = np.zeros(mapping.num_tokens_in, bool)
+        kept[mapping.source_rows()] = True
+        first = 0
+        for b, rows in enumerate(mapping.seq_lens_in):
+            dropped = prefix[b] + np.flatnonzero(~kept[first : first + rows])
+            self.gone[b] = np.union1d(self.gone[b], self.present(b)[dropped])
+            first += rows
+        self.lens = result.seq_lens.host
+        self.fit(self.lens)
+
+    def present(self, b: int) -> np.ndarray:
+        """The number, as a plan counts, of every row that the cache holds of sequence b."""
+        rows = np.arange(self.lens[b] + len(self.gone[b]))
+        return np.delete(rows, self.gone[b])
 
 
 class KVCache:
@@ -135,12 +173,43 @@ class KVCache:
     def fit(self, plan: CompressionPlan, extra: int = 0) -> None:
         """Room in every stage for exactly what `plan` will have cached, and `extra` rows more."""
         for cache, stage in zip(self.stages, plan.stages, strict=True):
-            cache.fit([n + extra for n in stage.kv_lens])
+            cache.fit([n + extra for n in cache.left(stage.kv_lens)])
 
     def advance(self, plan: CompressionPlan) -> None:
         """The plan's chunk has been written in every layer: it now counts as cached."""
         for cache, stage in zip(self.stages, plan.stages, strict=True):
-            cache.lens = stage.kv_lens
+            cache.lens = cache.left(stage.kv_lens)
+
+    def compact_early_layers(self, plan: CompressionPlan) -> None:
+        """Leave the layers before the first boundary only what stays behind it of plan's chunk.
+
+        The chunk must be what was cached last. Does nothing where there are no such layers.
+        """
+        if len(plan.stages) > 1 and self.stages[0].layers:
+            self.stages[0].compact(plan.stages[1])
+
+    def compact_spans(
+        self, plan: CompressionPlan, spans: Sequence[tuple[int, ...]], keep: str
+    ) -> None:
+        """Keep a share of what is left of each span in every layer, spread evenly over it.
+
+        plan: of everything cached, as if run at once. spans: (sequence, start, length, ...) in it.
+        """
+        schedule = CompressionSchedule.parse(f"0:{keep}", 1)
+        firsts = (0, *accumulate(plan.stages[0].seq_lens))
+        for s, cache in enumerate(self.stages):
+            if not cache.layers:
+                continue
+            tokens = plan.between(0, s).source_rows()
+            starts = (0, *accumulate(plan.stages[s].seq_lens))
+            left = []
+            for b, start, length, *_ in spans:
+                ends = np.array([start, start + length]) + firsts[b]
+                rows = np.searchsorted(tokens, ends) - starts[b]
+                begin, end = np.searchsorted(cache.present(b), rows)
+                left.append((b, int(begin), int(end - begin)))
+            layout = ([0, *accumulate(cache.lens)], left)
+            cache.compact(make_plan(schedule, *layout, cache._device).stages[1])
 
     @property
     def bytes_per_stage(self) -> tuple[int, ...]:

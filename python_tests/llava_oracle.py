@@ -47,10 +47,12 @@ def oracle(
     boundaries: dict[int, Share],
     pattern: str = "start",
     positions: str = "original",
+    lost: dict[int, dict[int, int]] | None = None,
 ) -> tuple[Tensor, list[list[int]]]:
     """Logits of the rows that reach the head, and the surviving token indices of every stage.
 
     spans: (start, height, width) of each image in ids. boundaries: layer -> share to keep.
+    lost: layer -> token -> the first token after it that doesn't see it in that layer any more.
     """
     llama = hf.model.language_model
     x = llama.embed_tokens(torch.tensor([ids]))
@@ -74,6 +76,10 @@ def oracle(
             stages.append(alive)
         where = alive if positions == "original" else list(range(len(alive)))
         mask = torch.full((len(alive), len(alive)), -torch.inf).triu(1)[None, None]
+        for key, query in (lost or {}).get(n, {}).items():
+            if key in alive:
+                late = torch.tensor([token >= query for token in alive])
+                mask[0, 0, late, alive.index(key)] = -torch.inf
         position_ids = torch.tensor([where])
         out = layer(
             x,

@@ -32,6 +32,24 @@ class Conversation:
     cached: list[int]  # how many of each sequence's tokens have been run
     cache: KVCache
 
+    def compact_images(self, older_than: int, keep: str = "1/4") -> None:
+        """Shrink the cache of all but the newest `older_than` pictures of each sequence.
+
+        Of what every layer has left of an older picture the share `keep` stays, spread evenly over
+        it, and the memory of the rest is given back. Each call shrinks them once more.
+        """
+        if older_than < 0:
+            raise ValueError(f"older_than: expected at least 0 pictures, got {older_than}")
+        older = []
+        for b in range(len(self.tokens)):
+            spans = sorted(span for span in self.vision_spans if span[0] == b)
+            older += spans[: max(len(spans) - older_than, 0)]
+        layout = ([0, *accumulate(map(len, self.tokens))], self.vision_spans)
+        chunks = [(0, n) for n in self.cached]
+        self.cache.compact_spans(
+            make_plan(self.cache.schedule, *layout, chunks=chunks), older, keep
+        )
+
 
 @dataclass
 class Generation:
@@ -70,6 +88,7 @@ def generate(
     seed: int | None = None,
     stop: Sequence[str] | None = None,
     prefill_chunk: int | None = None,
+    compact_early_layers: bool = False,
     on_token: Callable[[int, int, str], None] | None = None,
     progress: bool = False,
     conversation: Conversation | None = None,
@@ -81,6 +100,8 @@ def generate(
     temperature: 0 takes the likeliest token; above 0 samples, by `top_p` and `seed` (None: new).
     stop: texts that end an answer and are cut off it, beside the checkpoint's stop tokens.
     prefill_chunk: run prompts in parts of so many tokens, which bounds the memory they take.
+    compact_early_layers: after the prompt, drop from the cache of the layers before the first
+      boundary what that boundary drops; generated tokens then see in them what it leaves.
     on_token: called with (sequence, token id, piece of text) for each token; the piece is empty
       until its characters are whole.
     conversation: an earlier `Generation.conversation` to go on with: prompts are its next turn.
@@ -116,11 +137,17 @@ def generate(
     if chunk < todo:
         phase = Phase.CHUNKED_PREFILL
     talk.cache.fit(plan)
+    begun = list(talk.cached)
     left = range((todo - 1) // chunk * chunk, -1, -chunk)  # tokens still to come after each chunk
     for rest in tqdm(left, "prefill", disable=not progress):
         ends = [max(done, end - rest) for end, done in zip(lengths, talk.cached, strict=True)]
         hidden = run(model, talk, ends, phase, pictures)
     tokens = _choose(model.logits(hidden), temperature, top_p, rng)
+    if compact_early_layers:
+        turn = list(zip(begun, lengths, strict=True))
+        talk.cache.compact_early_layers(
+            make_plan(model.schedule, *layout, model.device, chunks=turn)
+        )
     cache_bytes = talk.cache.bytes_per_stage
     filled = _now(model.device)
 
