@@ -5,11 +5,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define ADSC_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define ADSC_HOST_DEVICE inline
-#endif
+#include "host_device.h"
 
 namespace adsc {
 

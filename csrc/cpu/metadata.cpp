@@ -2,16 +2,9 @@
 
 #include <algorithm>
 
-#include "text.h"
+#include "../text.h"
 
 namespace adsc::cpu {
-namespace {
-
-int64_t kept(int64_t n, const Fraction& keep) {
-  return kept_count(n, keep.numerator, keep.denominator);
-}
-
-}  // namespace
 
 std::string find_layout_fault(const BatchLayout& layout, const Boundary& boundary) {
   const int32_t* cu = layout.cu_seqlens;

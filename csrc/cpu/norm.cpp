@@ -23,16 +23,16 @@ constexpr int64_t kLanes = 32;
 template <class T>
 ADSC_INLINE void add_rms_norm_row(const T* x, const T* residual, const T* weight, T* normed,
                                   T* residual_out, int64_t width, double eps) {
-  using Compute = decltype(load(T{}));
+  using Compute = decltype(widen(T{}));
   double squares = 0;
   for (int64_t start = 0; start < width; start += kBlock) {
     const int64_t size = std::min(kBlock, width - start);
     Compute sums[kBlock] = {};
     for (int64_t i = 0; i < size; ++i) {
       T sum;
-      store(sum, load(x[start + i]) + load(residual[start + i]));
+      narrow(sum, widen(x[start + i]) + widen(residual[start + i]));
       residual_out[start + i] = sum;
-      sums[i] = load(sum);
+      sums[i] = widen(sum);
     }
     Compute lanes[kLanes] = {};
     for (int64_t i = 0; i < kBlock; i += kLanes) {
@@ -46,7 +46,7 @@ ADSC_INLINE void add_rms_norm_row(const T* x, const T* residual, const T* weight
   const auto scale =
       static_cast<Compute>(1 / std::sqrt(squares / static_cast<double>(width) + eps));
   for (int64_t i = 0; i < width; ++i) {
-    store(normed[i], load(residual_out[i]) * scale * load(weight[i]));
+    narrow(normed[i], widen(residual_out[i]) * scale * widen(weight[i]));
   }
 }
 

@@ -3,17 +3,13 @@
 #include <limits>
 #include <type_traits>
 
-#include "text.h"
+#include "../text.h"
 
 namespace adsc::cpu {
 namespace {
 
-std::string find_segment_fault(const RowMap& map, int64_t num_rows) {
-  if (map.num_segments == 0) {
-    return map.num_tokens == 0 ? ""
-                               : join("segments: expected a table for ", map.num_tokens,
-                                      " output rows, got an empty one");
-  }
+std::string find_segment_fault(const RowMap& map) {
+  if (map.num_segments == 0) return "";
   if (map.segments[0].dst != 0) {
     return join("segments: expected the first dst to be 0, got ", map.segments[0].dst);
   }
@@ -45,8 +41,8 @@ std::string find_segment_fault(const RowMap& map, int64_t num_rows) {
     // kept_index rises, so the first and the last source row bound the others.
     const int64_t low = KeptRows(segment, segment.dst).row();
     const int64_t high = KeptRows(segment, next - 1).row();
-    if (low < 0 || high >= num_rows) {
-      return fault("expected source rows in [0, ", num_rows, "), got ", low, " to ", high);
+    if (low < 0 || high >= map.num_rows) {
+      return fault("expected source rows in [0, ", map.num_rows, "), got ", low, " to ", high);
     }
   }
   return "";
@@ -76,10 +72,14 @@ std::string find_index_fault(const Index* indices, int64_t count, int64_t num_ro
 
 }  // namespace
 
-std::string find_fault(const RowMap& map, int64_t num_rows) {
-  if (map.indices32 != nullptr) return find_index_fault(map.indices32, map.num_tokens, num_rows);
-  if (map.indices64 != nullptr) return find_index_fault(map.indices64, map.num_tokens, num_rows);
-  return find_segment_fault(map, num_rows);
+std::string find_fault(const RowMap& map) {
+  if (map.indices32 != nullptr) {
+    return find_index_fault(map.indices32, map.num_tokens, map.num_rows);
+  }
+  if (map.indices64 != nullptr) {
+    return find_index_fault(map.indices64, map.num_tokens, map.num_rows);
+  }
+  return find_segment_fault(map);
 }
 
 }  // namespace adsc::cpu

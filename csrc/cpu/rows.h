@@ -6,21 +6,12 @@
 #include <cstdint>
 #include <string>
 
-#include "../segment.h"
+#include "../movement.h"
 
 namespace adsc::cpu {
 
-// The source row of every output row: a segment table, or a list of indices of either width.
-struct RowMap {
-  int64_t num_tokens = 0;  // output rows
-  const Segment* segments = nullptr;
-  int32_t num_segments = 0;
-  const int32_t* indices32 = nullptr;
-  const int64_t* indices64 = nullptr;
-};
-
-// What is wrong with the map as one over `num_rows` source rows, in words; empty when nothing is.
-std::string find_fault(const RowMap& map, int64_t num_rows);
+// What is wrong with the map, in words; empty when nothing is.
+std::string find_fault(const RowMap& map);
 
 // a / b for a >= 0, b > 0. The 64-bit division takes several times as long where the 32-bit one
 // will do.

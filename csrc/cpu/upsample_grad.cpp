@@ -8,7 +8,7 @@ namespace {
 
 template <class T>
 void add_rows_of(const Takers& takers, const RowScatter& scatter, int64_t begin, int64_t end) {
-  using Sum = decltype(load(T{}));
+  using Sum = decltype(widen(T{}));
   const T* grad = reinterpret_cast<const T*>(scatter.grad);
   const int64_t size = scatter.row_size;
   for (int64_t row = begin; row < end; ++row) {
@@ -29,23 +29,23 @@ void add_rows_of(const Takers& takers, const RowScatter& scatter, int64_t begin,
       Sum sums[kBlock] = {};
       for (int64_t taker = first; taker < last; ++taker) {
         const T* taken = grad + takers.rows[taker] * size + column;
-        for (int64_t i = 0; i < width; ++i) sums[i] += load(taken[i]);
+        for (int64_t i = 0; i < width; ++i) sums[i] += widen(taken[i]);
       }
-      for (int64_t i = 0; i < width; ++i) store(out[column + i], sums[i]);
+      for (int64_t i = 0; i < width; ++i) narrow(out[column + i], sums[i]);
     }
   }
 }
 
 }  // namespace
 
-Takers find_takers(const RowMap& map, int64_t num_rows) {
+Takers find_takers(const RowMap& map) {
   Takers takers;
-  takers.starts.assign(num_rows + 1, 0);
+  takers.starts.assign(map.num_rows + 1, 0);
   takers.rows.resize(map.num_tokens);
   for_each_run(map, 0, map.num_tokens, [&](int64_t, int64_t source, int64_t count) {
     for (int64_t i = 0; i < count; ++i) ++takers.starts[source + i + 1];
   });
-  for (int64_t row = 0; row < num_rows; ++row) takers.starts[row + 1] += takers.starts[row];
+  for (int64_t row = 0; row < map.num_rows; ++row) takers.starts[row + 1] += takers.starts[row];
   std::vector<int64_t> next(takers.starts.begin(), takers.starts.end() - 1);
   for_each_run(map, 0, map.num_tokens, [&](int64_t row, int64_t source, int64_t count) {
     for (int64_t i = 0; i < count; ++i) takers.rows[next[source + i]++] = row + i;

@@ -1,12 +1,9 @@
-// The backward of moving rows: every source row gets the sum of the gradients of the output rows
-// that took it, and 0 where none did.
+// The backward of moving rows.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 #include <vector>
 
-#include "element.h"
 #include "rows.h"
 
 namespace adsc::cpu {
@@ -17,15 +14,7 @@ struct Takers {
   std::vector<int64_t> starts;
   std::vector<int64_t> rows;
 };
-Takers find_takers(const RowMap& map, int64_t num_rows);
-
-// grad and out are dense; a complex element is two real ones.
-struct RowScatter {
-  const std::byte* grad;
-  std::byte* out;
-  int64_t row_size;
-  Element element;
-};
+Takers find_takers(const RowMap& map);
 
 // Writes the source rows [begin, end) of out.
 void add_rows(const Takers& takers, const RowScatter& scatter, int64_t begin, int64_t end);

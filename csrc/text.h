@@ -4,7 +4,7 @@
 #include <sstream>
 #include <string>
 
-namespace adsc::cpu {
+namespace adsc {
 
 template <class... Parts>
 std::string join(const Parts&... parts) {
@@ -13,4 +13,4 @@ std::string join(const Parts&... parts) {
   return text.str();
 }
 
-}  // namespace adsc::cpu
+}  // namespace adsc

@@ -1,0 +1,45 @@
+// The one way kernels are launched. Under ADSC_SIMT an emulator on the CPU takes the place of this
+// file and of device.cuh.
+#pragma once
+
+#if defined(ADSC_SIMT)
+#include "../tests/simt/launch.h"
+#else
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "stream.h"
+
+namespace adsc::cuda {
+
+// Puts the kernel on the stream of the current device: `grid` blocks in x, none for 0. A launch that
+// fails throws; what goes wrong while the kernel runs is reported by a later call, as ever in CUDA.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t grid, int block, size_t dynamic_bytes,
+            Stream stream, const Arguments&... arguments) {
+  if (grid == 0) return;
+  if (grid > std::numeric_limits<int32_t>::max()) {
+    throw std::runtime_error("adsc_kernels: a launch of " + std::to_string(grid) +
+                             " blocks is more than a grid can have");
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid));
+  config.blockDim = dim3(static_cast<unsigned>(block));
+  config.dynamicSmemBytes = dynamic_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, arguments...);
+  if (status != cudaSuccess) {
+    cudaGetLastError();  // reported here; leave none behind for the caller's next check
+    throw std::runtime_error(std::string("adsc_kernels: launch failed: ") +
+                             cudaGetErrorString(status));
+  }
+}
+
+}  // namespace adsc::cuda
+#endif

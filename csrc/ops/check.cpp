@@ -1,0 +1,173 @@
+#include "ops/check.h"
+
+#include <algorithm>
+
+#include "cpu/rows.h"
+
+namespace adsc::ops {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+int32_t device_type(const Tensor& tensor) {
+  int32_t type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  return type;
+}
+
+std::string device_name(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "cpu";
+  if (tensor.is_cuda()) return join("cuda:", tensor.get_device_index());
+  return join("device type ", device_type(tensor));
+}
+
+}  // namespace
+
+bool host_can_read([[maybe_unused]] const Tensor& tensor) {
+#if defined(ADSC_SIMT)
+  return false;  // the emulator's tensors lie on the CPU and stand for a GPU's
+#else
+  return tensor.is_cpu();
+#endif
+}
+
+std::ostream& operator<<(std::ostream& out, const Shape& shape) {
+  const char* separator = "[";
+  for (const int64_t size : shape.tensor.sizes()) {
+    out << separator << size;
+    separator = ", ";
+  }
+  return out << (shape.tensor.dim() == 0 ? "[]" : "]");
+}
+
+int32_t dtype_of(const Tensor& tensor) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype;
+}
+
+void check_device(const Tensor& tensor, const char* name, const Tensor& like,
+                  const char* like_name) {
+  if (device_type(tensor) == device_type(like) &&
+      tensor.get_device_index() == like.get_device_index()) {
+    return;
+  }
+  check(false, name, ": expected the device of ", like_name, ", ", device_name(like), ", got ",
+        device_name(tensor));
+}
+
+RowLayout row_layout(const Tensor& x, const char* name) {
+  const auto sizes = x.sizes();
+  const auto strides = x.strides();
+  check(sizes.size() >= 1, name, ": expected at least one dimension (rows first), got a scalar");
+  int64_t row_size = 1;
+  bool dense = true;
+  for (size_t d = sizes.size(); d-- > 1;) {
+    dense = dense && (sizes[d] == 1 || strides[d] == row_size);
+    row_size *= sizes[d];
+  }
+  check(dense || row_size == 0 || sizes[0] == 0, name,
+        ": expected rows that are contiguous inside (only dimension 0 may be strided), got shape ",
+        Shape{x}, " with other strides");
+  return {sizes[0], row_size, strides[0]};
+}
+
+RowMap row_map(const OptionalTensor& segments, const OptionalTensor& keep_indices,
+               int64_t num_tokens, int64_t num_rows, const Tensor& x, const char* x_name) {
+  check(segments.has_value() != keep_indices.has_value(),
+        "segments, keep_indices: expected exactly one of them, got ",
+        segments.has_value() ? "both" : "neither");
+  check(num_tokens >= 0, "num_tokens: expected at least 0, got ", num_tokens);
+  RowMap map;
+  map.num_tokens = num_tokens;
+  map.num_rows = num_rows;
+  if (segments.has_value()) {
+    check_device(*segments, "segments", x, x_name);
+    check(dtype_of(*segments) == aoti_torch_dtype_int32() && segments->dim() == 2 &&
+              segments->size(1) == kSegmentColumns && segments->is_contiguous(),
+          "segments: expected a contiguous int32 table [S, ", kSegmentColumns, "], got shape ",
+          Shape{*segments});
+    map.segments = static_cast<const Segment*>(segments->const_data_ptr());
+    map.num_segments = static_cast<int32_t>(segments->size(0));
+    check(map.num_segments > 0 || num_tokens == 0, "segments: expected a table for ", num_tokens,
+          " output rows, got an empty one");
+  } else {
+    const int32_t dtype = dtype_of(*keep_indices);
+    const bool wide = dtype == aoti_torch_dtype_int64();
+    check_device(*keep_indices, "keep_indices", x, x_name);
+    check((wide || dtype == aoti_torch_dtype_int32()) && keep_indices->dim() == 1 &&
+              keep_indices->is_contiguous(),
+          "keep_indices: expected contiguous int32 or int64 [num_tokens], got shape ",
+          Shape{*keep_indices});
+    check(keep_indices->size(0) == num_tokens, "keep_indices: expected ", num_tokens,
+          " of them (num_tokens), got ", keep_indices->size(0));
+    if (wide) {
+      map.indices64 = keep_indices->const_data_ptr<int64_t>();
+    } else {
+      map.indices32 = keep_indices->const_data_ptr<int32_t>();
+    }
+  }
+  if (host_can_read(x)) {
+    const std::string fault = cpu::find_fault(map);
+    check(fault.empty(), fault);
+  } else {
+    check(num_rows > 0 || num_tokens == 0, segments.has_value() ? "segments" : "keep_indices",
+          ": expected source rows in [0, 0), as ", x_name, " has no rows, got ", num_tokens,
+          " output rows");
+  }
+  return map;
+}
+
+Element element_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+    case ScalarType::ComplexFloat:
+      return Element::kFloat;
+    case ScalarType::Double:
+    case ScalarType::ComplexDouble:
+      return Element::kDouble;
+    case ScalarType::BFloat16:
+      return Element::kBFloat16;
+    case ScalarType::Half:
+      return Element::kHalf;
+    default:
+      throw std::invalid_argument(std::string(name) +
+                                  ": expected float32, float64, bfloat16, float16, complex64 or "
+                                  "complex128");
+  }
+}
+
+int64_t real_parts(const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  return type == ScalarType::ComplexFloat || type == ScalarType::ComplexDouble ? 2 : 1;
+}
+
+const std::byte* bytes(const Tensor& tensor) {
+  return static_cast<const std::byte*>(tensor.const_data_ptr());
+}
+
+std::byte* mutable_bytes(const Tensor& tensor) {
+  return static_cast<std::byte*>(tensor.mutable_data_ptr());
+}
+
+Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes[d], 1);
+  }
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               dtype_of(like), device_type(like), like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+Tensor empty_rows(const Tensor& like, int64_t num_rows) {
+  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
+  sizes[0] = num_rows;
+  return empty(like, sizes);
+}
+
+}  // namespace adsc::ops

@@ -1,0 +1,18 @@
+// The arguments of the residual add and norm, checked; for the ops that do it.
+#pragma once
+
+#include "ops/check.h"
+
+namespace adsc::ops {
+
+struct NormOutputs {
+  RowNorm rows;
+  Tensor normed;
+  Tensor residual_out;
+};
+
+// name: what the caller calls x.
+NormOutputs norm_of(const Tensor& x, const char* name, const Tensor& residual, const Tensor& weight,
+                    int64_t num_tokens, double eps);
+
+}  // namespace adsc::ops

@@ -1,0 +1,26 @@
+// The functions that register.cpp registers, by op and device; each is found in <family>.cpp.
+#pragma once
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "ops/check.h"
+
+namespace adsc::ops {
+
+Tensor downsample_cpu(Tensor x, OptionalTensor segments, OptionalTensor keep_indices,
+                      int64_t num_tokens);
+std::vector<Tensor> downsample_many_cpu(std::vector<Tensor> xs, OptionalTensor segments,
+                                        OptionalTensor keep_indices, int64_t num_tokens);
+Tensor upsample_grad_cpu(Tensor grad, OptionalTensor segments, OptionalTensor keep_indices,
+                         int64_t num_rows);
+std::tuple<Tensor, Tensor> downsample_add_rms_norm_cpu(Tensor x, Tensor residual, Tensor weight,
+                                                       OptionalTensor segments,
+                                                       OptionalTensor keep_indices,
+                                                       int64_t num_tokens, double eps);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rebuild_metadata_cpu(
+    Tensor cu_seqlens, Tensor spans, std::vector<int64_t> keep, std::string pattern,
+    int64_t max_height);
+
+}  // namespace adsc::ops

@@ -1,0 +1,30 @@
+// torch.ops.adsc_kernels: the schemas, and which function serves them on which device. Built against
+// PyTorch's stable ABI, so one binary serves every torch from 2.10 on.
+#include <torch/csrc/stable/library.h>
+
+#include "ops/ops.h"
+
+STABLE_TORCH_LIBRARY(adsc_kernels, m) {
+  m.def(
+      "downsample(Tensor x, Tensor? segments, Tensor? keep_indices, SymInt num_tokens) -> Tensor");
+  m.def(
+      "downsample_many(Tensor[] xs, Tensor? segments, Tensor? keep_indices, SymInt num_tokens) "
+      "-> Tensor[]");
+  m.def(
+      "upsample_grad(Tensor grad, Tensor? segments, Tensor? keep_indices, SymInt num_rows) "
+      "-> Tensor");
+  m.def(
+      "downsample_add_rms_norm(Tensor x, Tensor residual, Tensor weight, Tensor? segments, "
+      "Tensor? keep_indices, SymInt num_tokens, float eps) -> (Tensor, Tensor)");
+  m.def(
+      "rebuild_metadata(Tensor cu_seqlens, Tensor spans, int[] keep, str pattern, "
+      "SymInt max_height) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(adsc_kernels, CPU, m) {
+  m.impl("downsample", TORCH_BOX(&adsc::ops::downsample_cpu));
+  m.impl("downsample_many", TORCH_BOX(&adsc::ops::downsample_many_cpu));
+  m.impl("upsample_grad", TORCH_BOX(&adsc::ops::upsample_grad_cpu));
+  m.impl("downsample_add_rms_norm", TORCH_BOX(&adsc::ops::downsample_add_rms_norm_cpu));
+  m.impl("rebuild_metadata", TORCH_BOX(&adsc::ops::rebuild_metadata_cpu));
+}
