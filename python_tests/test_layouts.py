@@ -16,7 +16,7 @@ from torch import Tensor
 import adsc_kernels as adsc
 from adsc_kernels.integrations import layouts
 
-LAYERS, BLOCKS, HEADS, DIM = 2, 24, 3, 8
+LAYERS, BLOCKS, HEADS, DIM = 2, 64, 3, 8
 K, V = 0, 1
 
 
@@ -181,6 +181,145 @@ def test_views_are_the_engines_own_memory(name):
                 assert rows[block, offset].stride() == own.stride()
 
 
+# ---- Compaction in each engine's cache ----
+
+SCHEDULE = adsc.CompressionSchedule.parse("1:1/3@center", 2)
+LAYOUT = ([0, 30, 30, 47], [(0, 5, 16), (0, 22, 6), (2, 0, 12)])  # two pictures, nothing, one
+SEQ_LENS = (33, 2, 24)  # with generated text behind
+
+
+def block_table(block_size: int) -> Tensor:
+    """Blocks in no order, int32 rows of a wider table; stale ones behind each sequence's own."""
+    blocks = torch.randperm(BLOCKS - 1)[: sum(-(-n // block_size) for n in SEQ_LENS)] + 1
+    table = torch.full((5, 70), BLOCKS + 7, dtype=torch.int32)
+    first = 0
+    for b, n in enumerate(SEQ_LENS):
+        count = -(-n // block_size)
+        table[b, :count] = blocks[first : first + count]
+        first += count
+    return table[:3, : -(-max(SEQ_LENS) // block_size) + 1]
+
+
+def survivors(stage) -> list[list[int]]:
+    """The cached rows of each sequence that are left, its suffix among them."""
+    rows, left, first = stage.keep_indices().tolist(), [], 0
+    for length, total in zip(stage.seq_lens_in, SEQ_LENS, strict=True):
+        own = [r - first for r in rows if first <= r < first + length]
+        left.append(own + list(range(length, total)))
+        first += length
+    return left
+
+
+def everything(engine: Engine, table: Tensor, lens) -> dict[tuple[int, ...], Tensor]:
+    """A copy of every cached row, by layer, K or V, sequence and number."""
+    size = engine.block_size
+    return {
+        (n, plane, b, r): engine.row(n, plane, int(table[b, r // size]), r % size).clone()
+        for n in range(LAYERS)
+        for plane in (K, V)
+        for b, length in enumerate(lens)
+        for r in range(length)
+    }
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+@pytest.mark.parametrize("name", ENGINES)
+def test_compaction_in_place(name, block_size):
+    engine, table = ENGINES[name](block_size), block_table(block_size)
+    stage = adsc.make_plan(SCHEDULE, *LAYOUT).stages[1]
+    before = [x.clone() for x in engine.storages]
+    rows, left = everything(engine, table, SEQ_LENS), survivors(stage)
+    for n in range(LAYERS):
+        for plane in (K, V):
+            for b, own in enumerate(left):
+                for i, source in enumerate(own):
+                    place = engine.row(n, plane, int(table[b, i // block_size]), i % block_size)
+                    place.copy_(rows[n, plane, b, source])
+    want = [x.clone() for x in engine.storages]
+    for x, old in zip(engine.storages, before, strict=True):
+        x.copy_(old)
+
+    cache = engine.adapt(table)
+    result = adsc.ops.compact_paged_kv_(
+        cache.k_caches,
+        cache.v_caches,
+        cache.block_table,
+        stage,
+        cache.block_size,
+        layout=cache.layout,
+        seq_lens=SEQ_LENS,
+    )
+    assert all(x.equal(y) for x, y in zip(engine.storages, want, strict=True))
+    lens = [len(own) for own in left]
+    assert result.seq_lens.host == tuple(lens)
+    used = {int(t) for b, n in enumerate(SEQ_LENS) for t in table[b, : -(-n // block_size)]}
+    still = {int(t) for b, n in enumerate(lens) for t in table[b, : -(-n // block_size)]}
+    assert sorted(result.free_blocks.tolist()) == sorted(used - still)
+
+
+@pytest.mark.parametrize("align", [None, "block"])
+@pytest.mark.parametrize("name", ENGINES)
+def test_compaction_by_the_table(name, align):
+    engine, table = ENGINES[name](4), block_table(4)
+    stage = adsc.make_plan(SCHEDULE, *LAYOUT, block_size=4, align=align).stages[1]
+    rows, left = everything(engine, table, SEQ_LENS), survivors(stage)
+    cache = engine.adapt(table)
+    result = adsc.ops.compact_paged_kv_(
+        cache.k_caches,
+        cache.v_caches,
+        cache.block_table,
+        stage,
+        layout=cache.layout,
+        seq_lens=SEQ_LENS,
+        edit_table=True,
+    )
+    lens = [len(own) for own in left]
+    for (n, plane, b, i), got in everything(engine, result.block_table, lens).items():
+        assert got.equal(rows[n, plane, b, left[b][i]])
+    if align:
+        # Each picture gave whole blocks, and of what follows it only the block it ends in is new.
+        for b, (own, total) in enumerate(zip(left, SEQ_LENS, strict=True)):
+            gone = total - len(own)
+            assert gone % 4 == 0
+            assert len(result.released_blocks[b]) == gone // 4
+            behind = range(
+                -(-own.index(28 if b == 0 else 12) // 4) if gone else 0, -(-len(own) // 4)
+            )
+            assert len(behind) > 0
+            for page in behind:
+                assert result.block_table[b, page] == table[b, page + gone // 4]
+
+
+def test_nothing_moves_at_page_size_one():
+    """SGLang: only req_to_token changes."""
+    engine = sglang(1)
+    requests = [3, 0, 5]
+    req_to_token = torch.zeros(6, 40, dtype=torch.int32)
+    table = block_table(1)
+    for b, n in enumerate(SEQ_LENS):
+        req_to_token[requests[b], :n] = table[b, :n]
+    stage = adsc.make_plan(SCHEDULE, *LAYOUT).stages[1]
+    rows, left = everything(engine, table, SEQ_LENS), survivors(stage)
+    before = [x.clone() for x in engine.storages]
+    cache = engine.adapt(layouts.req_to_token_to_block_table(req_to_token, requests))
+    result = adsc.ops.compact_paged_kv_(
+        cache.k_caches,
+        cache.v_caches,
+        cache.block_table,
+        stage,
+        seq_lens=SEQ_LENS,
+        edit_table=True,
+    )
+    assert all(x.equal(y) for x, y in zip(engine.storages, before, strict=True))
+    layouts.block_table_to_req_to_token_(req_to_token, requests, result.block_table)
+    for b, own in enumerate(left):
+        for i, source in enumerate(own):
+            slot = int(req_to_token[requests[b], i])
+            assert engine.row(1, V, slot, 0).equal(rows[1, V, b, source])
+        assert not req_to_token[requests[b], len(own) :].any()
+    assert len(result.free_blocks) == sum(SEQ_LENS) - sum(map(len, left))
+
+
 def test_vllm_by_name_and_with_values_of_another_size():
     kv = {f"layers.{n}.attn": noise(BLOCKS, HEADS, 4, DIM + 2) for n in range(LAYERS)}
     cache = layouts.from_vllm(
@@ -313,6 +452,7 @@ def text_config(**options):
     return LlamaConfig(
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
+        head_dim=DIM,
         hidden_size=HEADS * DIM,
         intermediate_size=16,
         vocab_size=50,
@@ -354,6 +494,51 @@ def test_transformers_views_and_length(make):
             layouts.crop_transformers(cache, bad)
     layouts.crop_transformers(cache, [5, 5])  # as long as it is
     assert int(cache.get_seq_length()) == 5
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_transformers_decodes_as_over_a_gathered_cache(static):
+    from transformers import DynamicCache, LlamaForCausalLM, StaticCache
+
+    torch.manual_seed(3)
+    config = text_config(num_key_value_heads=1)
+    model = LlamaForCausalLM(config).eval()
+    prompt, span = torch.randint(50, (2, 21)), (4, 12)
+    spans = [(b, *span) for b in range(2)]
+    stage = adsc.make_plan(SCHEDULE, [0, 21, 42], spans).stages[1]
+    keep = stage.keep_indices()[: stage.seq_lens[0]]
+    assert stage.seq_lens == (13, 13)
+
+    @torch.no_grad()
+    def decode(cache, token: Tensor) -> list[list[int]]:
+        tokens = []
+        for position in range(21, 29):
+            where = torch.full((2, 1), position)
+            logits = model(token, past_key_values=cache, position_ids=where).logits
+            token = logits[:, -1:].argmax(-1)
+            tokens.append(token[:, 0].tolist())
+        return tokens
+
+    def prefilled(cache) -> tuple[object, Tensor]:
+        with torch.no_grad():
+            return cache, model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1)
+
+    gathered, token = prefilled(DynamicCache())
+    whole = decode(prefilled(DynamicCache())[0], token)
+    for layer in gathered.layers:
+        layer.keys, layer.values = layer.keys[:, :, keep], layer.values[:, :, keep]
+    expected = decode(gathered, token)
+    assert expected != whole
+
+    cache = StaticCache(config=config, max_cache_len=40) if static else DynamicCache()
+    cache, _ = prefilled(cache)
+    views = layouts.from_transformers(cache)
+    result = adsc.ops.compact_kv_(
+        views.k_caches, views.v_caches, stage, layout=views.layout, seq_lens=(21, 21)
+    )
+    layouts.crop_transformers(cache, result.seq_lens.host)
+    assert int(cache.get_seq_length()) == 13
+    assert decode(cache, token) == expected
 
 
 def test_transformers_refusals():
