@@ -1,0 +1,84 @@
+"""The thin LLaVA end to end on the device: the CPU's tokens in float32, whole, in chunks and on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from gpu_device import BACKEND, DEVICE, DRY_RUN
+from llava_case import IMAGES, PROMPTS, SECOND, SECOND_IMAGES
+from tiny_checkpoints import make_checkpoint
+
+import adsc_kernels as adsc
+from adsc_kernels.llava import Llava, bundled_checkpoint, load_image
+
+SCHEDULES = ["", "1:1/2,3:1/3", "0:1/2", "2:1/2x1/2@grid", "1:1/3@center@renumber"]
+
+
+@pytest.fixture(autouse=True)
+def full_float32() -> Iterator[None]:
+    """The tower's convolution runs in TF32 by default, whose rounding is another."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint")
+    make_checkpoint(path, seed=5, layers=4, heads=4, kv_heads=2)
+    return path
+
+
+def answers(model: Llava, **options: int) -> list[list[list[int]]]:
+    """The tokens of two turns."""
+    first = model.generate(PROMPTS, IMAGES, max_new_tokens=6, **options)
+    second = model.generate(
+        SECOND, SECOND_IMAGES, max_new_tokens=6, conversation=first.conversation, **options
+    )
+    return [first.token_ids, second.token_ids]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_tokens_equal_the_cpus(folder: Path, schedule: str) -> None:
+    with adsc.backend("auto"):
+        wanted = answers(Llava.from_pretrained(folder, schedule, device="cpu"))
+    model = Llava.from_pretrained(folder, schedule, device=DEVICE)
+    assert answers(model) == wanted
+    assert answers(model, prefill_chunk=7) == wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits(folder: Path, dtype: torch.dtype) -> None:
+    """The same kernels under the reference and the backend: moved rows are equal, norms nearly."""
+    model = Llava.from_pretrained(folder, "1:1/2,3:1/3", device=DEVICE, dtype=dtype)
+    got = model.generate(PROMPTS, IMAGES, max_new_tokens=1)
+    with adsc.backend("reference"):
+        wanted = model.generate(PROMPTS, IMAGES, max_new_tokens=1)
+    assert got.plan.stages[-1].seq_lens == wanted.plan.stages[-1].seq_lens
+    caches = (got.conversation.cache, wanted.conversation.cache)
+    for mine, truth in zip(*(cache.stages[0].k for cache in caches), strict=True):
+        assert torch.equal(mine, truth)  # before the first boundary nothing differs
+    for mine, truth in zip(*(cache.stages[-1].k for cache in caches), strict=True):
+        assert (mine - truth).float().norm() <= 0.02 * truth.float().norm()
+
+
+def test_bundled_checkpoint() -> None:
+    """The demo's model and picture: what it says on the CPU, it says here."""
+    questions = ["What is the largest digit?", "Read row 2.", "How many 4s are there?"]
+    if DRY_RUN:
+        pytest.skip("the CPU beside itself")
+    prompts = [f"USER: <image>\n{question} ASSISTANT:" for question in questions]
+    image = load_image(sorted((bundled_checkpoint() / "pictures").glob("*.png"))[0])
+    schedule = "4:1/4,8:1/4,12:1/4"
+    texts = []
+    for device, backend in (("cpu", "auto"), (DEVICE, BACKEND)):
+        model = Llava.from_pretrained(
+            bundled_checkpoint(), schedule, device=device, dtype=torch.float32
+        )
+        with adsc.backend(backend):
+            texts.append(model.generate(prompts, [[image]] * len(prompts), max_new_tokens=8).texts)
+    assert texts[0] == texts[1]

@@ -1,0 +1,196 @@
+"""Every op of the token path against the reference on the CPU, over drawn movements.
+
+Inputs lie in buffers of sentinels, at any offset, with any distance between rows; the whole buffer
+is compared afterwards. Outputs come from memory that held sentinels.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from itertools import accumulate
+
+import torch
+from gpu_device import DEVICE, DRY_RUN, Framed, on_device, poison, to_device
+from hypothesis import given
+from hypothesis import strategies as st
+from row_bits import DTYPES, TRAILING, same_bits
+from segment_tables import FakeStage, stages
+from strategies import layouts, shares
+from torch import Tensor
+
+from adsc_kernels import CompressionSchedule, make_plan, ops, reference
+
+FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+PATTERNS = ["start", "center", "linspace"]
+# Widths around what a thread, a warp and a block take at once.
+WIDTHS = [1, 2, 7, 8, 64, 127, 128, 513, 1024, 4096, 5120]
+offsets = st.sampled_from([0, 0, 1, 2, 3, 4, 8])
+gaps = st.sampled_from([0, 0, 1, 3, 8, 16])
+
+
+def indices_of(stage: FakeStage, width: torch.dtype) -> Tensor:
+    return on_device(reference.source_rows(stage), width)
+
+
+@given(
+    stage=stages(),
+    dtype=st.sampled_from(DTYPES),
+    trailing=st.sampled_from([*TRAILING, (64,), (512,), (4096,)]),
+    gap=gaps,
+    offset=offsets,
+    expanded=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_downsample(
+    stage: FakeStage,
+    dtype: torch.dtype,
+    trailing: tuple[int, ...],
+    gap: int,
+    offset: int,
+    expanded: bool,
+    seed: int,
+) -> None:
+    width = torch.Size(trailing).numel()
+    gap = -width if expanded else gap
+    x = Framed(stage.num_tokens_in, trailing, dtype, gap=gap, offset=offset, seed=seed)
+    wanted = reference.downsample(x.host, stage)
+    poison(wanted.nbytes)
+    out = ops.downsample(x.rows, to_device(stage))
+    assert out.is_contiguous() and out.device.type == DEVICE.type
+    assert same_bits(out.cpu(), wanted)
+    for width_of_index in (torch.int32, torch.int64):
+        poison(wanted.nbytes)
+        rows = indices_of(stage, width_of_index)
+        assert same_bits(ops.downsample(x.rows, keep_indices=rows).cpu(), wanted)
+    assert x.unchanged()
+
+
+@given(
+    stage=stages(),
+    kinds=st.lists(
+        st.tuples(st.integers(0, len(DTYPES) - 1), gaps, offsets), min_size=1, max_size=9
+    ),
+)
+def test_downsample_many(stage: FakeStage, kinds: list[tuple[int, int, int]]) -> None:
+    xs = [
+        Framed(stage.num_tokens_in, TRAILING[i], DTYPES[number], gap=gap, offset=offset, seed=i)
+        for i, (number, gap, offset) in enumerate(kinds)
+    ]
+    wanted = reference.downsample_many([x.host for x in xs], stage)
+    poison(*(out.nbytes for out in wanted))
+    outs = ops.downsample_many([x.rows for x in xs], to_device(stage))
+    again = ops.downsample_many([x.rows for x in xs], keep_indices=indices_of(stage, torch.int64))
+    for x, out, other, truth in zip(xs, outs, again, wanted, strict=True):
+        assert same_bits(out.cpu(), truth)
+        assert same_bits(other.cpu(), truth)
+        assert x.unchanged()
+
+
+@given(
+    stage=stages(),
+    dtype=st.sampled_from([*FLOATS, torch.complex64]),
+    trailing=st.sampled_from(TRAILING),
+    seed=st.integers(0, 100),
+)
+def test_upsample_grad(
+    stage: FakeStage, dtype: torch.dtype, trailing: tuple[int, ...], seed: int
+) -> None:
+    """Dropped rows are exactly 0, and the others their output row's gradient, bit for bit."""
+    generator = torch.Generator().manual_seed(seed)
+    grad = torch.randn(stage.num_tokens, *trailing, generator=generator).to(dtype)
+    x = torch.zeros(stage.num_tokens_in, *trailing, dtype=dtype, device=DEVICE, requires_grad=True)
+    poison(x.nbytes)
+    ops.downsample(x, to_device(stage)).backward(grad.to(DEVICE))
+    wanted = torch.zeros(x.shape, dtype=dtype)
+    wanted[reference.source_rows(stage)] = grad
+    assert x.grad is not None
+    assert torch.equal(x.grad.cpu(), wanted)
+
+
+def normal(rows: int, hidden: int, dtype: torch.dtype, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, hidden, generator=generator).to(dtype)
+
+
+@given(
+    stage=stages(),
+    hidden=st.sampled_from(WIDTHS),
+    dtype=st.sampled_from(FLOATS),
+    gap=gaps,
+    offset=offsets,
+)
+def test_downsample_add_rms_norm(
+    stage: FakeStage, hidden: int, dtype: torch.dtype, gap: int, offset: int
+) -> None:
+    rows = stage.num_tokens_in
+    x, residual = (
+        Framed(
+            rows,
+            (hidden,),
+            dtype,
+            gap=gap,
+            offset=offset + i,
+            values=normal(rows, hidden, dtype, i),
+        )
+        for i in range(2)
+    )
+    weight = Framed(1, (hidden,), dtype, offset=offset, values=normal(1, hidden, dtype, 2))
+    wanted = reference.downsample_add_rms_norm(x.host, residual.host, weight.host[0], stage, 1e-5)
+    poison(*(out.nbytes for out in wanted))
+    arguments = (x.rows, residual.rows, weight.rows[0])
+    for where in (
+        {"stage": to_device(stage)},
+        {"keep_indices": indices_of(stage, torch.int32)},
+        {"keep_indices": indices_of(stage, torch.int64)},
+    ):
+        normed, summed = ops.downsample_add_rms_norm(*arguments, eps=1e-5, **where)
+        assert same_bits(summed.cpu(), wanted[1])
+        torch.testing.assert_close(normed.cpu(), wanted[0])  # the error itself: test_norm_error
+    assert x.unchanged() and residual.unchanged() and weight.unchanged()
+
+
+def same_metadata(got: ops.Metadata, wanted: tuple[Tensor, ...]) -> None:
+    for name, mine, truth in zip(got._fields, got, wanted, strict=True):
+        assert same_bits(mine.cpu(), truth), name
+
+
+@given(layout=layouts(grid=False, max_sequences=9), keep=shares, pattern=st.sampled_from(PATTERNS))
+def test_rebuild_metadata(
+    layout: tuple[list[int], list[tuple[int, ...]]], keep: Fraction, pattern: str
+) -> None:
+    bounds = torch.tensor(layout[0]).int()
+    spans = torch.tensor([span[:3] for span in layout[1]]).int().reshape(-1, 3)
+    wanted = reference.rebuild_metadata(bounds, spans, [keep], pattern, None)
+    poison(*(out.nbytes for out in wanted))
+    got = ops.rebuild_metadata(bounds.to(DEVICE), spans.to(DEVICE), keep, pattern)
+    same_metadata(got, wanted)
+
+
+@given(layout=layouts(grid=True, max_sequences=9), rows=shares, columns=shares)
+def test_rebuild_metadata_of_a_grid(
+    layout: tuple[list[int], list[tuple[int, ...]]], rows: Fraction, columns: Fraction
+) -> None:
+    bounds = torch.tensor(layout[0]).int()
+    spans = torch.tensor([(b, s, h * w, h, w) for b, s, _, h, w in layout[1]]).int().reshape(-1, 5)
+    wanted = reference.rebuild_metadata(bounds, spans, [rows, columns], "grid", 6)
+    got = ops.rebuild_metadata(bounds.to(DEVICE), spans.to(DEVICE), (rows, columns), "grid", 6)
+    same_metadata(got, wanted)
+
+
+def test_thousands_of_sequences() -> None:
+    """Beside the planner: the reference looks at every span for every sequence."""
+    count = 50 if DRY_RUN else 5000
+    generator = torch.Generator().manual_seed(0)
+    before, length, after = torch.randint(0, 40, (3, count), generator=generator).tolist()
+    bounds = [0, *accumulate(map(sum, zip(before, length, after, strict=True)))]
+    spans = list(zip(range(count), before, length, strict=True))
+    for pattern in PATTERNS:
+        schedule = CompressionSchedule.parse(f"1:2/7@{pattern}", num_layers=2)
+        stage = make_plan(schedule, bounds, spans).stages[1]
+        got = ops.rebuild_metadata(on_device(bounds), on_device(spans), "2/7", pattern)
+        assert torch.equal(got.cu_seqlens.cpu(), stage.cu_seqlens)
+        assert tuple(got.seq_lens.tolist()) == stage.seq_lens
+        assert (int(got.num_tokens), int(got.max_seqlen)) == (stage.num_tokens, stage.max_seqlen)
+        rows = torch.arange(bounds[-1], device=DEVICE)
+        moved = ops.downsample(rows, got.stage(stage.num_tokens, stage.num_tokens_in))
+        assert torch.equal(moved.cpu(), stage.keep_indices())

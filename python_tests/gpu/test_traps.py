@@ -1,0 +1,85 @@
+"""ADSC_CHECK=1: a table or an index that points outside of the rows stops the kernel with a message.
+
+Each in a process of its own, which a trap takes down.
+"""
+# ruff: noqa: E501 (tables of cases, one a line)
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from gpu_device import BACKEND, DEVICE, DRY_RUN
+
+PRELUDE = f"""
+import torch
+import adsc_kernels as adsc
+from adsc_kernels import ops
+from segment_tables import stage_of
+
+torch.set_default_device("{DEVICE.type}")
+x = torch.randn(64, 4096)
+weight = torch.ones(4096)
+cu_seqlens = torch.tensor([0, 40, 64], dtype=torch.int32)
+def table(*rows, num_tokens=8): return stage_of(list(rows), num_tokens, 64)
+def spans(*rows): return torch.tensor(rows, dtype=torch.int32)
+def indices(*rows): return torch.tensor(rows)
+"""
+# What is called, and the argument that the message names. The first three are good.
+CALLS = {
+    "good table": ("ops.downsample(x, table([0, 0, 64, 8, 0, 0]))", ""),
+    "good indices": ("ops.downsample_add_rms_norm(x, x, weight, keep_indices=indices(63, 0))", ""),
+    "good layout": ("ops.rebuild_metadata(cu_seqlens, spans([0, 3, 30], [1, 0, 24]), '1/2')", ""),
+    "source past x": ("ops.downsample(x, table([0, 1, 64, 64, 0, 0], num_tokens=64))", "segments"),
+    "source before x": ("ops.downsample(x, table([0, -1, 8, 8, 0, 0]))", "segments"),
+    "dst past the end": ("ops.downsample_many([x, x], table([0, 0, 4, 4, 0, 0], [9, 4, 4, 4, 0, 0]))", "segments"),
+    "too few kept": ("ops.downsample(x, table([0, 0, 64, 4, 0, 0]))", "segments"),
+    "pattern": ("ops.downsample(x, table([0, 0, 64, 8, 0, 7]))", "segments"),
+    "index past x": ("ops.downsample(x, keep_indices=indices(0, 64))", "keep_indices"),
+    "index negative": ("ops.downsample_many([x, weight[:64]], keep_indices=indices(-1))", "keep_indices"),
+    "norm, index past x": ("ops.downsample_add_rms_norm(x, x, weight, keep_indices=indices(1 << 40))", "keep_indices"),
+    "norm, source past x": ("ops.downsample_add_rms_norm(x, x, weight, table([0, 57, 8, 8, 0, 0]))", "segments"),
+    "span leaves": ("ops.rebuild_metadata(cu_seqlens, spans([0, 30, 20]), '1/2')", "spans"),
+    "bounds fall": ("ops.rebuild_metadata(torch.tensor([0, 9, 4], dtype=torch.int32), spans([0, 0, 4]), '1/2')", "cu_seqlens"),
+    "step, source past x": ("ops.boundary_step(x, table([0, 57, 8, 8, 0, 0]), others=[x])", "segments"),
+    "step, span leaves": ("ops.boundary_step(x, layout=ops.Layout(cu_seqlens, spans([1, 20, 10]), '1/2', num_tokens=64))", "spans"),
+}  # fmt: skip
+if DRY_RUN:
+    CALLS = {name: CALLS[name] for name in ("good table", "index past x")}
+
+
+def run(call: str) -> tuple[int, str]:
+    code = (
+        f"{PRELUDE}\nwith adsc.backend('{BACKEND}'):\n    {call}\n"
+        "if x.is_cuda:\n    torch.cuda.synchronize()\nprint('went through')"
+    )
+    path = os.pathsep.join([os.environ.get("PYTHONPATH", "."), "python_tests"])
+    environment = {**os.environ, "ADSC_CHECK": "1", "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, tuple[int, str]]:
+    """Of all, several at a time: nearly all of each one's time is Python's start."""
+    with ThreadPoolExecutor(4 if DEVICE.type == "cuda" else 2) as pool:
+        found = pool.map(run, [call for call, _ in CALLS.values()])
+    return dict(zip(CALLS, found, strict=True))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_trap(name: str, outcomes: dict[str, tuple[int, str]]) -> None:
+    status, said = outcomes[name]
+    argument = CALLS[name][1]
+    if argument:
+        assert status != 0, said
+        assert argument in said
+        assert "went through" not in said
+    else:
+        assert status == 0, said
+        assert "went through" in said
