@@ -1,0 +1,29 @@
+"""For the tests that Triton's interpreter runs: test_triton_interpreter.py starts them."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run test_triton_interpreter.py, not these files"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+convert_float = interpreter._convert_float
+
+
+def rounding_as_a_gpu_does(data, source, target, rounding_mode):  # type: ignore[no-untyped-def]
+    """The interpreter cuts a float32 off where a GPU rounds it to the nearest bfloat16."""
+    if (source, target) != (tl.float32, tl.bfloat16):
+        return convert_float(data, source, target, rounding_mode)
+    rounded = torch.from_numpy(np.ascontiguousarray(data)).bfloat16()
+    return rounded.view(torch.int16).numpy().view(np.uint16)
+
+
+@pytest.fixture(autouse=True)
+def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interpreter, "_convert_float", rounding_as_a_gpu_does)
