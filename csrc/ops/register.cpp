@@ -4,6 +4,11 @@
 
 #include "ops/ops.h"
 
+#if defined(ADSC_SIMT)  // the emulator's copy: what serves CUDA, for tensors on the CPU
+#define adsc_kernels adsc_simt
+#define CUDA CPU
+#endif
+
 STABLE_TORCH_LIBRARY(adsc_kernels, m) {
   m.def(
       "downsample(Tensor x, Tensor? segments, Tensor? keep_indices, SymInt num_tokens) -> Tensor");
@@ -21,6 +26,7 @@ STABLE_TORCH_LIBRARY(adsc_kernels, m) {
       "SymInt max_height) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
+#if !defined(ADSC_SIMT)
 STABLE_TORCH_LIBRARY_IMPL(adsc_kernels, CPU, m) {
   m.impl("downsample", TORCH_BOX(&adsc::ops::downsample_cpu));
   m.impl("downsample_many", TORCH_BOX(&adsc::ops::downsample_many_cpu));
@@ -28,3 +34,4 @@ STABLE_TORCH_LIBRARY_IMPL(adsc_kernels, CPU, m) {
   m.impl("downsample_add_rms_norm", TORCH_BOX(&adsc::ops::downsample_add_rms_norm_cpu));
   m.impl("rebuild_metadata", TORCH_BOX(&adsc::ops::rebuild_metadata_cpu));
 }
+#endif

@@ -137,8 +137,12 @@ std::byte* stack(int number) {
   return begin;
 }
 
+// Without one that was touched, a library may have no thread-local memory yet.
+thread_local volatile char anchor;
+
 // The thread-local memory of the library that this code is part of.
 void find_static_memory() {
+  anchor = 0;
   dl_iterate_phdr(
       [](dl_phdr_info* info, size_t, void*) {
         const auto here = reinterpret_cast<uintptr_t>(&running);
@@ -486,6 +490,13 @@ void fail(const char* format, ...) {
   va_end(arguments);
   engine.error = "simt: " + position(*engine.current) + ": " + text;
   _longjmp(engine.scheduler, 1);
+}
+
+void trap(const char* format, long long a, long long b, long long c, long long d) {
+  running.active = false;
+  char text[512];
+  std::snprintf(text, sizeof text, format, a, b, c, d);
+  fail("trap: %s", text);
 }
 
 void run_grid(dim3 grid, dim3 size, size_t dynamic_bytes, void (*entry)(const void*),

@@ -1,9 +1,11 @@
-// In place of the launcher of csrc/cuda/launch.h: runs the grid before it returns.
+// In place of csrc/cuda/launch.h: a launch has run when it returns.
 #pragma once
 
+#include <cstdint>
 #include <tuple>
-#include <utility>
+#include <type_traits>
 
+#include "../../cuda/stream.h"
 #include "engine.h"
 
 namespace adsc::simt {
@@ -26,3 +28,15 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic
 }
 
 }  // namespace adsc::simt
+
+namespace adsc::cuda {
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t grid, int block, size_t dynamic_bytes, Stream,
+            const Arguments&... arguments) {
+  if (grid == 0) return;
+  simt::launch(kernel, dim3(static_cast<unsigned>(grid)), dim3(static_cast<unsigned>(block)),
+               dynamic_bytes, arguments...);
+}
+
+}  // namespace adsc::cuda

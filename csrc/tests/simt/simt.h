@@ -1,7 +1,11 @@
 // The CUDA that kernels may use, on a CPU: what csrc/cuda includes in place of cuda_runtime.h when
 // it is compiled by a C++ compiler with ADSC_SIMT. Kernels are compiled with -fsanitize=thread,
 // whose hooks (access.cpp) see every load and store of theirs: there threads give way to each
-// other, and addresses, initialization and races are checked. There is no CUDA toolkit behind it.
+// other, and bounds, alignment, initialization and races are checked. No CUDA toolkit is needed.
+//
+// What it can't show: what a GPU's weaker memory model allows beyond interleaving; anything in
+// inline PTX, whose stand-ins are in device.h; the last bits of the GPU's own arithmetic, such as
+// rsqrtf; speed, registers, occupancy (cubin_report.py reads some of that from the machine code).
 #pragma once
 
 #include <cmath>
@@ -76,6 +80,8 @@ void write(void* to, const void* from, size_t bytes);
 void begin_atomic(const void* address, size_t bytes);
 void end_atomic();
 std::byte* dynamic_shared();
+// Ends the launch with an error: what the emulator found, or a kernel's own check.
+[[noreturn]] void trap(const char* format, long long a, long long b, long long c, long long d);
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 template <class T>

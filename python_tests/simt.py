@@ -1,0 +1,112 @@
+"""The CUDA kernels on a CPU: the library that csrc/tests/simt makes, and how tests steer it.
+
+`torch.ops.adsc_simt.*` are the CUDA ops, argument checks and launchers included, on CPU tensors.
+"""
+
+import contextlib
+import ctypes
+import functools
+import os
+import sys
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = ROOT / "build" / sys.implementation.cache_tag / "csrc/tests/simt/libadsc_simt.so"
+POISON = 0xA7  # every byte of an output, and around it, before the kernels run
+
+needs_simt = pytest.mark.skipif(
+    not LIBRARY.is_file() and not os.environ.get("CI"),
+    reason="the emulator is not built: make test-cpp",
+)
+
+# seed, and how many blocks run interleaved: one after another, a few, all
+schedules = st.tuples(st.integers(0, 2**31), st.sampled_from([1, 3, 0]))
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    torch.ops.load_library(str(LIBRARY))
+    library = ctypes.CDLL(str(LIBRARY))
+    library.adsc_simt_configure.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_int]
+    library.adsc_simt_allow.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return library
+
+
+def byte_ranges(x: Tensor) -> list[tuple[int, int]]:
+    """[begin, end) of the bytes that belong to x: as many pieces as its strides make of it."""
+    if x.numel() == 0:
+        return []
+    size = x.element_size()
+    dims = sorted(zip(x.stride(), x.shape, strict=True))
+    outer = []
+    for stride, count in dims:
+        if count > 1 and stride * x.element_size() == size:
+            size *= count
+        elif count > 1 and stride > 0:
+            outer.append([i * stride * x.element_size() for i in range(count)])
+    begins = (x.data_ptr() + sum(offsets) for offsets in product(*outer))
+    return [(begin, begin + size) for begin in begins]
+
+
+@contextlib.contextmanager
+def emulated(
+    schedule: tuple[int, int],
+    *inputs: Tensor | None,
+    writable: tuple[Tensor, ...] = (),
+    races: bool = True,
+) -> Iterator[None]:
+    """Launches may read `inputs`, read and write `writable` and outputs, and touch nothing else."""
+    library = load()
+    library.adsc_simt_configure(*schedule, races)
+    for tensors, write in ((inputs, False), (writable, True)):
+        ranges = sorted({r for x in tensors if x is not None for r in byte_ranges(x)})
+        merged: list[tuple[int, int]] = []
+        for begin, end in ranges:
+            if merged and begin < merged[-1][1]:
+                merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+            else:
+                merged.append((begin, end))
+        for begin, end in merged:
+            library.adsc_simt_allow(begin, end - begin, write)
+    try:
+        yield
+    finally:
+        library.adsc_simt_allow_anything()
+
+
+@contextlib.contextmanager
+def serving() -> Iterator[None]:
+    """The public ops (`adsc.ops.*`) on CPU tensors run the CUDA kernels."""
+    load()
+    modules = [m for name, m in sys.modules.items() if name.startswith("adsc_kernels.ops.")]
+    with pytest.MonkeyPatch.context() as patch:
+        for module in modules:
+            if hasattr(module, "choose"):
+                patch.setattr(module, "choose", lambda name, _: getattr(torch.ops.adsc_simt, name))
+        yield
+
+
+def guards_intact(out: Tensor) -> bool:
+    """Whether what lies around an output is as it was."""
+    data = torch.empty(0, dtype=torch.uint8).set_(out.untyped_storage())
+    begin = out.storage_offset() * out.element_size()
+    end = begin + out.numel() * out.element_size()
+    return bool((data[:begin] == POISON).all() and (data[end:] == POISON).all())
+
+
+def shifted(x: Tensor, elements: int) -> Tensor:
+    """The same values `elements` further on in memory: aligned to no more than that."""
+    if x.numel() == 0 or elements == 0:
+        return x
+    extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    memory = torch.zeros(extent + elements, dtype=x.dtype)
+    view = memory.as_strided(x.shape, x.stride(), elements)
+    view.copy_(x)
+    return view
