@@ -9,8 +9,8 @@ and torch's `copy_`.
 `reused` memory: the C library is told to keep what is freed, as jemalloc and tcmalloc do, so that
 the time is that of moving rows. `fresh`: as it comes, where every output of this size is new memory
 and having the kernel zero and map its pages takes twice as long as the copy. There memcpy gets a
-new output too. (`THP_MEM_ALLOC_ENABLE=1`, a switch of torch's, makes those pages large ones, and
-halves that time.)
+new output too. downsample asks for large pages, which halves that time where the system grants them
+on request (`THP_MEM_ALLOC_ENABLE=1` has torch ask for all of its outputs).
 
     pytest bench/test_downsample_cpu.py --benchmark-enable --benchmark-json=downsample_cpu.json
 """
