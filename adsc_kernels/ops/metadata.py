@@ -123,7 +123,8 @@ def exact_fraction(keep: object) -> Fraction:
             raise TypeError(f"keep: expected {forms}, got {keep!r}")
     except (ValueError, ZeroDivisionError, OverflowError):
         raise ValueError(f"keep: expected {forms}, got {keep!r}") from None
-    if not 0 <= fraction <= 1 or fraction.denominator >= 1 << 31:
+    # In ints: Dynamo does not compare Fractions before torch 2.12.
+    if not 0 <= fraction.numerator <= fraction.denominator < 1 << 31:
         raise ValueError(f"keep: expected a fraction in [0, 1], got {keep!r}")
     return fraction
 
