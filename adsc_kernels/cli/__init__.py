@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from adsc_kernels.cli import doctor, plan, run
+from adsc_kernels.cli import account, doctor, plan, run
 from adsc_kernels.errors import UnsupportedError
 
 BAD_INPUT = 2
@@ -29,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run.add_parser(commands)
+    account.add_parser(commands)
     plan.add_parser(commands)
     doctor.add_parser(commands)
     return parser

@@ -42,7 +42,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--image-tokens",
-        type=_size,
+        type=size,
         default=(576, 24, 24),
         metavar="N|HxW",
         help="one picture of so many tokens in every prompt; 0 for none (24x24)",
@@ -168,7 +168,7 @@ def _same_picture(args: argparse.Namespace) -> list[tuple[int, ...]]:
     return [(b, args.image_start, *args.image_tokens) for b in range(len(args.prompt_tokens))]
 
 
-def _size(text: str) -> tuple[int, ...]:
+def size(text: str) -> tuple[int, ...]:
     """``576`` to (576,), ``24x24`` to (576, 24, 24)."""
     sides = tuple(count(side) for side in text.split("x", 1))
     return sides if len(sides) == 1 else (count(str(sides[0] * sides[1])), *sides)
@@ -178,7 +178,7 @@ def _span(text: str) -> tuple[int, ...]:
     fields = text.split(":")
     if len(fields) != 3:
         raise ArgumentTypeError(f"expected SEQUENCE:START:LENGTH such as 0:5:24x24, got {text!r}")
-    return (count(fields[0]), count(fields[1]), *_size(fields[2]))
+    return (count(fields[0]), count(fields[1]), *size(fields[2]))
 
 
 def _chunk(text: str) -> tuple[int, int]:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adsc_kernels.cli import report
+from adsc_kernels.cli import png, report
 from adsc_kernels.schedule import CompressionSchedule
 
 if TYPE_CHECKING:
@@ -96,7 +94,7 @@ def execute(args: argparse.Namespace) -> None:
     # both models have answered.
     if args.runs < 1:
         raise ValueError(f"--runs: expected at least 1, got {args.runs}")
-    _check_out(args.out)
+    png.check(args.out, "--out")
     import torch
 
     from adsc_kernels.llava import Llava, bundled_checkpoint, load_image
@@ -140,7 +138,7 @@ def execute(args: argparse.Namespace) -> None:
         {"question": q.text, "expected": q.expected, "dense": a, "compressed": b}
         for q, a, b in zip(questions, dense.texts, compressed.texts, strict=True)
     ]
-    _write_png(picture, args.out)
+    png.write(picture, args.out)
     facts["picture"] = str(args.out)
     print(json.dumps(facts, indent=1) if args.json else report.as_text(facts))
 
@@ -243,28 +241,6 @@ def _dtype(name: str | None, device: torch.device) -> torch.dtype:
         torch, name or ("float16" if device.type == "cuda" else "float32")
     )
     return chosen
-
-
-def _check_out(path: Path) -> None:
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"--out: expected a name that ends in .png, got {str(path)!r}")
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--out: expected a file in a folder that can be written, got '{path}'")
-
-
-def _write_png(picture: Image, path: Path) -> None:
-    """Under another name first, so that the file is whole or not there."""
-    handle, name = tempfile.mkstemp(suffix=".png", prefix=f".{path.stem}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            picture.save(file, format="PNG", optimize=True)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp's own are for the owner alone
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def _say(args: argparse.Namespace, text: str) -> None:
