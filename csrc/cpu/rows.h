@@ -13,13 +13,6 @@ namespace adsc::cpu {
 // What is wrong with the map, in words; empty when nothing is.
 std::string find_fault(const RowMap& map);
 
-// a / b for a >= 0, b > 0. The 64-bit division takes several times as long where the 32-bit one
-// will do.
-inline int64_t divide(int64_t a, int64_t b) {
-  if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
-  return a / b;
-}
-
 inline bool is_run(const Segment& segment) { return segment.keep == segment.span; }
 
 // The kept rows of one segment in order, without a division for each: kept_index is

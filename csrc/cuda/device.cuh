@@ -19,9 +19,9 @@ template <class T>
 __device__ __forceinline__ T load_streaming(const T* address) {
   if constexpr (sizeof(T) == 16) {
     T value;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                 : "l"(address));
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+        : "l"(address));
     return value;
   } else {
     return __ldg(address);

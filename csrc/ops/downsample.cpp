@@ -2,6 +2,9 @@
 #include "cpu/downsample.h"
 
 #include "cpu/upsample_grad.h"
+#include "cuda/check.h"
+#include "cuda/downsample.h"
+#include "ops/on_device.h"
 #include "ops/ops.h"
 #include "ops/parallel.h"
 
@@ -48,6 +51,15 @@ void run_cpu(const Moves& moves) {
   });
 }
 
+#if defined(ADSC_WITH_CUDA)
+void run_cuda(const Moves& moves) {
+  const OnDevice device(moves.outs[0]);
+  if (device_checks()) cuda::check_rows(moves.map, device.stream());
+  cuda::copy_rows(moves.map, moves.copies.data(), static_cast<int>(moves.copies.size()),
+                  device.stream());
+}
+#endif
+
 struct Scatter {
   RowMap map;
   RowScatter rows;
@@ -92,5 +104,23 @@ Tensor upsample_grad_cpu(Tensor grad, OptionalTensor segments, OptionalTensor ke
   });
   return scatter.out;
 }
+
+#if defined(ADSC_WITH_CUDA)
+
+Tensor downsample_cuda(Tensor x, OptionalTensor segments, OptionalTensor keep_indices,
+                       int64_t num_tokens) {
+  const Moves moves = moves_of({x}, "x", segments, keep_indices, num_tokens);
+  run_cuda(moves);
+  return moves.outs[0];
+}
+
+std::vector<Tensor> downsample_many_cuda(std::vector<Tensor> xs, OptionalTensor segments,
+                                         OptionalTensor keep_indices, int64_t num_tokens) {
+  const Moves moves = moves_of(xs, "xs", segments, keep_indices, num_tokens);
+  run_cuda(moves);
+  return moves.outs;
+}
+
+#endif
 
 }  // namespace adsc::ops

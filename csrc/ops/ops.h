@@ -23,4 +23,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rebuild_metadata_cpu(
     Tensor cu_seqlens, Tensor spans, std::vector<int64_t> keep, std::string pattern,
     int64_t max_height);
 
+#if defined(ADSC_WITH_CUDA)
+
+Tensor downsample_cuda(Tensor x, OptionalTensor segments, OptionalTensor keep_indices,
+                       int64_t num_tokens);
+std::vector<Tensor> downsample_many_cuda(std::vector<Tensor> xs, OptionalTensor segments,
+                                         OptionalTensor keep_indices, int64_t num_tokens);
+
+#endif
+
 }  // namespace adsc::ops

@@ -35,3 +35,10 @@ STABLE_TORCH_LIBRARY_IMPL(adsc_kernels, CPU, m) {
   m.impl("rebuild_metadata", TORCH_BOX(&adsc::ops::rebuild_metadata_cpu));
 }
 #endif
+
+#if defined(ADSC_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(adsc_kernels, CUDA, m) {
+  m.impl("downsample", TORCH_BOX(&adsc::ops::downsample_cuda));
+  m.impl("downsample_many", TORCH_BOX(&adsc::ops::downsample_many_cuda));
+}
+#endif

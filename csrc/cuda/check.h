@@ -1,0 +1,18 @@
+// ADSC_CHECK=1: kernels that look at every entry of what tells the others where to read and write.
+// Put on the stream before those, they end it with a message where an entry points outside.
+#pragma once
+
+#include "../layout.h"
+#include "../movement.h"
+#include "stream.h"
+
+namespace adsc::cuda {
+
+// Every output row's source row.
+void check_rows(const RowMap& map, Stream stream);
+
+// Every sequence and span, over at most num_rows source rows.
+void check_layout(const BatchLayout& layout, const Boundary& boundary, int64_t num_rows,
+                  Stream stream);
+
+}  // namespace adsc::cuda
