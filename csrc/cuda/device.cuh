@@ -40,6 +40,17 @@ __device__ __forceinline__ void store(T* address, T value) {
   *address = value;
 }
 
+// The value as it is, of which the compiler knows nothing before this place: it can't unpack 16-bit
+// numbers early and hold them as floats, in twice the registers.
+__device__ __forceinline__ uint4 packed(uint4 value) {
+  asm volatile("" : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w));
+  return value;
+}
+template <class T>
+__device__ __forceinline__ T packed(T value) {
+  return value;
+}
+
 // Prints `what`, up to four numbers for its %lld, and the block; then ends the kernel with an error.
 [[noreturn]] __device__ __noinline__ inline void trap(const char* what, long long a = 0,
                                                       long long b = 0, long long c = 0,

@@ -1,7 +1,10 @@
 // downsample_add_rms_norm.
 #include "cpu/norm.h"
 
+#include "cuda/check.h"
+#include "cuda/norm.h"
 #include "ops/norm.h"
+#include "ops/on_device.h"
 #include "ops/ops.h"
 #include "ops/parallel.h"
 
@@ -53,5 +56,21 @@ std::tuple<Tensor, Tensor> downsample_add_rms_norm_cpu(Tensor x, Tensor residual
                 });
   return {norm.normed, norm.residual_out};
 }
+
+#if defined(ADSC_WITH_CUDA)
+
+std::tuple<Tensor, Tensor> downsample_add_rms_norm_cuda(Tensor x, Tensor residual, Tensor weight,
+                                                        OptionalTensor segments,
+                                                        OptionalTensor keep_indices,
+                                                        int64_t num_tokens, double eps) {
+  const NormOutputs norm = norm_of(x, "x", residual, weight, num_tokens, eps);
+  const RowMap map = row_map(segments, keep_indices, num_tokens, x.size(0), x, "x");
+  const OnDevice device(x);
+  if (device_checks()) cuda::check_rows(map, device.stream());
+  cuda::add_rms_norm_rows(map, norm.rows, device.stream());
+  return {norm.normed, norm.residual_out};
+}
+
+#endif
 
 }  // namespace adsc::ops

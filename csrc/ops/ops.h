@@ -29,6 +29,10 @@ Tensor downsample_cuda(Tensor x, OptionalTensor segments, OptionalTensor keep_in
                        int64_t num_tokens);
 std::vector<Tensor> downsample_many_cuda(std::vector<Tensor> xs, OptionalTensor segments,
                                          OptionalTensor keep_indices, int64_t num_tokens);
+std::tuple<Tensor, Tensor> downsample_add_rms_norm_cuda(Tensor x, Tensor residual, Tensor weight,
+                                                        OptionalTensor segments,
+                                                        OptionalTensor keep_indices,
+                                                        int64_t num_tokens, double eps);
 
 #endif
 

@@ -40,5 +40,6 @@ STABLE_TORCH_LIBRARY_IMPL(adsc_kernels, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(adsc_kernels, CUDA, m) {
   m.impl("downsample", TORCH_BOX(&adsc::ops::downsample_cuda));
   m.impl("downsample_many", TORCH_BOX(&adsc::ops::downsample_many_cuda));
+  m.impl("downsample_add_rms_norm", TORCH_BOX(&adsc::ops::downsample_add_rms_norm_cuda));
 }
 #endif

@@ -17,6 +17,16 @@ T load_streaming(const T* address) {
   return load(address);
 }
 
+template <class T>
+void store(T* address, const T& value) {
+  simt::write(address, &value, sizeof(T));
+}
+
+template <class T>
+T packed(T value) {
+  return value;
+}
+
 [[noreturn]] inline void trap(const char* what, long long a = 0, long long b = 0, long long c = 0,
                               long long d = 0) {
   simt::trap(what, a, b, c, d);

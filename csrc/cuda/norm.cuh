@@ -1,0 +1,203 @@
+// Residual add and RMSNorm of the rows of one tile: the part that downsample_add_rms_norm and
+// boundary_step share. A group of threads takes a row; the row stays in their registers between the
+// sum of its squares and its scaling, so that it is read once.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "rows.cuh"
+
+namespace adsc::cuda {
+
+// Accesses of a row that a thread keeps in registers. A row with more (over 16 KiB) reads what is
+// left of its sum back from residual_out, where the same thread wrote it.
+constexpr int kKept = 4;
+
+// How the work is cut.
+struct NormShape {
+  int threads;    // of a block
+  int group;      // threads of a row, a power of two
+  int tile_rows;  // of a block
+  int64_t num_tiles;
+  bool wide;      // accesses of 16 bytes
+};
+
+inline NormShape norm_shape(const RowNorm& norm, int64_t num_tokens) {
+  NormShape shape{};
+  if (num_tokens == 0 || norm.width == 0) return shape;
+  const int64_t element_bytes = norm.element == Element::kDouble  ? 8
+                                : norm.element == Element::kFloat ? 4
+                                                                  : 2;
+  const int64_t row_bytes = norm.width * element_bytes;
+  const uint64_t addresses =
+      reinterpret_cast<uintptr_t>(norm.x) | reinterpret_cast<uintptr_t>(norm.residual) |
+      reinterpret_cast<uintptr_t>(norm.weight) | reinterpret_cast<uintptr_t>(norm.normed) |
+      reinterpret_cast<uintptr_t>(norm.residual_out) | static_cast<uint64_t>(norm.x_stride) |
+      static_cast<uint64_t>(norm.residual_stride) | static_cast<uint64_t>(row_bytes);
+  shape.wide = addresses % 16 == 0;
+  const int64_t columns = row_bytes / (shape.wide ? 16 : element_bytes);
+  shape.group = kWarp;
+  while (shape.group < kThreads && shape.group * kKept < columns) shape.group *= 2;
+  shape.threads = shape.group < 128 ? 128 : shape.group;
+  // Several rows for each group read the weight once for all; fewer, to keep the GPU busy.
+  for (int rows = 4;; rows /= 2) {
+    shape.tile_rows = shape.threads / shape.group * rows;
+    shape.num_tiles = (num_tokens + shape.tile_rows - 1) / shape.tile_rows;
+    if (rows == 1 || shape.num_tiles * shape.threads >= kEnoughThreads) return shape;
+  }
+}
+
+// The elements of one access.
+template <class T, class Access>
+struct Elements {
+  static constexpr int kCount = sizeof(Access) / sizeof(T);
+  T values[kCount];
+
+  __device__ __forceinline__ static Elements of(const Access& access) {
+    Elements elements;
+    memcpy(&elements, &access, sizeof access);
+    return elements;
+  }
+  __device__ __forceinline__ Access access() const {
+    Access access;
+    memcpy(&access, this, sizeof access);
+    return access;
+  }
+};
+
+// x + residual, rounded to T; its squares are added to `squares`.
+template <class T, class Access, class Compute>
+__device__ __forceinline__ Access add_access(const Access& x, const Access& residual,
+                                             Compute& squares) {
+  const auto a = Elements<T, Access>::of(x);
+  const auto b = Elements<T, Access>::of(residual);
+  Elements<T, Access> sum;
+#pragma unroll
+  for (int i = 0; i < sum.kCount; ++i) {
+    narrow(sum.values[i], widen(a.values[i]) + widen(b.values[i]));
+    const Compute rounded = widen(sum.values[i]);
+    squares += rounded * rounded;
+  }
+  return sum.access();
+}
+
+template <class T, class Access, class Compute>
+__device__ __forceinline__ Access scale_access(const Access& sum, const Access& weight,
+                                               Compute scale) {
+  const auto h = Elements<T, Access>::of(sum);
+  const auto w = Elements<T, Access>::of(weight);
+  Elements<T, Access> normed;
+#pragma unroll
+  for (int i = 0; i < normed.kCount; ++i) {
+    narrow(normed.values[i], widen(h.values[i]) * scale * widen(w.values[i]));
+  }
+  return normed.access();
+}
+
+// rows: the source rows of the output rows [begin, begin + count); a negative one stands for zeros.
+// T: the element; Access: what a thread reads and writes at once. `partial` is shared memory.
+template <class T, class Access, class Compute>
+__device__ __forceinline__ void norm_tile(const RowNorm& norm, int group, int64_t begin, int count,
+                                          const int64_t* rows, Compute (*partial)[kThreads / kWarp]) {
+  const int64_t columns = norm.width / Elements<T, Access>::kCount;
+  const int64_t row_bytes = norm.width * static_cast<int64_t>(sizeof(T));
+  const int lane = threadIdx.x & (group - 1);
+  const int first_warp = (threadIdx.x - lane) / kWarp;
+  const int row_step = blockDim.x / group;
+  const auto* weight = reinterpret_cast<const Access*>(norm.weight);
+  Access weights[kKept];
+#pragma unroll
+  for (int k = 0; k < kKept; ++k) {
+    const int64_t column = lane + k * group;
+    if (column < columns) weights[k] = load(weight + column);
+  }
+
+  int turn = 0;  // two rows in a row use different halves of `partial`: one barrier each is enough
+  for (int first = 0; first < count; first += row_step, turn ^= 1) {
+    const int row = first + static_cast<int>(threadIdx.x) / group;
+    const bool live = row < count;
+    const int64_t source = live ? rows[row] : kNoRow;
+    const auto* x = reinterpret_cast<const Access*>(norm.x + source * norm.x_stride);
+    const auto* residual =
+        reinterpret_cast<const Access*>(norm.residual + source * norm.residual_stride);
+    const int64_t offset = (begin + row) * row_bytes;
+    auto* sum_out = reinterpret_cast<Access*>(norm.residual_out + offset);
+    auto* normed_out = reinterpret_cast<Access*>(norm.normed + offset);
+
+    Access sums[kKept];
+    Access others[kKept];
+#pragma unroll
+    for (int k = 0; k < kKept; ++k) {
+      const int64_t column = lane + k * group;
+      sums[k] = Access{};
+      others[k] = Access{};
+      if (source >= 0 && column < columns) {
+        sums[k] = load_streaming(x + column);
+        others[k] = load_streaming(residual + column);
+      }
+    }
+    Compute squares = 0;
+#pragma unroll
+    for (int k = 0; k < kKept; ++k) {
+      const int64_t column = lane + k * group;
+      sums[k] = add_access<T>(sums[k], others[k], squares);
+      if (live && column < columns) store(sum_out + column, sums[k]);
+    }
+    if (live) {
+      for (int64_t column = lane + kKept * group; column < columns; column += group) {
+        Access a{}, b{};
+        if (source >= 0) {
+          a = load_streaming(x + column);
+          b = load_streaming(residual + column);
+        }
+        store(sum_out + column, add_access<T>(a, b, squares));
+      }
+    }
+
+    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+      squares += __shfl_xor_sync(kAllLanes, squares, distance);
+    }
+    if (group > kWarp) {
+      if (threadIdx.x % kWarp == 0) partial[turn][threadIdx.x / kWarp] = squares;
+      __syncthreads();
+      squares = 0;
+      for (int warp = 0; warp < group / kWarp; ++warp) squares += partial[turn][first_warp + warp];
+    }
+    if (!live) continue;
+    const Compute mean = squares / static_cast<Compute>(norm.width);
+    // Rows of zeros stay zeros, with eps = 0 and with any weight.
+    const bool zeros = source < 0;
+    const Compute scale = 1 / std::sqrt(mean + static_cast<Compute>(norm.eps));
+#pragma unroll
+    for (int k = 0; k < kKept; ++k) {
+      const int64_t column = lane + k * group;
+      if (column < columns) {
+        store(normed_out + column, zeros ? Access{}
+                    : scale_access<T>(packed(sums[k]), packed(weights[k]), scale));
+      }
+    }
+    for (int64_t column = lane + kKept * group; column < columns; column += group) {
+      store(normed_out + column,
+            zeros ? Access{} : scale_access<T>(sum_out[column], load(weight + column), scale));
+    }
+  }
+}
+
+// Calls body(T{}, Access{}) with the element type and the access of the shape.
+template <class Body>
+void with_norm_types(Element element, bool wide, const Body& body) {
+  switch (element) {
+    case Element::kFloat:
+      return wide ? body(float{}, uint4{}) : body(float{}, uint32_t{});
+    case Element::kDouble:
+      return wide ? body(double{}, uint4{}) : body(double{}, uint2{});
+    case Element::kBFloat16:
+      return wide ? body(BFloat16{}, uint4{}) : body(BFloat16{}, uint16_t{});
+    case Element::kHalf:
+      return wide ? body(Half{}, uint4{}) : body(Half{}, uint16_t{});
+  }
+}
+
+}  // namespace adsc::cuda
