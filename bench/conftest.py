@@ -19,9 +19,19 @@ def _cpu_name() -> str:
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
-    """Device and versions; pytest-benchmark itself adds the commit."""
+    """Device and versions, no names of hosts; pytest-benchmark itself adds the commit."""
+    for private in ("node", "release"):
+        machine_info.pop(private, None)
     machine_info["cpu_name"] = _cpu_name()
     machine_info["gpu_name"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     machine_info["torch"] = torch.__version__
     machine_info["adsc_kernels"] = adsc_kernels.__version__
     machine_info["torch_threads"] = torch.get_num_threads()
+
+
+def pytest_benchmark_update_json(
+    config: Any, benchmarks: list[Any], output_json: dict[str, Any]
+) -> None:
+    """Statistics without the time of every single round."""
+    for benchmark in output_json["benchmarks"]:
+        benchmark["stats"].pop("data", None)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from adsc_kernels import CompressionSchedule, StagePlan, make_plan, ops
 
-ROUNDS = 15
+ROUNDS = 40
 LIBC = ctypes.CDLL(None)
 DEFAULT_LIMIT = 128 << 10
 

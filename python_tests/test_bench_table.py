@@ -1,0 +1,134 @@
+"""The README's performance tables are what bench/results says, and made of nothing else."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+import table  # noqa: E402
+
+README = (
+    "a\n<!-- gpu-results -->\nold\n<!-- /gpu-results -->\nb\n"
+    "<!-- cpu-results -->\nold\n<!-- /cpu-results -->\nc\n"
+)
+STAMP = {
+    "date": "2026-12-01 10:00 UTC", "dry_run": False, "device": "NVIDIA H200", "driver": "580.1",
+    "commit": "0123456789abcdef", "changed_files": 0, "torch": "2.11.0", "triton": "3.6.0",
+    "nvcc": "13.0",
+}  # fmt: skip
+CASE = {
+    "op": "downsample",
+    "case": "batch 8, hidden 4096",
+    "bytes_moved": 1 << 25,
+    "times": {
+        "cuda": {"graph_us": 10.0, "eager_us": 20.0},
+        "triton": {"graph_us": 11.0, "eager_us": 40.0},
+        "eager": {"graph_us": 25.0, "eager_us": 30.0},
+        "eager compiled": {"error": "RuntimeError: no"},
+        "copy": {"graph_us": 9.0, "eager_us": 9.5},
+    },
+    "gb_per_s": {"cuda": 3355.4},
+    "share_of_copy": {"cuda": 0.9},
+}
+BENCH: dict[str, Any] = {
+    "target": "gpu-bench",
+    "ok": True,
+    "stamp": STAMP,
+    "jobs": [
+        {
+            "name": "downsample",
+            "ok": True,
+            "ceilings": {"copy_gb_per_s": 4300.0, "empty_kernel_graph_us": 1.2},
+            "cases": [CASE],
+            "left_out": [],
+        }
+    ],
+}
+
+
+def written(folder: Path, **reports: dict[str, Any]) -> Path:
+    for name, report in reports.items():
+        (folder / f"{name}.json").write_text(json.dumps(report))
+    return folder
+
+
+def test_the_readme_is_what_the_results_say() -> None:
+    done = subprocess.run(
+        [sys.executable, "bench/table.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_results(tmp_path: Path) -> None:
+    text = table.filled(README, table.read_results(tmp_path))
+    assert "old" not in text
+    assert "**GPU**: unrun." in text and "`make gpu-bench`" in text
+    assert text.startswith("a\n<!-- gpu-results -->\n**GPU**") and text.endswith("-->\nc\n")
+
+
+def test_gpu_results(tmp_path: Path) -> None:
+    old = copy.deepcopy(BENCH)
+    old["stamp"]["date"] = "2026-11-30 10:00 UTC"
+    old["stamp"]["device"] = "another"
+    tests = {
+        "target": "gpu-test",
+        "stamp": STAMP,
+        "jobs": [
+            {"passed": 7, "failed": 1, "skipped": {"why": 2}},
+            {"error": "stopped: out of time"},
+        ],
+    }
+    tools = {
+        "target": "gpu-sanitize",
+        "stamp": STAMP,
+        "jobs": [{"name": "memcheck, cuda", "summary": "ERROR SUMMARY: 0 errors"}],
+    }
+    folder = written(tmp_path, a=BENCH, b=old, c=tests, d=tools)
+    text = table.filled(README, table.read_results(folder))
+    assert "unrun" not in text.partition("cpu-results")[0]
+    assert "another" not in text
+    row = "| 32.00 | 10.0 | 3355 | 0.90 | 1.10 | 2.50 | – | 20.0 | 1.50 |"
+    assert f"| `downsample` | batch 8, hidden 4096 {row}" in text
+    assert "NVIDIA H200, driver 580.1, torch 2.11.0" in text and "commit 0123456789" in text
+    assert "A large copy moves 4300 GB/s, an empty kernel takes 1.20 µs" in text
+    assert "7 passed, 1 failed, 2 skipped, 1 of 2 files not finished" in text
+    assert "memcheck, cuda: ERROR SUMMARY: 0 errors" in text
+
+
+def test_what_failed_is_said(tmp_path: Path) -> None:
+    broken = copy.deepcopy(BENCH)
+    job = broken["jobs"][0]
+    job["ok"], job["left_out"] = False, ["boundary_step batch 1"]
+    job["cases"][0]["times"]["cuda"] = {"error": "CUDA error"}
+    text = table.filled(README, table.read_results(written(tmp_path, a=broken)))
+    assert "| `downsample` | batch 8, hidden 4096 | failed |" in text
+    assert "Left out for time: boundary_step batch 1. Failed: downsample." in text
+
+
+def test_a_dry_run_is_refused(tmp_path: Path) -> None:
+    dry = copy.deepcopy(BENCH)
+    dry["stamp"]["dry_run"] = True
+    with pytest.raises(ValueError, match=r"a\.json: .*dry run"):
+        table.read_results(written(tmp_path, a=dry))
+
+
+def test_markers_must_be_there() -> None:
+    with pytest.raises(ValueError, match="one pair of markers <!-- gpu-results -->"):
+        table.filled("no markers", {})
+
+
+def test_every_line_of_a_table_has_as_many_cells(tmp_path: Path) -> None:
+    failed = copy.deepcopy(BENCH)
+    failed["jobs"][0]["cases"].append({**CASE, "times": {"cuda": {"error": "no"}}})
+    text = table.gpu_section(table.read_results(written(tmp_path, a=failed)))
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(lines) == 4
+    assert len({line.count("|") for line in lines}) == 1
