@@ -6,6 +6,8 @@ import importlib.metadata
 import platform
 from typing import Any
 
+from adsc_kernels import _C
+
 PACKAGES = ("torch", "transformers", "triton", "flash-attn", "safetensors", "pillow", "numpy")
 
 
@@ -15,7 +17,7 @@ def report() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in ("adsc_kernels", *PACKAGES)},
         "cuda": _cuda(),
-        "planner": _planner(),
+        "build": dict(_C.build_info()),
         "backends": _backends(),
         "attention": _attention(),
         "checkpoint": _checkpoint(),
@@ -38,15 +40,6 @@ def _cuda() -> dict[str, Any]:
         capability = f"{found.major}.{found.minor}"
         devices.append({"name": found.name, "capability": capability, "bytes": found.total_memory})
     return {"torch_built_for": torch.version.cuda, "devices": devices}
-
-
-def _planner() -> dict[str, Any]:
-    """The native module, and how it and the library beside it were built."""
-    try:
-        from adsc_kernels import _C
-    except ImportError as error:
-        return {"loaded": False, "reason": str(error), "build": None}
-    return {"loaded": True, "reason": "", "build": dict(_C.build_info())}
 
 
 def _backends() -> dict[str, dict[str, Any]]:

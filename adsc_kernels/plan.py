@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from . import _C
+from ._native import _C
 from .errors import UnsupportedError
 from .schedule import CompressionSchedule
 

@@ -78,6 +78,13 @@ def test_a_missing_or_broken_library_is_an_import_error_that_names_it(tmp_path, 
         _library.load.__wrapped__()
 
 
+def test_a_missing_module_is_an_import_error_that_says_what_to_do():
+    code = "import sys; sys.modules['adsc_kernels._C'] = None; import adsc_kernels"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "the native module _C is missing or does not load" in run.stderr.splitlines()[-1]
+
+
 def test_device_code_names_the_architecture_or_the_reason():
     if _C.build_info()["cuda_archs"] and torch.cuda.is_available():
         major, _ = torch.cuda.get_device_capability(0)

@@ -29,7 +29,7 @@ def execute(args: argparse.Namespace) -> None:
 
 
 def _as_text(found: dict[str, Any]) -> str:
-    cuda, planner = found["cuda"], found["planner"]
+    cuda = found["cuda"]
     lines = [["python", found["python"]]]
     lines += [[name, version or "not installed"] for name, version in found["packages"].items()]
     lines.append(["CUDA in torch", cuda["torch_built_for"] or "none: a CPU-only torch"])
@@ -40,8 +40,8 @@ def _as_text(found: dict[str, Any]) -> str:
         )
     if not cuda["devices"]:
         lines.append(["devices", "torch sees no GPU"])
-    lines.append(["native planner", "loaded" if planner["loaded"] else planner["reason"]])
-    lines += [[f"  {name}", _one(value)] for name, value in (planner["build"] or {}).items()]
+    lines.append(["native build", ""])
+    lines += [[f"  {name}", _one(value)] for name, value in found["build"].items()]
     lines.append(["bundled checkpoint", found["checkpoint"] or "missing"])
     width = max(len(name) for name, _ in lines)
     parts = ["\n".join(f"{name.ljust(width)}  {value}" for name, value in lines)]
