@@ -26,6 +26,7 @@ DTYPES = [
     torch.float16,
     torch.float32,
 ]
+LISTS = ("seq_starts", "cu_kept", "cu_rows", "prefix_lens", "seq_lens")
 ORDERS = [
     ("block", "token", "head"),
     ("block", "head", "token"),
@@ -146,7 +147,7 @@ def on_device(arguments: dict[str, Any]) -> dict[str, Any]:
     """Every list of ints as Ints, as a caller has them who uploaded them before; int64."""
     return {
         name: ops.Ints(tuple(value), torch.tensor(value, dtype=torch.int64))
-        if isinstance(value, list)
+        if name in LISTS
         else value
         for name, value in arguments.items()
     }

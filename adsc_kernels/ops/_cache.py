@@ -379,6 +379,10 @@ def _check_stage(stage: CacheStage, like: Tensor) -> None:
         if table.dim() != len(shape) or table.shape[-1] != shape[-1]:
             wanted = "[S, 6]" if len(shape) == 2 else str(list(shape))
             raise ValueError(f"{name}: expected shape {wanted}, got {tuple(table.shape)}")
+    if stage.num_tokens > 0 and stage.segments.shape[0] == 0:
+        raise ValueError(
+            f"stage.segments: expected a table for {stage.num_tokens} rows, got an empty one"
+        )
 
 
 def _stage_sources(stage: CacheStage) -> tuple[np.ndarray, ...]:

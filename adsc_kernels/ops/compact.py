@@ -19,6 +19,7 @@ from adsc_kernels.ops._cache import (
     check_ints,
     check_rows_of,
 )
+from adsc_kernels.ops._dispatch import choose, register
 
 
 def compact_kv_(
@@ -126,7 +127,8 @@ def compact_kv_(
         starts,
         layout,
     )
-    lens, slots = reference.compact_kv_(*arguments)
+    op = choose("compact_kv_", first.device)
+    lens, slots = reference.compact_kv_(*arguments) if op is None else op(*arguments)
     return CompactionResult(Ints(rows.host.new_lens, lens), slots)
 
 
@@ -242,7 +244,8 @@ def compact_paged_kv_(
         edit_table,
         layout,
     )
-    outputs = reference.compact_paged_kv_(*arguments)
+    op = choose("compact_paged_kv_", first.device)
+    outputs = reference.compact_paged_kv_(*arguments) if op is None else op(*arguments)
     lens, slots, last_page_len, indptr, new_table = outputs
     return CompactionResult(
         Ints(rows.host.new_lens, lens),
@@ -317,3 +320,67 @@ def _host_blocks(pinned: Sequence[int] | Tensor | np.ndarray | None) -> np.ndarr
     if blocks.size and blocks.dtype.kind not in "iu":
         raise TypeError(f"pinned: expected integers, got {blocks.dtype}")
     return blocks.astype(np.int64).ravel()
+
+
+# ---- Schemas and shapes for tracing ----
+
+
+def _fake(
+    caches: list[Tensor],
+    num_layers: int,
+    segments: Tensor | None,
+    keep_indices: Tensor | None,
+    cu_kept: Tensor,
+    cu_rows: Tensor | None,
+    prefix_lens: Tensor | None,
+    seq_lens: Tensor | None,
+    seq_starts: Tensor | None,
+    layout: str,
+) -> tuple[Tensor, Tensor]:
+    batch = cu_kept.shape[0] - 1
+    return (
+        cu_kept.new_empty(batch, dtype=torch.int32),
+        cu_kept.new_empty(batch, dtype=torch.int64),
+    )
+
+
+def _fake_paged(
+    caches: list[Tensor],
+    num_layers: int,
+    block_table: Tensor,
+    block_size: int,
+    segments: Tensor | None,
+    keep_indices: Tensor | None,
+    cu_kept: Tensor,
+    cu_rows: Tensor | None,
+    prefix_lens: Tensor | None,
+    seq_lens: Tensor | None,
+    edit_table: bool,
+    layout: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch = cu_kept.shape[0] - 1
+    return (
+        cu_kept.new_empty(batch, dtype=torch.int32),
+        cu_kept.new_empty(batch, dtype=torch.int64),
+        cu_kept.new_empty(batch, dtype=torch.int32),
+        cu_kept.new_empty(batch + 1, dtype=torch.int32),
+        block_table.new_empty(block_table.shape if edit_table else (0, 0)),
+    )
+
+
+_ROWS = (
+    "Tensor? segments, Tensor? keep_indices, Tensor cu_kept, Tensor? cu_rows, "
+    "Tensor? prefix_lens, Tensor? seq_lens"
+)
+register(
+    "compact_kv_",
+    f"(Tensor(a!)[] caches, int num_layers, {_ROWS}, Tensor? seq_starts, str layout) "
+    "-> (Tensor, Tensor)",
+    fake=_fake,
+)
+register(
+    "compact_paged_kv_",
+    "(Tensor(a!)[] caches, int num_layers, Tensor block_table, SymInt block_size, "
+    f"{_ROWS}, bool edit_table, str layout) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_paged,
+)

@@ -150,7 +150,7 @@ std::byte* mutable_bytes(const Tensor& tensor) {
   return static_cast<std::byte*>(tensor.mutable_data_ptr());
 }
 
-Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes) {
+Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, std::optional<int32_t> dtype) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t d = sizes.size(); d-- > 0;) {
@@ -158,9 +158,9 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes) {
     stride *= std::max<int64_t>(sizes[d], 1);
   }
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                               dtype_of(like), device_type(like), like.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      dtype.value_or(dtype_of(like)), device_type(like), like.get_device_index(), &handle));
   return Tensor(handle);
 }
 

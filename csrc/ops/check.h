@@ -60,8 +60,9 @@ int64_t real_parts(const Tensor& tensor);
 const std::byte* bytes(const Tensor& tensor);
 std::byte* mutable_bytes(const Tensor& tensor);
 
-// Contiguous and uninitialized, with the dtype and on the device of `like`.
-Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes);
+// Contiguous and uninitialized, on the device of `like`, with its dtype if none is given.
+Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes,
+             std::optional<int32_t> dtype = std::nullopt);
 
 // The shape of `like` with another number of rows.
 Tensor empty_rows(const Tensor& like, int64_t num_rows);

@@ -22,6 +22,15 @@ std::tuple<Tensor, Tensor> downsample_add_rms_norm_cpu(Tensor x, Tensor residual
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rebuild_metadata_cpu(
     Tensor cu_seqlens, Tensor spans, std::vector<int64_t> keep, std::string pattern,
     int64_t max_height);
+std::tuple<Tensor, Tensor> compact_kv_cpu(std::vector<Tensor> caches, int64_t num_layers,
+                                          OptionalTensor segments, OptionalTensor keep_indices,
+                                          Tensor cu_kept, OptionalTensor cu_rows,
+                                          OptionalTensor prefix_lens, OptionalTensor seq_lens,
+                                          OptionalTensor seq_starts, std::string layout);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compact_paged_kv_cpu(
+    std::vector<Tensor> caches, int64_t num_layers, Tensor block_table, int64_t block_size,
+    OptionalTensor segments, OptionalTensor keep_indices, Tensor cu_kept, OptionalTensor cu_rows,
+    OptionalTensor prefix_lens, OptionalTensor seq_lens, bool edit_table, std::string layout);
 
 #if defined(ADSC_WITH_CUDA)
 

@@ -24,6 +24,15 @@ STABLE_TORCH_LIBRARY(adsc_kernels, m) {
   m.def(
       "rebuild_metadata(Tensor cu_seqlens, Tensor spans, int[] keep, str pattern, "
       "SymInt max_height) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "compact_kv_(Tensor(a!)[] caches, int num_layers, Tensor? segments, Tensor? keep_indices, "
+      "Tensor cu_kept, Tensor? cu_rows, Tensor? prefix_lens, Tensor? seq_lens, "
+      "Tensor? seq_starts, str layout) -> (Tensor, Tensor)");
+  m.def(
+      "compact_paged_kv_(Tensor(a!)[] caches, int num_layers, Tensor block_table, "
+      "SymInt block_size, Tensor? segments, Tensor? keep_indices, Tensor cu_kept, "
+      "Tensor? cu_rows, Tensor? prefix_lens, Tensor? seq_lens, bool edit_table, str layout) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 #if !defined(ADSC_SIMT)
@@ -33,6 +42,8 @@ STABLE_TORCH_LIBRARY_IMPL(adsc_kernels, CPU, m) {
   m.impl("upsample_grad", TORCH_BOX(&adsc::ops::upsample_grad_cpu));
   m.impl("downsample_add_rms_norm", TORCH_BOX(&adsc::ops::downsample_add_rms_norm_cpu));
   m.impl("rebuild_metadata", TORCH_BOX(&adsc::ops::rebuild_metadata_cpu));
+  m.impl("compact_kv_", TORCH_BOX(&adsc::ops::compact_kv_cpu));
+  m.impl("compact_paged_kv_", TORCH_BOX(&adsc::ops::compact_paged_kv_cpu));
 }
 #endif
 

@@ -1,0 +1,199 @@
+// What a compaction of a KV cache moves, for a CPU and a GPU alike. No torch: pointers and strides.
+//
+// A sequence's cached rows are `prefix | rows to choose from | suffix`; of the middle some stay, and the
+// new cache is prefix, those, suffix, without gaps. Row numbers count within a sequence.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "segment.h"
+
+namespace adsc {
+
+// K, V or scales of one layer. A token is `num_lines` lines of contiguous bytes: one for each head,
+// or a single one where the heads lie behind one another. Strides in bytes.
+struct CacheTensor {
+  std::byte* base;
+  int64_t block_stride;  // from block to block, or from sequence to sequence of a batched cache
+  int64_t token_stride;
+  int64_t line_stride;
+  int32_t line_bytes;
+  int32_t num_lines;
+  int32_t layer;
+};
+
+// int32 or int64 values; no data: there are none.
+struct IntList {
+  const void* data = nullptr;
+  bool wide = false;
+
+  ADSC_HOST_DEVICE int64_t operator[](int64_t i) const {
+    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+};
+
+enum class Placement : int32_t {
+  kPacked,   // row r of sequence b is token seq_starts[b] + r
+  kBatched,  // token r of block b
+  kPaged     // token r % block_size of block table[b, r / block_size]
+};
+
+struct Compaction {
+  int32_t batch = 0;
+  // The rows that stay: of a stage, or given.
+  bool by_segments = false;
+  const Segment* segments = nullptr;
+  int32_t num_segments = 0;
+  IntList indices;  // [index_layers, index_heads, num_indices]: counted from the first row to choose
+                    // from, rising within a sequence; a single layer or head serves all
+  int32_t index_layers = 1;
+  int32_t index_heads = 1;
+  int64_t num_indices = 0;
+  IntList cu_kept;      // [batch + 1]
+  IntList cu_rows;      // [batch + 1], or none: all rows behind the prefix
+  IntList prefix_lens;  // [batch], or none: 0
+  IntList seq_lens;     // [batch], or none: no suffix
+  // Where they lie.
+  Placement placement = Placement::kPacked;
+  IntList seq_starts;  // [batch + 1]
+  IntList table;       // [batch, table_width]
+  int64_t table_stride = 0;
+  int64_t table_width = 0;
+  int64_t num_blocks = 0;  // of the pool, or of a batched cache; else 1
+  int64_t num_tokens = 0;  // of a block
+  bool edit_table = false;
+};
+
+// What is reported, each null where it is not asked for.
+struct CompactionOutputs {
+  int32_t* seq_lens = nullptr;       // [batch]
+  int64_t* slots = nullptr;          // [batch]
+  int32_t* last_page_len = nullptr;  // [batch]
+  int32_t* indptr = nullptr;         // [batch + 1]
+  void* table = nullptr;             // [batch, table_width], of the old one's width
+};
+
+struct SequenceRows {
+  int32_t prefix;
+  int32_t source;  // rows to choose from
+  int32_t kept;
+  int32_t total;
+  int32_t first_kept;  // number of the first of them in segments and indices
+  int32_t first_row;   // what segments or indices call the first row to choose from
+
+  ADSC_HOST_DEVICE int32_t dropped() const { return source - kept; }
+  ADSC_HOST_DEVICE int32_t new_total() const { return total - dropped(); }
+};
+
+ADSC_HOST_DEVICE SequenceRows sequence_rows(const Compaction& c, int32_t b) {
+  SequenceRows rows{};
+  rows.prefix = c.prefix_lens.data == nullptr ? 0 : static_cast<int32_t>(c.prefix_lens[b]);
+  rows.first_kept = static_cast<int32_t>(c.cu_kept[b]);
+  rows.kept = static_cast<int32_t>(c.cu_kept[b + 1]) - rows.first_kept;
+  if (c.cu_rows.data == nullptr) {
+    rows.total = static_cast<int32_t>(c.seq_lens[b]);
+    rows.source = rows.total - rows.prefix;
+  } else {
+    const auto first = static_cast<int32_t>(c.cu_rows[b]);
+    rows.source = static_cast<int32_t>(c.cu_rows[b + 1]) - first;
+    rows.first_row = c.by_segments ? first : 0;
+    rows.total = c.seq_lens.data == nullptr ? rows.prefix + rows.source
+                                            : static_cast<int32_t>(c.seq_lens[b]);
+  }
+  return rows;
+}
+
+// Where the indices of a layer's head begin.
+ADSC_HOST_DEVICE int64_t index_of(const Compaction& c, int32_t layer, int32_t head) {
+  const int64_t row = c.index_layers > 1 ? layer : 0;
+  return (row * c.index_heads + (c.index_heads > 1 ? head : 0)) * c.num_indices;
+}
+
+// The old row that row `row` of the new cache takes. index: index_of the head.
+ADSC_HOST_DEVICE int32_t source_of(const Compaction& c, const SequenceRows& rows, int64_t index,
+                                   int32_t row) {
+  const int32_t kept = row - rows.prefix;
+  if (kept < 0) return row;
+  if (kept >= rows.kept) return row + rows.dropped();
+  const int64_t number = int64_t{rows.first_kept} + kept;
+  if (!c.by_segments) return rows.prefix + static_cast<int32_t>(c.indices[index + number]);
+  const Segment& segment = c.segments[find_segment(c.segments, c.num_segments, number)];
+  return rows.prefix + static_cast<int32_t>(source_row(segment, number)) - rows.first_row;
+}
+
+// The old row in whose place row `row` of the new cache is put: with edit_table a page takes the block
+// in which its first row lies already. Never behind source_of(row), and rising with row:
+//   source(row) >= source(first of the page) + (row - first) >= home * size + (row - first),
+// and the first rows of two pages have sources at least `size` apart, hence different homes.
+ADSC_HOST_DEVICE int32_t place_of(const Compaction& c, const SequenceRows& rows, int64_t index,
+                                  int32_t row) {
+  if (!c.edit_table) return row;
+  const auto size = static_cast<int32_t>(c.num_tokens);
+  const int32_t offset = row % size;
+  return source_of(c, rows, index, row - offset) / size * size + offset;
+}
+
+struct Place {
+  int64_t block;
+  int64_t token;
+};
+
+// Where an old row of sequence b lies.
+ADSC_HOST_DEVICE Place place_in_cache(const Compaction& c, int32_t b, int32_t row) {
+  if (c.placement == Placement::kPacked) return {0, c.seq_starts[b] + row};
+  if (c.placement == Placement::kBatched) return {b, row};
+  const auto size = static_cast<int32_t>(c.num_tokens);
+  return {c.table[b * c.table_stride + row / size], row % size};
+}
+
+ADSC_HOST_DEVICE int64_t offset_in(const CacheTensor& tensor, const Place& place) {
+  return place.block * tensor.block_stride + place.token * tensor.token_stride;
+}
+
+ADSC_HOST_DEVICE int32_t pages_of(const Compaction& c, int32_t length) {
+  const auto size = static_cast<int32_t>(c.num_tokens);
+  return (length + size - 1) / size;
+}
+
+// The slot of the token that comes next, -1 where there is no room or a block is needed.
+ADSC_HOST_DEVICE int64_t next_slot(const Compaction& c, const SequenceRows& rows, int32_t b) {
+  const int32_t length = rows.new_total();
+  if (c.placement == Placement::kPacked) {
+    const int64_t slot = c.seq_starts[b] + length;
+    return slot < c.seq_starts[b + 1] ? slot : -1;
+  }
+  if (c.placement == Placement::kBatched) {
+    return length < c.num_tokens ? b * c.num_tokens + length : -1;
+  }
+  const auto size = static_cast<int32_t>(c.num_tokens);
+  if (length % size == 0) return -1;
+  const Place last = place_in_cache(c, b, place_of(c, rows, 0, length - 1));
+  return last.block * size + last.token + 1;
+}
+
+// Entry `page` of the new table.
+ADSC_HOST_DEVICE int64_t table_entry(const Compaction& c, const SequenceRows& rows, int32_t b,
+                                     int32_t page) {
+  if (page >= pages_of(c, rows.new_total())) return -1;
+  const auto size = static_cast<int32_t>(c.num_tokens);
+  return place_in_cache(c, b, place_of(c, rows, 0, page * size)).block;
+}
+
+// Rows in the last block of `length` rows; 0 for none.
+ADSC_HOST_DEVICE int32_t last_page_len(const Compaction& c, int32_t length) {
+  const auto size = static_cast<int32_t>(c.num_tokens);
+  return length == 0 ? 0 : (length - 1) % size + 1;
+}
+
+ADSC_HOST_DEVICE void set_table_entry(const Compaction& c, const CompactionOutputs& out, int32_t b,
+                                      int32_t page, int64_t block) {
+  const int64_t i = b * c.table_width + page;
+  if (c.table.wide) {
+    static_cast<int64_t*>(out.table)[i] = block;
+  } else {
+    static_cast<int32_t*>(out.table)[i] = static_cast<int32_t>(block);
+  }
+}
+
+}  // namespace adsc
