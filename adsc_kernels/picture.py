@@ -12,6 +12,7 @@ PANEL = 360  # the least side of a panel, in pixels; rounded up to whole patches
 _GAP = 28
 _CAPTION = 30
 _TITLE = 56
+_HEADING = 30
 _PAPER = (250, 250, 248)
 _INK = (32, 36, 44)
 _MUTED = (112, 118, 128)
@@ -37,6 +38,7 @@ class Strip:
     box: tuple[int, int, int, int]
     grid: tuple[int, int]  # patches down, patches across
     panels: Sequence[Panel]
+    heading: str = ""  # above the panels
 
 
 def seen_box(size: tuple[int, int], image_processor: Any) -> tuple[int, int, int, int]:
@@ -64,6 +66,14 @@ def seen_box(size: tuple[int, int], image_processor: Any) -> tuple[int, int, int
         round(width / 2 + half_x),
         round(height / 2 + half_y),
     )
+
+
+def centre_box(size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The largest box in the middle of an image of ``size`` that has the grid's proportions."""
+    (width, height), (down, across) = size, grid
+    scale = min(width / across, height / down)
+    left, top = (width - scale * across) / 2, (height - scale * down) / 2
+    return (round(left), round(top), round(width - left), round(height - top))
 
 
 def draw(strips: Sequence[Strip], title: str) -> Image.Image:
@@ -98,17 +108,20 @@ def _row(strip: Strip) -> Image.Image:
         pictures.insert(0, _whole(strip))
         captions.insert(0, f"picture, {width} x {height}")
     side = max(picture.height for picture in pictures)
+    top = _HEADING if strip.heading else 0
     row = Image.new(
         "RGB",
-        (sum(p.width + _GAP for p in pictures) + _GAP, side + _CAPTION + _GAP),
+        (sum(p.width + _GAP for p in pictures) + _GAP, top + side + _CAPTION + _GAP),
         _PAPER,
     )
     draw_on = ImageDraw.Draw(row)
+    if strip.heading:
+        draw_on.text((_GAP, 2), _fit(strip.heading, row.width - 2 * _GAP, 17), _INK, _font(17))
     left = _GAP
     for picture, caption in zip(pictures, captions, strict=True):
-        row.paste(picture, (left, (side - picture.height) // 2))
+        row.paste(picture, (left, top + (side - picture.height) // 2))
         label = _fit(caption, picture.width + _GAP - 4, 15)
-        draw_on.text((left, side + 8), label, fill=_MUTED, font=_font(15))
+        draw_on.text((left, top + side + 8), label, fill=_MUTED, font=_font(15))
         left += picture.width + _GAP
     return row
 
