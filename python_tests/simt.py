@@ -39,6 +39,10 @@ def load() -> ctypes.CDLL:
     return library
 
 
+if LIBRARY.is_file():
+    load()
+
+
 def byte_ranges(x: Tensor) -> list[tuple[int, int]]:
     """[begin, end) of the bytes that belong to x: as many pieces as its strides make of it."""
     if x.numel() == 0:
@@ -84,7 +88,6 @@ def emulated(
 @contextlib.contextmanager
 def serving() -> Iterator[None]:
     """The public ops (`adsc.ops.*`) on CPU tensors run the CUDA kernels."""
-    load()
     modules = [m for name, m in sys.modules.items() if name.startswith("adsc_kernels.ops.")]
     with pytest.MonkeyPatch.context() as patch:
         for module in modules:

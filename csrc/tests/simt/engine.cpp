@@ -3,6 +3,7 @@
 #undef _FORTIFY_SOURCE  // its longjmp refuses to change stacks
 #include <link.h>
 #include <setjmp.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -410,6 +411,31 @@ void run_blocks(uint32_t count, std::vector<Block>& slots) {
   }
 }
 
+// A division by zero or a wild address in a kernel ends the launch, not the process.
+class Signals {
+ public:
+  Signals() {
+    static std::byte memory[64 << 10];
+    const stack_t own{memory, 0, sizeof memory};
+    sigaltstack(&own, &stack_before_);
+    struct sigaction action = {};
+    action.sa_handler = [](int number) {
+      fail(number == SIGFPE ? "division by zero" : "a wild address, or no stack left");
+    };
+    action.sa_flags = SA_ONSTACK | SA_NODEFER;
+    for (int i = 0; i < 3; ++i) sigaction(kNumbers[i], &action, &before_[i]);
+  }
+  ~Signals() {
+    for (int i = 0; i < 3; ++i) sigaction(kNumbers[i], &before_[i], nullptr);
+    sigaltstack(&stack_before_, nullptr);
+  }
+
+ private:
+  static constexpr int kNumbers[] = {SIGFPE, SIGSEGV, SIGBUS};
+  stack_t stack_before_;
+  struct sigaction before_[3];
+};
+
 // Keeps hooks out of the engine's own code, and tells them what has changed since.
 class Inside {
  public:
@@ -549,7 +575,10 @@ void run_grid(dim3 grid, dim3 size, size_t dynamic_bytes, void (*entry)(const vo
 
   std::vector<unsigned char> before(static_bytes());
   std::memcpy(before.data(), static_memory(), before.size());
-  run_blocks(static_cast<uint32_t>(blocks), slots);
+  {
+    const Signals signals;
+    run_blocks(static_cast<uint32_t>(blocks), slots);
+  }
   std::memcpy(static_memory(), before.data(), before.size());
   if (!engine.error.empty()) throw std::runtime_error(engine.error);
 }

@@ -118,6 +118,8 @@ __global__ void write_in(int* in) { in[0] = 1; }
 __global__ void wide(const std::byte* in, uint4* out) {
   *out = *reinterpret_cast<const uint4*>(in);
 }
+__global__ void divide(int* out, int by) { *out /= by; }
+__global__ void wild(int** out) { **out = 1; }
 __global__ void accumulate(int* out) { ++*out; }
 
 std::string error_of(auto&& body) {
@@ -250,6 +252,11 @@ void test_memory() {
   uint4 four;
   CHECK(error_of([&] { launch(wide, 1, 1, 0, bytes + 16, &four); }).empty());
   CHECK(has(error_of([&] { launch(wide, 1, 1, 0, bytes + 4, &four); }), "misaligned"));
+  for (int i = 0; i < 2; ++i) {
+    CHECK(has(error_of([&] { launch(divide, 1, 4, 0, out.data(), 0); }), "division by zero"));
+    int* nowhere = reinterpret_cast<int*>(64);
+    CHECK(has(error_of([&] { launch(wild, 2, 4, 0, &nowhere); }), "a wild address"));
+  }
 }
 
 }  // namespace
