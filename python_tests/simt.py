@@ -26,15 +26,24 @@ needs_simt = pytest.mark.skipif(
     reason="the emulator is not built: make test-cpp",
 )
 
-# seed, and how many blocks run interleaved: one after another, a few, all
-schedules = st.tuples(st.integers(0, 2**31), st.sampled_from([1, 3, 0]))
+# Seed; how many blocks run interleaved: one after another, a few, all; and how many threads make
+# the GPU busy, which is what launchers cut the work by.
+Schedule = tuple[int, int, int]
+schedules = st.tuples(
+    st.integers(0, 2**31), st.sampled_from([1, 3, 0]), st.sampled_from([1, 2000, 132 * 1024])
+)
 
 
 @functools.cache
 def load() -> ctypes.CDLL:
     torch.ops.load_library(str(LIBRARY))
     library = ctypes.CDLL(str(LIBRARY))
-    library.adsc_simt_configure.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_int]
+    library.adsc_simt_configure.argtypes = [
+        ctypes.c_uint64,
+        ctypes.c_int,
+        ctypes.c_int64,
+        ctypes.c_int,
+    ]
     library.adsc_simt_allow.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return library
 
@@ -61,7 +70,7 @@ def byte_ranges(x: Tensor) -> list[tuple[int, int]]:
 
 @contextlib.contextmanager
 def emulated(
-    schedule: tuple[int, int],
+    schedule: Schedule,
     *inputs: Tensor | None,
     writable: tuple[Tensor, ...] = (),
     races: bool = True,

@@ -61,8 +61,8 @@ def test_parser_on_a_planted_spill() -> None:
 
 def test_names_and_instructions() -> None:
     assert shorten("void adsc::(anonymous namespace)::k<f(int), 3>(int, char)") == "k<f(int), 3>"
-    assert is_vector("move<uint4>") and is_vector("norm<float, 16, 2>")
-    assert not is_vector("move<unsigned int>") and not is_vector("norm<float, 4, 160>")
+    assert is_vector("downsample_kernel") and is_vector("norm<Half, uint4>")
+    assert not is_vector("norm<Half, unsigned short>") and not is_vector("move<uint2>")
     kernel = Kernel("k", "sm_100")
     for instruction in (
         "LDGSTS.E.BYPASS.128",
@@ -113,6 +113,9 @@ def test_the_library() -> None:
     by_arch = defaultdict(list)
     for kernel in kernels:
         by_arch[kernel.arch].append(names[kernel.name])
+    for found in by_arch.values():
+        assert "downsample_kernel" in found
+        assert "downsample_add_rms_norm_kernel<BFloat16, uint4>" in found
     assert set(by_arch) == {a for a in _C.build_info()["cuda_archs"] if a.startswith("sm_")}
-    found = {(names[k.name], k.arch): faults(k, names[k.name]) for k in kernels}
-    assert {key: fault for key, fault in found.items() if fault} == {}
+    wrong = {(names[k.name], k.arch): faults(k, names[k.name]) for k in kernels}
+    assert {key: fault for key, fault in wrong.items() if fault} == {}

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "launch.h"
 #include "rows.cuh"
 
 namespace adsc::cuda {
@@ -69,7 +70,7 @@ inline CopyTasks copy_tasks(const RowCopy* copies, int count, int64_t num_tokens
       tasks.tasks[i] = copy_task(copies[i], num_tokens, threads, per_thread);
       tasks.num_tiles += tasks.tasks[i].num_tiles;
     }
-    if (per_thread == 1 || tasks.num_tiles * threads >= kEnoughThreads) return tasks;
+    if (per_thread == 1 || tasks.num_tiles * threads >= enough_threads()) return tasks;
   }
 }
 

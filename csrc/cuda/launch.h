@@ -18,8 +18,13 @@
 
 namespace adsc::cuda {
 
-// Puts the kernel on the stream of the current device: `grid` blocks in x, none for 0. A launch that
-// fails throws; what goes wrong while the kernel runs is reported by a later call, as ever in CUDA.
+// A tile of fewer rows finds work for more multiprocessors: launchers make tiles large while this
+// many threads are busy. 1024 for each of an H200's 132.
+constexpr int64_t enough_threads() { return 132 * 1024; }
+
+// Puts the kernel on the stream of the current device: `grid` blocks in x, none for 0. A launch
+// that fails throws; what goes wrong while the kernel runs is reported by a later call, as ever in
+// CUDA.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t grid, int block, size_t dynamic_bytes,
             Stream stream, const Arguments&... arguments) {

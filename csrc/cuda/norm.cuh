@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "launch.h"
 #include "rows.cuh"
 
 namespace adsc::cuda {
@@ -45,7 +46,7 @@ inline NormShape norm_shape(const RowNorm& norm, int64_t num_tokens) {
   for (int rows = 4;; rows /= 2) {
     shape.tile_rows = shape.threads / shape.group * rows;
     shape.num_tiles = (num_tokens + shape.tile_rows - 1) / shape.tile_rows;
-    if (rows == 1 || shape.num_tiles * shape.threads >= kEnoughThreads) return shape;
+    if (rows == 1 || shape.num_tiles * shape.threads >= enough_threads()) return shape;
   }
 }
 

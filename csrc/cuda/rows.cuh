@@ -13,10 +13,6 @@ constexpr int kTileRows = 256;  // output rows of a block's tile, at most
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// A tile of fewer rows finds work for more multiprocessors: launchers make tiles large while this
-// many threads are busy. 1024 for each of an H200's 132.
-constexpr int64_t kEnoughThreads = 132 * 1024;
-
 // find_segment by all lanes of a warp, which look at 32 entries at once: a table of 32 rows takes
 // one trip to memory, one of a thousand two.
 __device__ __forceinline__ int32_t find_segment_by_warp(const Segment* table, int32_t count,

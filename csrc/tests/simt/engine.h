@@ -16,8 +16,8 @@ namespace adsc::simt {
 struct Options {
   uint64_t seed = 0;
   int resident = 1;  // blocks that run interleaved; 0: as many as there is room for
-  int max_blocks =
-      4;  // what multiprocessor_count() says: keeps the grids of persistent kernels small
+  int64_t enough_threads =
+      1024;           // as of a smaller GPU: launchers cut the same work into larger tiles
   bool races = true;  // report two accesses, one a write, that nothing orders
 };
 Options& options();

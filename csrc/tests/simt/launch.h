@@ -31,6 +31,8 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic
 
 namespace adsc::cuda {
 
+inline int64_t enough_threads() { return simt::options().enough_threads; }
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t grid, int block, size_t dynamic_bytes, Stream,
             const Arguments&... arguments) {

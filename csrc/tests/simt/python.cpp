@@ -11,10 +11,12 @@
 
 #define ADSC_SIMT_EXPORT extern "C" __attribute__((visibility("default")))
 
-ADSC_SIMT_EXPORT void adsc_simt_configure(uint64_t seed, int resident, int races) {
+ADSC_SIMT_EXPORT void adsc_simt_configure(uint64_t seed, int resident, int64_t enough_threads,
+                                          int races) {
   auto& options = adsc::simt::options();
   options.seed = seed;
   options.resident = resident;
+  options.enough_threads = enough_threads;
   options.races = races != 0;
 }
 
