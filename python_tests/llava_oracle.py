@@ -63,9 +63,24 @@ def oracle(
             x[0, start : start + height * width] = rows
             tokens = list(range(start, start + height * width))
             images.append([tokens[r * width : (r + 1) * width] for r in range(height)])
+    return decode(hf, x, images, boundaries, pattern, positions, lost)
+
+
+@torch.no_grad()
+def decode(
+    hf,
+    x: Tensor,
+    images: list[list[list[int]]],
+    boundaries: dict[int, Share],
+    pattern: str = "start",
+    positions: str = "original",
+    lost: dict[int, dict[int, int]] | None = None,
+) -> tuple[Tensor, list[list[int]]]:
+    """The same from embeddings [1, T, hidden]; images: for each its rows of token indices."""
+    llama = hf.model.language_model
     vision = {i for image in images for row in image for i in row}
-    text = [i for i in range(len(ids)) if i not in vision]
-    alive = list(range(len(ids)))
+    text = [i for i in range(x.shape[1]) if i not in vision]
+    alive = list(range(x.shape[1]))
     stages = [alive]
     for n, layer in enumerate(llama.layers):
         if n in boundaries:

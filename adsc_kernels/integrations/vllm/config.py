@@ -1,0 +1,157 @@
+"""Reading the schedule from vLLM's configuration, and refusing what would silently go wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from ...schedule import CompressionSchedule
+from .layout import Layouts, Span
+from .spans import SPAN_READERS
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_PACKAGE = "adsc_kernels.integrations.vllm"
+# In --additional-config, or in the checkpoint's config.json.
+SCHEDULE_KEY = "adsc_schedule"
+ALIGN_KEY = "adsc_align"
+_SCHEDULER = f"{_PACKAGE}.scheduler.make_scheduler"
+_SCHEDULERS = (None, _SCHEDULER, f"{_PACKAGE}.scheduler.AdscAsyncScheduler")
+_CPU_WORKER = f"{_PACKAGE}.worker.AdscCPUWorker"
+_PARAMS_CHECK = f"{_PACKAGE}.request_check:RefusePromptLogprobs"
+_CPU_BLOCK = 32  # vLLM's CPU attention works on multiples of it
+
+
+def schedule_of(vllm_config: VllmConfig) -> CompressionSchedule:
+    """The schedule in `--additional-config`, else the one in the checkpoint's config.
+
+    Text such as "8:1/4,16:1/4", or the mapping that `CompressionSchedule.to_dict` makes; an empty
+    text drops nothing. Raises ValueError where there is none, it does not parse, or it is for
+    another depth.
+    """
+    hf_config = vllm_config.model_config.hf_config
+    given = _option(vllm_config, SCHEDULE_KEY)
+    if given is None:
+        raise ValueError(
+            f"{SCHEDULE_KEY}: expected one in --additional-config, such as "
+            f'\'{{"{SCHEDULE_KEY}": "8:1/4"}}\', or in the checkpoint\'s config.json, got none'
+        )
+    depth = hf_config.text_config.num_hidden_layers
+    if isinstance(given, Mapping):
+        schedule = CompressionSchedule.from_dict(given)
+    elif isinstance(given, str):
+        schedule = CompressionSchedule.parse(given, num_layers=depth)
+    else:
+        raise ValueError(f"{SCHEDULE_KEY}: expected text or a mapping, got {given!r}")
+    if schedule.num_layers != depth:
+        raise ValueError(
+            f"{SCHEDULE_KEY}: expected a schedule for {depth} layers, got {schedule.num_layers}"
+        )
+    return schedule
+
+
+def layouts_of(vllm_config: VllmConfig) -> Layouts:
+    """What finds the survivors of this model's requests, under its schedule."""
+    model_config = vllm_config.model_config
+    reader = SPAN_READERS[model_config.architecture](model_config.hf_config)
+    aligned = _option(vllm_config, ALIGN_KEY) == "block"
+    block = vllm_config.cache_config.block_size if aligned else None
+    return Layouts(schedule_of(vllm_config), reader, block)
+
+
+def _option(vllm_config: VllmConfig, key: str) -> Any:
+    extra = vllm_config.additional_config
+    given = extra.get(key) if isinstance(extra, Mapping) else None
+    return getattr(vllm_config.model_config.hf_config, key, None) if given is None else given
+
+
+def image_span(vllm_config: VllmConfig) -> Span:
+    """An image of the model's own size at the start of a prompt, for reports and estimates."""
+    vision = vllm_config.model_config.hf_config.vision_config
+    side = vision.image_size // vision.patch_size
+    return (0, side * side, side, side)
+
+
+def problems(vllm_config: VllmConfig) -> list[str]:
+    """What is configured and does not go together with dropping tokens between layers."""
+    cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
+    scheduler, speculative = vllm_config.scheduler_config, vllm_config.speculative_config
+    model = vllm_config.model_config
+    text = model.hf_config.text_config
+    method = None if speculative is None else speculative.method
+    align = _option(vllm_config, ALIGN_KEY)
+    checks = (
+        (align not in (None, "block"), f"{ALIGN_KEY} {align!r}: expected 'block'"),
+        (vllm_config.lora_config is not None, "LoRA: its token map counts every prompt token"),
+        (parallel.pipeline_parallel_size > 1, "pipeline parallel: ranks pass on every token"),
+        (parallel.decode_context_parallel_size > 1, "decode context parallel: shards by position"),
+        (parallel.prefill_context_parallel_size > 1, "prefill context parallel: as the former"),
+        (parallel.enable_dbo, "dual-batch overlap: splits a batch in the middle of a request"),
+        (vllm_config.kv_transfer_config is not None, "KV connectors: they take position for index"),
+        (vllm_config.ec_transfer_config is not None, "encoder-cache connectors: not tried"),
+        (
+            vllm_config.kv_events_config is not None
+            and vllm_config.kv_events_config.enable_kv_cache_events,
+            "KV events: they publish blocks by position",
+        ),
+        (
+            method not in (None, "ngram"),
+            f"speculative method {method!r}: expected 'ngram'; a draft model would need dense KV",
+        ),
+        (
+            scheduler.disable_hybrid_kv_cache_manager is True,
+            "disable_hybrid_kv_cache_manager: stages need KV groups of their own",
+        ),
+        (
+            scheduler.scheduler_cls not in _SCHEDULERS,
+            f"scheduler_cls {scheduler.scheduler_cls!r}: the plug-in brings its own",
+        ),
+        (cache.kv_sharing_fast_prefill, "kv_sharing_fast_prefill: it drops rows by another rule"),
+        (model.runner_type != "generate", f"runner {model.runner_type!r}: expected 'generate'"),
+        (model.enable_prompt_embeds, "prompt embeddings: images can't be found in them"),
+        (
+            text.model_type != "llama",
+            f"text model {text.model_type!r}: expected 'llama', the one there is an adapter for",
+        ),
+        (
+            model.hf_config.vision_config.model_type not in ("clip_vision_model",),
+            f"vision tower {model.hf_config.vision_config.model_type!r}: expected CLIP",
+        ),
+    )
+    return [why for wrong, why in checks if wrong]
+
+
+class AdscConfig(VerifyAndUpdateConfig):
+    """vLLM's hook for a model's own defaults and checks, run once the configuration is complete."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        from vllm.platforms import current_platform
+
+        schedule = schedule_of(vllm_config)
+        wrong = problems(vllm_config)
+        cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
+        if current_platform.is_cpu():
+            block = cache.block_size
+            if cache.user_specified_block_size and block % _CPU_BLOCK:
+                wrong.append(f"block size {block}: expected a multiple of {_CPU_BLOCK} on a CPU")
+            if parallel.worker_cls not in ("auto", _CPU_WORKER):
+                wrong.append(f"worker_cls {parallel.worker_cls!r}: the plug-in brings its own")
+            parallel.worker_cls = _CPU_WORKER
+        else:
+            if not vllm_config.use_v2_model_runner:
+                wrong.append("model runner V1 on a GPU: expected V2, vLLM's own choice with Triton")
+            if schedule.positions == "renumber":
+                wrong.append("renumbered positions on a GPU: CUDA graphs would keep the first ones")
+        if wrong:
+            raise ValueError(f"adsc_kernels doesn't go together with {'; '.join(wrong)}")
+        if vllm_config.scheduler_config.scheduler_cls is None:
+            vllm_config.scheduler_config.scheduler_cls = _SCHEDULER
+        # vLLM takes logits processors, and asks them to check a request's parameters, only without
+        # speculation; with it the scheduler finishes such a request as an error.
+        if vllm_config.speculative_config is None and current_platform.is_cpu():
+            model = vllm_config.model_config
+            model.logits_processors = [*(model.logits_processors or ()), _PARAMS_CHECK]

@@ -1,0 +1,79 @@
+"""LLaVA-NeXT with ADSC: several tiles, and newline tokens between their rows that always stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.models.llava import LlavaDummyInputsBuilder
+from vllm.model_executor.models.llava_next import (
+    LlavaNextForConditionalGeneration,
+    LlavaNextMultiModalProcessor,
+    LlavaNextProcessingInfo,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.parse import ImageProcessorItems
+from vllm.multimodal.processing import PromptReplacement, PromptUpdate
+
+from .llava import FLAT_TOWER, AdscLanguageModel, TextBehindDummies, TextBehindImage
+from .spans import newline_token_id
+
+if TYPE_CHECKING:
+    from vllm.multimodal.inputs import MultiModalKwargsItems
+    from vllm.multimodal.parse import MultiModalDataItems
+
+
+class AdscLlavaNextProcessor(TextBehindImage, LlavaNextMultiModalProcessor):
+    """LLaVA-NeXT's own, but that newline embeddings have a token of their own in the prompt, by
+    which `spans.llava_next_spans` sees the shape of an image."""
+
+    def _get_prompt_updates(
+        self,
+        mm_items: MultiModalDataItems,
+        hf_processor_mm_kwargs: Mapping[str, object],
+        out_mm_kwargs: MultiModalKwargsItems,
+    ) -> Sequence[PromptUpdate]:
+        image_id = self.info.get_hf_config().image_token_index
+
+        def tokens(number: int) -> list[int]:
+            images = mm_items.get_items("image", ImageProcessorItems)
+            if not isinstance(images, ImageProcessorItems):
+                expected = "images: expected pictures, got embeddings, whose shape is unknown"
+                raise VLLMValidationError(expected, parameter="image_embeds")
+            size = images.get_image_size(number)
+            return self._tokens(size.width, size.height)
+
+        return [PromptReplacement(modality="image", target=[image_id], replacement=tokens)]
+
+    def _tokens(self, width: int, height: int) -> list[int]:
+        """Of an image of that size: the overview, then rows of the tiles, each with a newline."""
+        config, tower = self.info.get_hf_config(), self.info.get_vision_encoder_info()
+        image_id, newline_id = config.image_token_index, newline_token_id(config)
+        rows, columns = get_anyres_image_grid_shape(
+            (height, width), config.image_grid_pinpoints, tower.get_image_size()
+        )
+        tiles, newlines = self.info._get_num_unpadded_features(
+            original_height=height,
+            original_width=width,
+            npatches=tower.get_patch_grid_length(),
+            num_patch_height=rows,
+            num_patch_width=columns,
+        )
+        total = self.info.get_num_image_tokens(image_width=width, image_height=height)
+        row = [image_id] * (tiles // newlines) + [newline_id]
+        return [image_id] * (total - tiles - newlines) + row * newlines
+
+
+class AdscLlavaNextDummyInputs(TextBehindDummies, LlavaDummyInputsBuilder):
+    """LLaVA-NeXT's own, with text behind its images."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    AdscLlavaNextProcessor, info=LlavaNextProcessingInfo, dummy_inputs=AdscLlavaNextDummyInputs
+)
+class AdscLlavaNextForConditionalGeneration(AdscLanguageModel, LlavaNextForConditionalGeneration):
+    """LlavaNextForConditionalGeneration that drops vision tokens between the decoder's stages."""
+
+    hf_to_vllm_mapper = LlavaNextForConditionalGeneration.hf_to_vllm_mapper | FLAT_TOWER

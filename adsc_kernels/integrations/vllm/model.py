@@ -1,0 +1,174 @@
+"""The Llama decoder in stages: one compiled unit for each, and the survivors gathered between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from vllm.compilation.backends import set_model_tag
+from vllm.compilation.decorators import ignore_torch_compile, support_torch_compile
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
+from vllm.v1.attention.backend import subclass_attention_backend
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from ... import ops
+from ...ops._dispatch import choose
+from ...plan import StagePlan
+from .config import image_span, layouts_of
+from .groups import choose_grouping
+from .metadata import Batch, Step, stage_builder
+from .spec import AdscStageSpec
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheSpec
+
+
+_TEXT = 100  # tokens beside the image in the request that groups are chosen for
+
+
+class StageAttention(Attention):
+    """An attention layer behind a boundary: another KV group, and metadata of the stage's rows."""
+
+    adsc_batch: Batch
+    adsc_stage: int
+    adsc_bucket: int
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        dense = super().get_kv_cache_spec(vllm_config)
+        return AdscStageSpec(
+            **{field.name: getattr(dense, field.name) for field in fields(AttentionSpec)},
+            schedule=self.adsc_batch.schedule,
+            stage=self.adsc_stage,
+            bucket=self.adsc_bucket,
+        )
+
+
+@support_torch_compile(dynamic_arg_dims={"positions": 0, "hidden_states": 0, "residual": 0})
+class StageLayers(nn.Module):
+    """The layers of one stage.
+
+    A unit of compilation of its own: inside one, the number of rows has a single symbol, and a
+    branch on what the batch holds would be frozen as it was at the first trace.
+    """
+
+    def __init__(
+        self, *, vllm_config: VllmConfig, prefix: str = "", layers: Sequence[LlamaDecoderLayer]
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(
+        self,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        for layer in self.layers:
+            hidden_states, residual = layer(positions, hidden_states, residual)
+        return hidden_states, residual
+
+
+@ignore_torch_compile
+class AdscLlamaModel(LlamaModel):
+    """LlamaModel that drops vision tokens between its stages."""
+
+    def set_stages(self, vllm_config: VllmConfig) -> Batch:
+        """Cut the layers into stages. Returns what has to be told of each batch.
+
+        vllm_config: that of the whole model, which holds the schedule.
+        """
+        layouts = layouts_of(vllm_config)
+        schedule = layouts.schedule
+        self.batch = batch = Batch(schedule, layouts.align_block)
+        image = image_span(vllm_config)
+        lengths = [image[1] - n + _TEXT for n in layouts.of_spans((image,)).dropped]
+        grouping = choose_grouping(schedule, lengths, vllm_config.cache_config.block_size)
+        units: list[StageLayers | None] = []
+        for s in range(schedule.num_stages):
+            numbers = schedule.layers_of_stage(s)
+            for n in numbers if s else ():
+                attention = self.layers[n].self_attn.attn
+                attention.__class__ = StageAttention  # in place: it is registered under its name
+                attention.adsc_batch, attention.adsc_stage = batch, s
+                attention.adsc_bucket = int(n - numbers.start >= grouping.first[s])
+                backend = attention.attn_backend
+                builder = stage_builder(backend.get_builder_cls())
+                attention.attn_backend = subclass_attention_backend("Adsc", backend, builder)
+            if numbers:
+                with set_model_tag(f"adsc_stage_{s}"):
+                    layers = self.layers[numbers.start : numbers.stop]
+                    unit = StageLayers(vllm_config=vllm_config, layers=layers)
+            units.append(unit if numbers else None)
+        self.units = nn.ModuleList(unit or nn.Module() for unit in units)
+        self._has_layers = [unit is not None for unit in units]
+        self._renumbers = schedule.positions == "renumber"
+        self._last_layer = self.layers[-1].self_attn.attn.layer_name
+        return batch
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states of every row [T, hidden]; zeros where a token was dropped."""
+        hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        residual: Tensor | None = None
+        num_rows, step = len(hidden), self._step()
+        plan = None if step is None else step.plan
+        for s, unit in enumerate(self.units):
+            if s and plan is not None:
+                stage = plan.stages[s]
+                if stage.num_tokens == 0:
+                    return hidden.new_zeros(num_rows, hidden.shape[1])
+                if not stage.is_identity:
+                    some = [x for x in (hidden, positions, residual) if x is not None]
+                    # Rows behind num_tokens_in are padding.
+                    some = [x[: stage.num_tokens_in] for x in some]
+                    hidden, positions, *rest = ops.downsample_many(some, stage)
+                    residual = rest[0] if rest else None
+            if s and self._renumbers and step is not None and not step.untouched(s):
+                positions = step.rows(s).positions
+            if self._has_layers[s]:
+                hidden, residual = unit(positions, hidden, residual)
+        hidden, _ = self.norm(hidden, residual)
+        if plan is None:
+            return hidden
+        # Sampling looks for rows where the batch has them.
+        return spread(hidden, plan.between(0, len(plan.stages) - 1), num_rows)
+
+    def _step(self) -> Step | None:
+        """The batch's stages; None where all is dense: no boundaries, or vLLM's profiling runs."""
+        metadata = get_forward_context().attn_metadata
+        if not metadata or not self.batch.schedule.boundaries:
+            return None
+        return metadata[self._last_layer].adsc
+
+
+def spread(rows: Tensor, stage: StagePlan, num_rows: int) -> Tensor:
+    """The inverse of `downsample`: [num_rows, ...] with zeros where a row was dropped. That is also
+    its gradient, hence the op's name."""
+    op = choose("upsample_grad", rows.device)
+    if op is None:
+        whole = rows.new_zeros(num_rows, *rows.shape[1:])
+        return whole.index_copy_(0, stage.keep_indices(), rows)
+    return op(rows, stage.segments, None, num_rows)
+
+
+class AdscLlamaForCausalLM(LlamaForCausalLM):
+    """LlamaForCausalLM around AdscLlamaModel."""
+
+    def _init_model(
+        self,
+        vllm_config: VllmConfig,
+        prefix: str = "",
+        layer_type: type[nn.Module] = LlamaDecoderLayer,
+    ) -> AdscLlamaModel:
+        return AdscLlamaModel(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)

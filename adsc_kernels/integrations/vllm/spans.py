@@ -1,0 +1,83 @@
+"""Where the vision tokens of a request are, by model family: what an adapter has to say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ...errors import UnsupportedError
+from .layout import Span
+
+if TYPE_CHECKING:
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
+
+# Prompt token ids and the request's images to spans, in order of start.
+SpanReader = Callable[[Sequence[int], "Sequence[MultiModalFeatureSpec]"], tuple[Span, ...]]
+
+
+def llava_spans(hf_config: Any) -> SpanReader:
+    """LLaVA-1.5: an image is one run of tokens, a square grid unless it has a class token."""
+    vision = hf_config.vision_config
+    side = vision.image_size // vision.patch_size
+
+    def read(
+        prompt_token_ids: Sequence[int], features: Sequence[MultiModalFeatureSpec]
+    ) -> tuple[Span, ...]:
+        return tuple(
+            (start, length, side, side) if length == side * side else (start, length)
+            for start, length in placeholders(features)
+        )
+
+    return read
+
+
+def llava_next_spans(hf_config: Any) -> SpanReader:
+    """LLaVA-NeXT: an overview, then rows of tiles that each end with a newline token.
+
+    Our processor writes those as a token of their own (`newline_token_id`), so that the prompt
+    alone tells the shape. Newlines stay, as all text does.
+    """
+    vision, image_id = hf_config.vision_config, hf_config.image_token_index
+    side = vision.image_size // vision.patch_size
+
+    def read(
+        prompt_token_ids: Sequence[int], features: Sequence[MultiModalFeatureSpec]
+    ) -> tuple[Span, ...]:
+        spans: list[Span] = []
+        for start, length in placeholders(features):
+            overview = side * side
+            spans.append((start, overview, side, side))
+            first, rest = start + overview, length - overview
+            if not rest:
+                continue
+            width = 0
+            while width < rest and prompt_token_ids[first + width] == image_id:
+                width += 1
+            spans.append((first, rest, rest // (width + 1), width))
+        return tuple(spans)
+
+    return read
+
+
+def newline_token_id(hf_config: Any) -> int:
+    """Stands for a newline embedding in a prompt: any id but the image's; its text is not used."""
+    return 1 if hf_config.image_token_index == 0 else 0
+
+
+SPAN_READERS: dict[str, Callable[[Any], SpanReader]] = {
+    "AdscLlavaForConditionalGeneration": llava_spans,
+    "AdscLlavaNextForConditionalGeneration": llava_next_spans,
+}
+
+
+def placeholders(features: Sequence[MultiModalFeatureSpec]) -> list[tuple[int, int]]:
+    """(start, length) of each image, sorted."""
+    found = []
+    for feature in features:
+        where = feature.mm_position
+        if feature.modality != "image":
+            raise UnsupportedError(f"modality: expected images, got {feature.modality}")
+        if where.is_embed is not None and not bool(where.is_embed.all()):
+            raise UnsupportedError("mm_position: expected images without text between their tokens")
+        found.append((where.offset, where.length))
+    return sorted(found)

@@ -1,0 +1,45 @@
+"""Engines in processes of their own: as served, tensor parallel, compiled, speculating."""
+
+from __future__ import annotations
+
+import pytest
+from engines import MIXED, Ask, answer, check, engine, words
+
+SCHEDULE = "2:1/3,4:1/2"
+
+
+@pytest.fixture(autouse=True)
+def own_process(monkeypatch):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+
+
+def serve(llava, asks=MIXED, max_tokens=10, **options):
+    with engine(llava, SCHEDULE, **options) as llm:
+        check(llava, SCHEDULE, asks, answer(llm, asks, max_tokens))
+
+
+def test_separate_process(llava):
+    serve(llava, enable_prefix_caching=True, max_num_batched_tokens=90)
+
+
+def test_tensor_parallel(llava, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    serve(llava, tensor_parallel_size=2)
+
+
+def test_compiled(llava):
+    """A unit of compilation for each stage; chunks of many sizes, some without survivors."""
+    serve(llava, enforce_eager=False, max_num_batched_tokens=70, max_num_seqs=4)
+
+
+def test_ngram_speculation(llava):
+    """Drafts from the prompt: a step then has several rows of a request."""
+    repeated = f"{words(3, 8)} {words(3, 8)} {words(3, 4)}"
+    asks = [*MIXED, Ask(f"<image> {repeated}", (1,)), Ask(repeated)]
+    ngram = dict(method="ngram", num_speculative_tokens=3, prompt_lookup_max=3, prompt_lookup_min=1)
+    with engine(llava, SCHEDULE, speculative_config=ngram) as llm:
+        # transformers' own float32 is up to 1.3e-5 off on this model.
+        check(llava, SCHEDULE, asks, answer(llm, asks, 24), tolerance=2e-5)
+        accepted = "vllm:spec_decode_num_accepted_tokens"
+        assert sum(metric.value for metric in llm.get_metrics() if metric.name == accepted)
