@@ -32,6 +32,8 @@ def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, An
 def pytest_benchmark_update_json(
     config: Any, benchmarks: list[Any], output_json: dict[str, Any]
 ) -> None:
-    """Statistics without the time of every single round."""
+    """Statistics without the time of every single round, and no names of folders."""
+    for private in ("project", "branch"):
+        output_json["commit_info"].pop(private, None)
     for benchmark in output_json["benchmarks"]:
         benchmark["stats"].pop("data", None)
