@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 
 import torch
-from gpu_device import Framed, on_device, tensors, to_device
+from gpu_device import DEVICE, Framed, on_device, tensors, to_device
 from row_bits import same_bits
 from segment_tables import FakeStage, image_stage, stage_of
 
@@ -84,6 +84,27 @@ def layouts() -> Iterator[tuple[object, object]]:
     yield ops.rebuild_metadata(on_device(bounds), on_device(spans), (part, part), "grid", 5), wanted
 
 
+def caches() -> Iterator[tuple[object, object]]:
+    """Compaction in place: what came out are the caches themselves."""
+    schedule = adsc.CompressionSchedule.parse("1:1/3", num_layers=2)
+    layout = ([0, 40, 75], [(0, 3, 30), (1, 0, 20)])
+    stages = [adsc.make_plan(schedule, *layout, device).stages[1] for device in ("cpu", DEVICE)]
+    table = torch.randperm(24)[:20].reshape(2, 10).int()
+    for dtype, head in ((torch.uint8, 20), (torch.bfloat16, 64)):
+        for edit in (None, False, True):
+            shape = (75, 3, head) if edit is None else (24, 4, 3, head)
+            host = [torch.randn(shape).to(dtype) for _ in range(4)]
+            here = [cache.to(DEVICE) for cache in host]
+            for name, caches, stage in (("reference", host, stages[0]), (None, here, stages[1])):
+                with adsc.backend(name or current()):
+                    if edit is None:
+                        ops.compact_kv_(caches[:2], caches[2:], stage)
+                    else:
+                        where = table.to(caches[0].device)
+                        ops.compact_paged_kv_(caches[:2], caches[2:], where, stage, edit_table=edit)
+            yield here, host
+
+
 def main(backend: str) -> None:
     calls = 0
     with adsc.backend(backend):
@@ -93,7 +114,7 @@ def main(backend: str) -> None:
                 for mine, truth in zip(tensors(got), tensors(wanted), strict=True):
                     if not same_bits(mine.cpu(), truth):
                         torch.testing.assert_close(mine.cpu(), truth)
-        for got, wanted in layouts():
+        for got, wanted in (*layouts(), *caches()):
             calls += 1
             for mine, truth in zip(tensors(got), tensors(wanted), strict=True):
                 assert torch.equal(mine.cpu(), truth)
