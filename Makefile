@@ -9,7 +9,7 @@ BUILD = build/$(shell $(BIN)/python -c "import sys; print(sys.implementation.cac
 NATIVE := setup.py CMakeLists.txt $(shell find cmake csrc -type f)
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: venv venv-vllm demo test test-vllm test-fast test-cpp bench gpu-test gpu-sanitize gpu-bench lint format wheel clean help
+.PHONY: venv venv-vllm demo test test-vllm test-fast test-cpp bench gpu-test gpu-sanitize gpu-bench lint format docs wheel clean help
 
 help:           ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## */\t/' | expand -t 12
@@ -98,6 +98,9 @@ format: venv    ## ruff and clang-format
 	$(BIN)/ruff format .
 	@$(BIN)/python -c "import clang_format" 2>/dev/null || $(PIP_INSTALL) clang-format
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+docs: venv      ## docs/accounting.md and its pictures, computed
+	$(BIN)/python tools/accounting_page.py
 
 wheel: venv     ## dist/*.whl
 	rm -rf build/lib* build/bdist*
