@@ -113,20 +113,23 @@ def test_parts_are_what_a_profiler_counts_in_each_module() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["", "1:1/2,2:1/3", "0:1/4,3:1/2@linspace", "2:1/2x1/2@grid"])
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_the_thin_model_compressed(tmp_path: Path, schedule: str, kv_heads: int) -> None:
+@pytest.mark.parametrize(("kv_heads", "early"), [(4, False), (2, False), (2, True)])
+def test_the_thin_model_compressed(
+    tmp_path: Path, schedule: str, kv_heads: int, early: bool
+) -> None:
     """A ragged batch, its prompt and its decoded tokens: to the MAC and to the byte."""
     make_checkpoint(tmp_path, kv_heads=kv_heads)
     model = Llava.from_pretrained(tmp_path, schedule, device="cpu")
     model.vision_tower.set_attn_implementation("eager")
     new = 4  # of which the last one is not run
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        done = model.generate(PROMPTS, IMAGES, max_new_tokens=new)
+        done = model.generate(PROMPTS, IMAGES, max_new_tokens=new, compact_early_layers=early)
     lengths = [stage.seq_lens for stage in done.plan.stages]
     options = {
         "tiles": sum(map(len, IMAGES)),
         "kv_dtype": "float32",
         "convention": replace(CONVENTIONS["exact"], scores="full"),
+        "compact_to": 1 if early and schedule else None,
     }
     shape = ModelShape.from_config(model.config)
     prompt = account_lengths(shape, model.schedule, lengths, **options)

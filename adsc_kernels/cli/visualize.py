@@ -131,8 +131,9 @@ def _one(keep: Fraction) -> CompressionSchedule:
 
 
 def _caption(found: Coverage, grid: tuple[int, int]) -> str:
-    text = f"{len(found.kept)} in {found.rows} rows, {found.columns} columns"
-    return f"{text} (-{grid[1] - found.columns})" if found.deletes_columns(grid) else text
+    if found.deletes_columns(grid):
+        return f"{len(found.kept)}, {grid[1] - found.columns} of {grid[1]} columns deleted"
+    return f"{len(found.kept)} in {found.rows} rows, {found.columns} columns"
 
 
 def _fact(
