@@ -123,6 +123,13 @@ def test_known_nearest() -> None:
         assert CompressionSchedule.parse(text, 32) in halves.schedules
 
 
+def test_as_near_below_as_above() -> None:
+    found = search(301.5, 576, 32, 1, keep="1/2")  # one layer is 9 tokens
+    assert [str(s) for s in found.schedules] == ["1:1/2", "2:1/2"]
+    assert found.averages == (297, 306)
+    assert not found.exact
+
+
 def test_grid() -> None:
     options = {"pattern": "grid", "grid": (24, 24), "positions": "renumber"}
     found = search(192, 576, 32, 2, mixed=True, **options)
