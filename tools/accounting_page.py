@@ -245,7 +245,7 @@ prints everything, every layer included. In Python:
 from adsc_kernels import CompressionSchedule
 from adsc_kernels.accounting import ModelShape, account
 
-shape = ModelShape.preset("llava-1.5-7b")  # or from_config(any transformers config), from_pretrained(...)
+shape = ModelShape.preset("llava-1.5-7b")  # or .from_config(...), .from_pretrained(...)
 schedule = CompressionSchedule.for_budget(
     average_tokens=192, vision_tokens=576, num_layers=32, num_boundaries=2
 )
