@@ -147,7 +147,8 @@ ADSC_HOST_DEVICE Place place_in_cache(const Compaction& c, int32_t b, int32_t ro
   return {c.table[b * c.table_stride + row / size], row % size};
 }
 
-ADSC_HOST_DEVICE int64_t offset_in(const CacheTensor& tensor, const Place& place) {
+template <class Tensor>
+ADSC_HOST_DEVICE int64_t offset_in(const Tensor& tensor, const Place& place) {
   return place.block * tensor.block_stride + place.token * tensor.token_stride;
 }
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from cache_cases import Built, Case, dense_cases, on_device, paged_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_compact import image_plan
 
-from adsc_kernels import backend, ops
+from adsc_kernels import CompressionSchedule, backend, make_plan, ops
 from adsc_kernels.compaction import CompactionResult
 
 
@@ -53,3 +55,56 @@ def test_cpu_dense(case: Case, uploaded: bool) -> None:
 @given(case=paged_cases(), uploaded=st.booleans())
 def test_cpu_paged(case: Case, uploaded: bool) -> None:
     check_same(case, ops.compact_paged_kv_, "cpu", uploaded)
+
+
+LENGTHS = [1, 2, 31, 32, 33, 255, 256, 257]
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("vision", LENGTHS)
+def test_lengths_around_tiles(vision: int, paged: bool) -> None:
+    """Keep none, one, all but one, all; with a suffix shorter and longer than what is dropped."""
+    for kept in {0, 1, vision // 2, vision - 1, vision}:
+        for suffix in (0, 1, vision - kept, vision + 1):
+            stage = image_plan(keep=f"{kept}/{vision}", text=3, vision=vision, tail=0)
+            total = 3 + vision + suffix
+            k = torch.arange(total * 4, dtype=torch.float32).reshape(1, total, 2, 2)
+            rows = [0, 1, 2, *(3 + int(j) * vision // kept for j in range(kept))]
+            wanted = k.clone()
+            taken = k[:, rows + list(range(3 + vision, total))]
+            wanted[:, : taken.shape[1]] = taken
+            if paged:
+                ops.compact_paged_kv_(
+                    k[0], None, torch.arange(total)[None], stage, 1, seq_lens=[total]
+                )
+            else:
+                ops.compact_kv_(k, None, stage, seq_lens=[total])
+            assert torch.equal(k, wanted)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_100k_tokens(layout: str, threads: int) -> None:
+    """A long prompt of pictures, large enough for several threads, in both forms of rows."""
+    schedule = CompressionSchedule.parse("1:1/9@center", num_layers=2)
+    spans = [(0, 1000 * i + 7, 900) for i in range(100)]
+    stage = make_plan(schedule, [0, 100_000], spans).stages[1]
+    rows = torch.from_numpy(stage.source_rows())
+    before = torch.randint(0, 256, (1, 100_000, 2, 16), dtype=torch.uint8)
+    wanted = before.clone()
+    wanted[0, : len(rows)] = before[0, rows]
+    count = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for by_index in (False, True):
+            k = before.clone() if layout == "NHD" else before.transpose(1, 2).clone()
+            v = k.clone()
+            if by_index:
+                which: dict[str, Any] = {"keep_indices": rows, "cu_kept": [0, len(rows)]}
+                ops.compact_kv_(k, v, layout=layout, seq_lens=[100_000], **which)
+            else:
+                ops.compact_kv_(k, v, stage, layout=layout)
+            for x in (k, v):
+                assert torch.equal(x if layout == "NHD" else x.transpose(1, 2), wanted)
+    finally:
+        torch.set_num_threads(count)

@@ -6,6 +6,8 @@
 #include <utility>
 
 #include "cpu/compact.h"
+#include "cuda/compact.h"
+#include "ops/on_device.h"
 #include "ops/ops.h"
 #include "ops/parallel.h"
 
@@ -214,6 +216,15 @@ void run_on_cpu(const CompactionCall& call) {
   });
 }
 
+#if defined(ADSC_WITH_CUDA)
+void run_on_cuda(const CompactionCall& call, const Tensor& like) {
+  const OnDevice device(like);
+  if (device_checks()) cuda::check_compaction(call.compaction, device.stream());
+  cuda::compact(call.compaction, call.tensors.data(), static_cast<int>(call.tensors.size()),
+                call.outputs, device.stream());
+}
+#endif
+
 }  // namespace
 
 CompactionCall dense_compaction(const CompactionArguments& a, const OptionalTensor& seq_starts) {
@@ -306,5 +317,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compact_paged_kv_cpu(
   cpu::write_outputs(call.compaction, call.outputs);
   return {call.results[0], call.results[1], call.results[2], call.results[3], call.results[4]};
 }
+
+#if defined(ADSC_WITH_CUDA)
+
+std::tuple<Tensor, Tensor> compact_kv_cuda(std::vector<Tensor> caches, int64_t num_layers,
+                                           OptionalTensor segments, OptionalTensor keep_indices,
+                                           Tensor cu_kept, OptionalTensor cu_rows,
+                                           OptionalTensor prefix_lens, OptionalTensor seq_lens,
+                                           OptionalTensor seq_starts, std::string layout) {
+  const CompactionCall call =
+      dense_compaction({caches, num_layers, segments, keep_indices, cu_kept, cu_rows, prefix_lens,
+                        seq_lens, layout},
+                       seq_starts);
+  run_on_cuda(call, caches[0]);
+  return {call.results[0], call.results[1]};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compact_paged_kv_cuda(
+    std::vector<Tensor> caches, int64_t num_layers, Tensor block_table, int64_t block_size,
+    OptionalTensor segments, OptionalTensor keep_indices, Tensor cu_kept, OptionalTensor cu_rows,
+    OptionalTensor prefix_lens, OptionalTensor seq_lens, bool edit_table, std::string layout) {
+  const CompactionCall call =
+      paged_compaction({caches, num_layers, segments, keep_indices, cu_kept, cu_rows, prefix_lens,
+                        seq_lens, layout},
+                       block_table, block_size, edit_table);
+  run_on_cuda(call, caches[0]);
+  return {call.results[0], call.results[1], call.results[2], call.results[3], call.results[4]};
+}
+
+#endif
 
 }  // namespace adsc::ops

@@ -31,6 +31,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compact_paged_kv_cpu(
     std::vector<Tensor> caches, int64_t num_layers, Tensor block_table, int64_t block_size,
     OptionalTensor segments, OptionalTensor keep_indices, Tensor cu_kept, OptionalTensor cu_rows,
     OptionalTensor prefix_lens, OptionalTensor seq_lens, bool edit_table, std::string layout);
+std::tuple<Tensor, Tensor> compact_kv_cuda(std::vector<Tensor> caches, int64_t num_layers,
+                                           OptionalTensor segments, OptionalTensor keep_indices,
+                                           Tensor cu_kept, OptionalTensor cu_rows,
+                                           OptionalTensor prefix_lens, OptionalTensor seq_lens,
+                                           OptionalTensor seq_starts, std::string layout);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compact_paged_kv_cuda(
+    std::vector<Tensor> caches, int64_t num_layers, Tensor block_table, int64_t block_size,
+    OptionalTensor segments, OptionalTensor keep_indices, Tensor cu_kept, OptionalTensor cu_rows,
+    OptionalTensor prefix_lens, OptionalTensor seq_lens, bool edit_table, std::string layout);
 
 #if defined(ADSC_WITH_CUDA)
 

@@ -52,5 +52,7 @@ STABLE_TORCH_LIBRARY_IMPL(adsc_kernels, CUDA, m) {
   m.impl("downsample", TORCH_BOX(&adsc::ops::downsample_cuda));
   m.impl("downsample_many", TORCH_BOX(&adsc::ops::downsample_many_cuda));
   m.impl("downsample_add_rms_norm", TORCH_BOX(&adsc::ops::downsample_add_rms_norm_cuda));
+  m.impl("compact_kv_", TORCH_BOX(&adsc::ops::compact_kv_cuda));
+  m.impl("compact_paged_kv_", TORCH_BOX(&adsc::ops::compact_paged_kv_cuda));
 }
 #endif

@@ -1,0 +1,84 @@
+"""The CUDA compaction kernels, run by the emulator in random orders of threads and blocks.
+
+An access outside of the caches, a race, or a row that is overwritten before it is read fails.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cache_cases import Case, dense_cases, on_device, paged_cases
+from hypothesis import given, settings
+from simt import emulated, needs_simt, schedules, serving
+from test_compact import image_plan
+from test_compact_kernels import check_buffers, check_results
+from torch import Tensor
+
+from adsc_kernels import backend, ops
+from adsc_kernels.compaction import Ints
+
+pytestmark = needs_simt
+CACHES = ("k_caches", "v_caches", "k_scales", "v_scales")
+
+
+def flat_tensors(arguments: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """What the kernels may read, and what they may write too."""
+    inputs: list[Tensor] = []
+    for name, value in arguments.items():
+        if isinstance(value, Ints):
+            inputs.append(value.device)
+        elif isinstance(value, Tensor) and name not in CACHES:
+            inputs.append(value)
+        elif name == "stage" and value is not None:
+            inputs += [value.segments, value.cu_seqlens, value.cu_seqlens_in]
+    caches = [x for name in CACHES for x in arguments.get(name) or []]
+    return inputs, caches
+
+
+def check_emulated(case: Case, op: Any, schedule: tuple[int, int]) -> None:
+    wanted, got = case.build(), case.build()
+    with backend("reference"):
+        wanted_result = op(**wanted.arguments)
+    arguments = on_device(got.arguments)
+    inputs, caches = flat_tensors(arguments)
+    with serving(), emulated(schedule, *inputs, writable=tuple(caches)):
+        result = op(**arguments)
+    check_buffers(got, wanted)
+    check_results(result, wanted_result)
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=dense_cases(), schedule=schedules)
+def test_dense(case: Case, schedule: tuple[int, int]) -> None:
+    check_emulated(case, ops.compact_kv_, schedule)
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=paged_cases(), schedule=schedules)
+def test_paged(case: Case, schedule: tuple[int, int]) -> None:
+    check_emulated(case, ops.compact_paged_kv_, schedule)
+
+
+@pytest.mark.parametrize("schedule", [(0, 1), (1, 3), (2, 0)])
+@pytest.mark.parametrize(
+    ("heads", "last", "dtype"),
+    [(1, 600, torch.bfloat16), (2, 64, torch.bfloat16), (1, 1, torch.float32), (3, 5, torch.int8)],
+)
+@pytest.mark.parametrize("keep", ["0", "1/300", "1/3", "299/300", "1"])
+def test_many_tiles(
+    keep: str, heads: int, last: int, dtype: torch.dtype, schedule: tuple[int, int]
+) -> None:
+    """Several tiles of rows, strips of columns; a suffix longer than the gap overlaps itself."""
+    stage = image_plan(1, keep=keep, text=5, vision=300, tail=0)
+    shape = (1, 1100, heads, last)
+    k = torch.randint(0, 100, shape, dtype=torch.int32).to(dtype)
+    wanted = k.clone()
+    with backend("cpu"):
+        ops.compact_kv_(wanted, None, stage, seq_lens=[1100])
+    total = Ints((1100,), torch.tensor([1100]))
+    inputs = [stage.segments, stage.cu_seqlens, stage.cu_seqlens_in, total.device]
+    with serving(), emulated(schedule, *inputs, writable=(k,)):
+        ops.compact_kv_(k, None, stage, seq_lens=total)
+    assert torch.equal(k, wanted)
