@@ -377,10 +377,12 @@ register(
     f"(Tensor(a!)[] caches, int num_layers, {_ROWS}, Tensor? seq_starts, str layout) "
     "-> (Tensor, Tensor)",
     fake=_fake,
+    triton="compact",
 )
 register(
     "compact_paged_kv_",
     "(Tensor(a!)[] caches, int num_layers, Tensor block_table, SymInt block_size, "
     f"{_ROWS}, bool edit_table, str layout) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_paged,
+    triton="compact",
 )

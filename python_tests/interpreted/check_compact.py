@@ -1,0 +1,26 @@
+"""The compaction ops in Triton against the reference: every byte, and every output."""
+
+import torch
+from cache_cases import Case, dense_cases, paged_cases
+from hypothesis import given, settings
+from test_compact_kernels import check_same
+
+from adsc_kernels import ops
+from adsc_kernels.backend import backend, resolve
+
+
+def test_triton_serves() -> None:
+    with backend("triton"):
+        assert resolve(torch.device("cpu")) == "triton"
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=dense_cases())
+def test_dense(case: Case) -> None:
+    check_same(case, ops.compact_kv_, "triton", uploaded=True)
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=paged_cases())
+def test_paged(case: Case) -> None:
+    check_same(case, ops.compact_paged_kv_, "triton", uploaded=True)
