@@ -63,12 +63,15 @@ def run(job: Job, deadline: float) -> None:
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     environment.update(job.environment)
     print(f"{job.name} ...", flush=True)
+    status, error = -1, ""
     with tempfile.TemporaryFile("w+", errors="replace") as log:
-        process = subprocess.Popen(
-            job.command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
-        )
         try:
-            status, error = process.wait(deadline - begin), ""
+            process = subprocess.Popen(
+                job.command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
+            status = process.wait(deadline - begin)
+        except OSError as problem:
+            error = f"not started: {problem}"
         except subprocess.TimeoutExpired:
             process.kill()
             status, error = process.wait(), "stopped: out of time"
@@ -93,8 +96,8 @@ def python(*arguments: object) -> list[str]:
 
 def test_jobs(folder: Path, only: str) -> list[Job]:
     """One for each test file and backend; in a dry run one for all files."""
-    files = sorted((ROOT / "python_tests" / "gpu").glob("test_*.py"))
-    files = [file for file in files if only in file.name]
+    files = [f for f in (ROOT / "python_tests" / "gpu").glob("test_*.py") if only in f.name]
+    files.sort(key=lambda file: -file.stat().st_size)  # about the order of their times
     groups = [files] if DRY_RUN else [[file] for file in files]
     jobs = []
     for number, group in enumerate(groups):
@@ -140,7 +143,8 @@ def sanitize_jobs(_: Path, only: str) -> list[Job]:
     jobs = []
     for tool in SANITIZERS:
         for backend in ("cpu",) if DRY_RUN else BACKENDS:
-            prefix = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+            prefix = [sanitizer(), "--tool", tool, "--error-exitcode", "9"]
+            prefix += ["--target-processes", "application-only"]
             jobs.append(
                 Job(
                     f"{tool}, {backend}",
@@ -150,6 +154,12 @@ def sanitize_jobs(_: Path, only: str) -> list[Job]:
                 )
             )
     return [job for job in jobs if only in job.name][: 1 if DRY_RUN else None]
+
+
+def sanitizer() -> str:
+    """compute-sanitizer, which toolkits don't always put on the PATH."""
+    beside = sorted(Path("/usr/local").glob("cuda*/bin/compute-sanitizer"))
+    return shutil.which("compute-sanitizer") or str((*beside, "compute-sanitizer")[0])
 
 
 def read_sanitizer(status: int, output: str) -> dict[str, Any]:
@@ -322,7 +332,7 @@ def main() -> int:
         build()
     make_jobs, show = TARGETS[options.target]
     # Tests share the device, which is idle most of the time; what is timed has it for itself.
-    together = 4 if options.target == "test" and not DRY_RUN else 1
+    together = 1 if options.target == "bench" or DRY_RUN else 4
     with tempfile.TemporaryDirectory() as folder:
         jobs = make_jobs(Path(folder), options.only)
         with ThreadPoolExecutor(together) as pool:

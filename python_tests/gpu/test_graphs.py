@@ -129,8 +129,11 @@ def test_boundary_step_over_another_layout(norm: bool) -> None:
         if norm:
             wanted = list(ops.downsample_add_rms_norm(hidden, residual, weight, keep_indices=kept))
         wanted.append(positions[kept])
-        for mine, truth in zip(got, wanted, strict=False):
-            assert torch.equal(mine[:total], truth)
+        for i, (mine, truth) in enumerate(zip(got, wanted, strict=False)):
+            if norm and i == 0:
+                torch.testing.assert_close(mine[:total], truth)
+            else:
+                assert torch.equal(mine[:total], truth)
             assert not mine[total:].any()
         metadata = ops.Metadata(*got[len(wanted) :])
         assert torch.equal(metadata.cu_seqlens, stage.cu_seqlens)

@@ -149,6 +149,117 @@ def test_downsample_add_rms_norm(
     assert x.unchanged() and residual.unchanged() and weight.unchanged()
 
 
+def check_step(got: ops.BoundaryStep, wanted: tuple) -> None:
+    """The norm nearly, all else bit for bit. wanted: as the reference returns it."""
+    hidden, residual, others, metadata = wanted
+    if residual is None:
+        assert got.residual is None
+        assert same_bits(got.hidden.cpu(), hidden)
+    else:
+        torch.testing.assert_close(got.hidden.cpu(), hidden)
+        assert same_bits(got.residual.cpu(), residual)
+    for mine, truth in zip(got.others, others, strict=True):
+        assert same_bits(mine.cpu(), truth)
+    assert (got.metadata is None) == (metadata is None)
+    if metadata is not None:
+        same_metadata(got.metadata, metadata)
+
+
+def step_inputs(
+    rows: int, hidden: int, dtype: torch.dtype, kinds: list[tuple[int, int, int]]
+) -> tuple[list[Framed], list[Framed]]:
+    """hidden, residual and weight, and the other tensors."""
+    floats = [
+        Framed(n, (hidden,), dtype, gap=gap, offset=i, values=normal(n, hidden, dtype, i))
+        for i, (n, gap) in enumerate([(rows, 8), (rows, 0), (1, 0)])
+    ]
+    others = [
+        Framed(rows, TRAILING[i], DTYPES[number], gap=gap, offset=offset, seed=i)
+        for i, (number, gap, offset) in enumerate(kinds)
+    ]
+    return floats, others
+
+
+kinds_of_others = st.lists(
+    st.tuples(st.integers(0, len(DTYPES) - 1), gaps, offsets), max_size=len(TRAILING)
+)
+
+
+@given(
+    stage=stages(),
+    hidden=st.sampled_from(WIDTHS),
+    dtype=st.sampled_from(FLOATS),
+    norm=st.booleans(),
+    kinds=kinds_of_others,
+)
+def test_boundary_step(
+    stage: FakeStage,
+    hidden: int,
+    dtype: torch.dtype,
+    norm: bool,
+    kinds: list[tuple[int, int, int]],
+) -> None:
+    (x, residual, weight), others = step_inputs(stage.num_tokens_in, hidden, dtype, kinds)
+    there = {"residual": residual.host, "weight": weight.host[0]} if norm else {}
+    here = {"residual": residual.rows, "weight": weight.rows[0]} if norm else {}
+    wanted = reference.boundary_step(x.host, stage, others=[o.host for o in others], **there)
+    moved = [other.rows for other in others]
+    check_step(ops.boundary_step(x.rows, to_device(stage), others=moved, **here), wanted)
+    for width in (torch.int32, torch.int64):
+        rows = indices_of(stage, width)
+        check_step(ops.boundary_step(x.rows, keep_indices=rows, others=moved, **here), wanted)
+    assert all(framed.unchanged() for framed in (x, residual, weight, *others))
+
+
+@given(
+    layout=layouts(grid=True, max_sequences=9),
+    keeps=st.tuples(shares, shares),
+    pattern=st.sampled_from([*PATTERNS, "grid"]),
+    hidden=st.sampled_from(WIDTHS),
+    dtype=st.sampled_from(FLOATS),
+    norm=st.booleans(),
+    kinds=kinds_of_others,
+    spare=st.integers(0, 20),
+    behind=st.integers(0, 5),
+)
+def test_boundary_step_over_a_layout(
+    layout: tuple[list[int], list[tuple[int, ...]]],
+    keeps: tuple[Fraction, Fraction],
+    pattern: str,
+    hidden: int,
+    dtype: torch.dtype,
+    norm: bool,
+    kinds: list[tuple[int, int, int]],
+    spare: int,
+    behind: int,
+) -> None:
+    """With room for more rows than the stage has, and rows that no sequence has."""
+    bounds = torch.tensor(layout[0]).int()
+    spans = torch.tensor([(b, s, h * w, h, w) for b, s, _, h, w in layout[1]]).int().reshape(-1, 5)
+    keep, height = (keeps, 6) if pattern == "grid" else (keeps[0], None)
+    parts = list(keeps) if pattern == "grid" else [keep]
+    total = int(reference.rebuild_metadata(bounds, spans, parts, pattern, height)[4])
+    rows = layout[0][-1] + behind
+    (x, residual, weight), others = step_inputs(rows, hidden, dtype, kinds)
+    there = {"residual": residual.host, "weight": weight.host[0]} if norm else {}
+    here = {"residual": residual.rows, "weight": weight.rows[0]} if norm else {}
+    room = {"num_tokens": total + spare}
+    wanted = reference.boundary_step(
+        x.host,
+        layout=ops.Layout(bounds, spans, keep, pattern, height, **room),
+        others=[other.host for other in others],
+        **there,
+    )
+    got = ops.boundary_step(
+        x.rows,
+        layout=ops.Layout(bounds.to(DEVICE), spans.to(DEVICE), keep, pattern, height, **room),
+        others=[other.rows for other in others],
+        **here,
+    )
+    check_step(got, wanted)
+    assert all(framed.unchanged() for framed in (x, residual, weight, *others))
+
+
 def same_metadata(got: ops.Metadata, wanted: tuple[Tensor, ...]) -> None:
     for name, mine, truth in zip(got._fields, got, wanted, strict=True):
         assert same_bits(mine.cpu(), truth), name
