@@ -1,0 +1,147 @@
+"""``adsc bench``: the ops of a boundary on this machine, beside PyTorch's way and a plain copy."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from adsc_kernels.cli.text import table
+
+if TYPE_CHECKING:
+    import torch
+
+ROUNDS = 15
+BACKENDS = ("cuda", "triton", "cpu")
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``bench`` and its options to the commands."""
+    parser = commands.add_parser(
+        "bench",
+        help="how fast the ops are here, beside PyTorch's way and a plain copy",
+        description="Time the ops of one boundary on this machine: medians of calls that take "
+        "turns, in microseconds, and the bytes they must read and write per second. The full "
+        "benchmarks are `make bench` and `make gpu-bench`, in the source folder.",
+    )
+    parser.add_argument("--batch", type=int, default=8, help="prompts of one picture (default 8)")
+    parser.add_argument("--hidden", type=int, default=4096, help="hidden size (default 4096)")
+    parser.add_argument("--keep", default="1/4", help="share of 576 vision tokens (default 1/4)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--json", action="store_true", help="print JSON only")
+    parser.set_defaults(execute=execute)
+
+
+def execute(args: argparse.Namespace) -> None:
+    """Measure and print."""
+    import torch
+
+    for name in ("batch", "hidden"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    found = measure(args.batch, args.hidden, args.keep, device)
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return
+    rows = [
+        [op, way, f"{us:.1f}", f"{facts['bytes_moved'] / us / 1e3:.1f}"]
+        for op, facts in found["ops"].items()
+        for way, us in facts["microseconds"].items()
+    ]
+    print(f"{found['device']}, torch {found['torch']}: {found['case']}\n")
+    print(table(["op", "by", "µs", "GB/s"], rows, left=2))
+
+
+def measure(batch: int, hidden: int, keep: str, device: torch.device) -> dict[str, Any]:
+    """Microseconds of each op by each way, and the bytes that it must move."""
+    import torch
+
+    import adsc_kernels as adsc
+    from adsc_kernels import ops
+
+    schedule = adsc.CompressionSchedule.parse(f"1:{keep}", num_layers=2)
+    length = 101 + 576
+    bounds = [b * length for b in range(batch + 1)]
+    spans = [(b, 35, 576) for b in range(batch)]
+    stage = adsc.make_plan(schedule, bounds, spans, device=device).stages[1]
+    rows = stage.keep_indices()
+    shape = (2, stage.num_tokens_in, hidden)
+    x, residual = torch.randn(shape, device=device, dtype=torch.bfloat16).unbind()
+    weight = torch.rand(hidden, device=device, dtype=torch.bfloat16)
+    positions = torch.arange(len(x), device=device)
+
+    def norm() -> object:
+        h = x.index_select(0, rows) + residual.index_select(0, rows)
+        return torch.nn.functional.rms_norm(h, weight.shape, weight, 1e-6)
+
+    row = hidden * x.itemsize
+    every: dict[str, tuple[int, Callable[[], object], Callable[[], object]]] = {
+        "downsample": (
+            2 * row,
+            lambda: ops.downsample(x, stage),
+            lambda: x.index_select(0, rows),
+        ),
+        "downsample_many": (
+            2 * (2 * row + 8),
+            lambda: ops.downsample_many([x, residual, positions], stage),
+            lambda: [t.index_select(0, rows) for t in (x, residual, positions)],
+        ),
+        "downsample_add_rms_norm": (
+            4 * row,
+            lambda: ops.downsample_add_rms_norm(x, residual, weight, stage),
+            norm,
+        ),
+    }
+    serving = [name for name in BACKENDS if _serves(name, device)]
+    found = {}
+    for op, (row_bytes, ours, pytorch) in every.items():
+        size = row_bytes * stage.num_tokens
+        source, target = torch.empty(2, size // 2, dtype=torch.uint8, device=device).fill_(1)
+        ways = {name: _under(name, ours) for name in serving}
+        ways["PyTorch"] = pytorch
+        ways["plain copy"] = partial(target.copy_, source)
+        found[op] = {"bytes_moved": size, "microseconds": _medians(ways, device)}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    case = f"batch {batch}, hidden {hidden} bfloat16, {stage.num_tokens} of {len(x)} rows stay"
+    return {"device": name, "torch": torch.__version__, "case": case, "ops": found}
+
+
+def _serves(name: str, device: torch.device) -> bool:
+    from adsc_kernels import UnsupportedError, backend
+    from adsc_kernels.backend import resolve
+
+    try:
+        with backend(name):
+            return resolve(device) == name
+    except UnsupportedError:
+        return False
+
+
+def _under(name: str, run: Callable[[], object]) -> Callable[[], object]:
+    from adsc_kernels import backend
+
+    def call() -> object:
+        with backend(name):
+            return run()
+
+    return call
+
+
+def _medians(ways: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+    """The ways take turns, so that whatever else the machine does hits all alike."""
+    import torch
+
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(ROUNDS + 1):
+        for name, run in ways.items():
+            begin = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times[name].append((time.perf_counter() - begin) * 1e6)
+    return {name: round(statistics.median(of[1:]), 2) for name, of in times.items()}
