@@ -79,9 +79,11 @@ def add_parser(commands: Any) -> None:
         "--mixed", action="store_true", help="a share of its own for each boundary of the budget"
     )
     which.add_argument(
-        "--first-layer", type=count, default=1, metavar="N", help="of a boundary (1)"
+        "--first-layer", type=count, default=1, metavar="N", help="where a boundary may lie (1)"
     )
-    which.add_argument("--last-layer", type=count, metavar="N", help="(the last of the model)")
+    which.add_argument(
+        "--last-layer", type=count, metavar="N", help="where one may (the model's last)"
+    )
     which.add_argument(
         "--align",
         type=count,

@@ -198,7 +198,7 @@ def _stages(dense: dict[str, Any], kept: dict[str, Any]) -> str:
 
 
 def _by_part(facts: dict[str, Any]) -> str:
-    """MACs by part, prefill and decoded tokens, and the bytes that each part holds."""
+    """MACs by part, prefill and decoded tokens, and what each part holds."""
     dense, kept = facts["dense"], facts["schedules"][0]
     passes = ["prefill"] + ["decode"] * (dense["decode_macs"]["total"] > 0)
     rows = []
@@ -208,6 +208,8 @@ def _by_part(facts: dict[str, Any]) -> str:
             before, after = dense[f"{name}_macs"][part], kept[f"{name}_macs"][part]
             cells += _pair(before, after, in_macs) if before else ["", "", ""]
         rows.append([part, *cells, in_bytes(weights) if weights else ""])
+        if part == "scores":
+            rows[-1][-1] = f"{in_bytes(kept['kv_bytes'])} of KV"
     columns = [cell for name in passes for cell in (f"{name} dense", "compressed", "saved")]
     return table(["MACs by part", *columns, "weights"], rows)
 
@@ -235,10 +237,11 @@ def _layers(one: dict[str, Any]) -> str:
     for stage in one["stages"]:
         for layer in stage["layers"]:
             cost = one["layers"][layer]
-            macs = [
-                in_macs(cost["prefill_macs"][part] + cost["decode_macs"][part])
+            counts = [
+                cost["prefill_macs"][part] + cost["decode_macs"][part]
                 for part in ("projections", "scores", "ffn", "norms", "total")
             ]
+            macs = [in_macs(count) if count else "" for count in counts]
             held = [in_bytes(cost["weight_bytes"]["total"]), in_bytes(cost["kv_bytes"])]
             rows.append([str(layer), str(stage["vision_tokens"]), *macs, *held])
     header = ["layer", "vision", "projections", "scores", "FFN", "norms", "MACs"]
