@@ -438,12 +438,17 @@ def test_refusals(call, error, match):
 # ---- transformers ----
 
 
-def filled(cache, lengths=(5, 2), layers=LAYERS, batch=2):
-    for n in range(layers):
-        for length in lengths:
-            shape = (batch, HEADS, length, DIM)
-            cache.update(torch.randn(shape), torch.randn(shape), n)
+def filled(cache):
+    for n in range(LAYERS):
+        for begin, end in ((0, 5), (5, 7)):
+            shape = (2, HEADS, end - begin, DIM)
+            cache.update(torch.randn(shape), torch.randn(shape), n, at(begin, end))
     return cache
+
+
+def at(begin: int, end: int) -> dict[str, Tensor]:
+    """What transformers 5.0 wants to be told; later versions count, and ignore it."""
+    return {"cache_position": torch.arange(begin, end)}
 
 
 def text_config(**options):
@@ -487,7 +492,7 @@ def test_transformers_views_and_length(make):
         assert int(layer.get_seq_length()) == 4
         assert layer.keys.untyped_storage().data_ptr() == views.k_caches[n].data_ptr()
         new = torch.randn(2, HEADS, 1, DIM)
-        k, _ = cache.update(new, new, n)
+        k, _ = cache.update(new, new, n, at(4, 5))
         assert k[:, :, :5].equal(torch.cat([keys[n], new], 2))
     for bad in ([4, 5], [12, 12]):
         with pytest.raises(ValueError, match="seq_lens: expected"):
