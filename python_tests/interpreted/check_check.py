@@ -1,0 +1,75 @@
+"""ADSC_CHECK=1: a table or a list that leads outside stops the program and names the argument."""
+
+import pytest
+import torch
+from segment_tables import stage_of
+from test_rebuild_metadata import int32
+
+from adsc_kernels import ops
+from adsc_kernels.backend import backend
+from adsc_kernels.triton import launch
+
+X = torch.arange(10.0)
+CU = int32([0, 10, 16], 3)
+
+
+@pytest.fixture(autouse=True)
+def checking(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch, "CHECK", True)
+    with backend("triton"):
+        yield
+
+
+@pytest.mark.parametrize("rows", [[0, 10], [-1], [1 << 40]])
+def test_indices(rows: list[int]) -> None:
+    with pytest.raises(Exception, match="keep_indices: a value outside"):
+        ops.downsample(X, keep_indices=torch.tensor(rows))
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        [[0, 6, 5, 5, 0, 0]],  # past the end
+        [[0, -1, 5, 5, 0, 0]],  # before the first row
+        [[0, 0, 8, 4, 0, 0]],  # four rows for five
+    ],
+)
+def test_segments(table: list[list[int]]) -> None:
+    stage = stage_of(table, 5, 10)
+    with pytest.raises(Exception, match="segments: an output row without"):
+        ops.downsample(X, stage)
+    x = torch.zeros(10, 4)
+    with pytest.raises(Exception, match="segments: an output row without"):
+        ops.downsample_add_rms_norm(x, x, torch.ones(4), stage)
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "spans", "message"),
+    [
+        (CU, [[2, 0, 1]], "spans: a sequence outside"),
+        (CU, [[-1, 0, 1]], "spans: a sequence outside"),
+        (CU, [[0, -1, 2]], "spans: a negative"),
+        (CU, [[0, 3, -1]], "spans: a negative"),
+        (CU, [[0, 0, 5], [0, 4, 2]], "spans: out of order"),
+        (CU, [[1, 0, 1], [0, 0, 1]], "spans: out of order"),
+        (CU, [[1, 3, 4]], "spans: out of order, or past"),
+        (int32([0, 10, 9], 3), [[0, 0, 1]], "cu_seqlens: not rising"),
+        (CU + 1, [[0, 0, 1]], "cu_seqlens: not rising"),
+        (CU, [[0, 0, 4, 2, 3]], "spans: height x width"),
+        (CU, [[0, 0, 8, 4, 2]], "spans: height x width, or a height above"),
+    ],
+)
+def test_layouts(cu_seqlens: torch.Tensor, spans: list[list[int]], message: str) -> None:
+    spans_ = int32(spans, len(spans), len(spans[0]))
+    with pytest.raises(Exception, match=message):
+        if len(spans[0]) == 5:
+            ops.rebuild_metadata(cu_seqlens, spans_, (1, 1), "grid", 3)
+        else:
+            ops.rebuild_metadata(cu_seqlens, spans_, "1/2")
+
+
+def test_what_is_right_passes() -> None:
+    stage = stage_of([[0, 0, 8, 4, 0, 2], [4, 8, 2, 2, 0, 0]], 6, 10)
+    assert ops.downsample(X, stage).tolist() == [0, 2, 5, 7, 8, 9]
+    assert ops.downsample(X, keep_indices=torch.tensor([9, 0])).tolist() == [9, 0]
+    assert int(ops.rebuild_metadata(CU, int32([0, 1, 4], 1, 3), "1/2").num_tokens) == 14
