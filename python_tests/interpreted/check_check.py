@@ -1,9 +1,12 @@
 """ADSC_CHECK=1: a table or a list that leads outside stops the program and names the argument."""
 
+import dataclasses
+
 import pytest
 import torch
 from segment_tables import stage_of
 from test_rebuild_metadata import int32
+from triton.runtime import interpreter
 
 from adsc_kernels import ops
 from adsc_kernels.backend import backend
@@ -16,6 +19,9 @@ CU = int32([0, 10, 16], 3)
 @pytest.fixture(autouse=True)
 def checking(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(launch, "CHECK", True)
+    # The launch says debug=True on a GPU; the interpreter takes it from here.
+    options = dataclasses.replace(interpreter.interpreter_builder.options, debug=True)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
     with backend("triton"):
         yield
 
@@ -60,12 +66,10 @@ def test_segments(table: list[list[int]]) -> None:
     ],
 )
 def test_layouts(cu_seqlens: torch.Tensor, spans: list[list[int]], message: str) -> None:
-    spans_ = int32(spans, len(spans), len(spans[0]))
+    table = int32(spans, len(spans), len(spans[0]))
+    arguments = ((1, 1), "grid", 3) if len(spans[0]) == 5 else ("1/2",)
     with pytest.raises(Exception, match=message):
-        if len(spans[0]) == 5:
-            ops.rebuild_metadata(cu_seqlens, spans_, (1, 1), "grid", 3)
-        else:
-            ops.rebuild_metadata(cu_seqlens, spans_, "1/2")
+        ops.rebuild_metadata(cu_seqlens, table, *arguments)
 
 
 def test_what_is_right_passes() -> None:
