@@ -170,6 +170,8 @@ void check(const void* address, size_t size, Kind kind, size_t alignment) {
     fail("misaligned: %s of %zu bytes at %p", name(kind), size, address);
   }
   if (inside(begin, end, running.static_begin, running.static_end)) {
+    running.touched_begin = std::min(running.touched_begin, begin);
+    running.touched_end = std::max(running.touched_end, end);
     check_bytes(checks().shared[running.slot], begin, end, kind, "shared memory", false);
   } else if (inside(begin, end, running.all_dynamic_begin, running.all_dynamic_end)) {
     if (!inside(begin, end, running.dynamic_begin, running.dynamic_end)) {

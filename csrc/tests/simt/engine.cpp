@@ -167,12 +167,18 @@ void find_static_memory() {
 void* static_memory() { return reinterpret_cast<void*>(running.static_begin); }
 size_t static_bytes() { return running.static_end - running.static_begin; }
 
+// Copies what the launch uses of static shared memory; what it has not touched holds poison anyway.
 void swap_in(Block* block) {
   if (engine.swapped_in == block) return;
-  if (engine.swapped_in != nullptr) {
-    std::memcpy(engine.swapped_in->static_memory.data(), static_memory(), static_bytes());
+  auto* memory = reinterpret_cast<unsigned char*>(running.static_begin);
+  if (running.touched_begin < running.touched_end) {
+    const size_t begin = running.touched_begin - running.static_begin;
+    const size_t size = running.touched_end - running.touched_begin;
+    if (engine.swapped_in != nullptr) {
+      std::memcpy(engine.swapped_in->static_memory.data() + begin, memory + begin, size);
+    }
+    std::memcpy(memory + begin, block->static_memory.data() + begin, size);
   }
-  std::memcpy(static_memory(), block->static_memory.data(), static_bytes());
   engine.swapped_in = block;
 }
 
@@ -575,6 +581,9 @@ void run_grid(dim3 grid, dim3 size, size_t dynamic_bytes, void (*entry)(const vo
 
   std::vector<unsigned char> before(static_bytes());
   std::memcpy(before.data(), static_memory(), before.size());
+  std::memset(static_memory(), kPoison, static_bytes());
+  running.touched_begin = running.static_end;
+  running.touched_end = running.static_begin;
   {
     const Signals signals;
     run_blocks(static_cast<uint32_t>(blocks), slots);

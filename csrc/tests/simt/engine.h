@@ -42,6 +42,7 @@ struct Running {
   uintptr_t all_stacks_begin = 0, all_stacks_end = 0;  // of all
   uintptr_t arguments_begin = 0, arguments_end = 0;    // of the kernel
   uintptr_t static_begin = 0, static_end = 0;          // static shared memory
+  uintptr_t touched_begin = 0, touched_end = 0;        // what of it the launch has used so far
   uintptr_t dynamic_begin = 0, dynamic_end = 0;        // the running block's
   uintptr_t all_dynamic_begin = 0, all_dynamic_end = 0;
   int slot = 0;  // which of the resident blocks it is
