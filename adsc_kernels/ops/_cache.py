@@ -314,7 +314,7 @@ def check_rows_of(
     if stage is not None:
         segments, indices = stage.segments, None
         kept_bounds, row_bounds = stage.cu_seqlens, stage.cu_seqlens_in
-        sources: tuple[np.ndarray, ...] | None = _stage_sources(stage)
+        sources = _stage_sources(stage)
     else:
         assert keep_indices is not None
         segments, indices = None, _check_indices(keep_indices, kept.host[-1], caches)
@@ -385,7 +385,9 @@ def _check_stage(stage: CacheStage, like: Tensor) -> None:
         )
 
 
-def _stage_sources(stage: CacheStage) -> tuple[np.ndarray, ...]:
+def _stage_sources(stage: CacheStage) -> tuple[np.ndarray, ...] | None:
+    if torch.compiler.is_compiling():
+        return None
     parts = np.split(stage.source_rows(), np.cumsum(stage.seq_lens, dtype=np.int64)[:-1])
     begins = accumulate((0, *stage.seq_lens_in[:-1]))
     return tuple(part - begin for part, begin in zip(parts, begins, strict=False))

@@ -108,6 +108,10 @@ std::string find_fault(const Compaction& c) {
                 " to ", c.seq_starts[c.batch]);
   }
   if (c.by_segments) {
+    if (c.num_segments == 0 && c.cu_kept[c.batch] > 0) {
+      return join("segments: expected a table for ", c.cu_kept[c.batch],
+                  " rows, got an empty one");
+    }
     const std::string fault = find_fault(rows_that_stay(c, 0));
     return fault.empty() ? find_order_fault(c, 0) : fault;
   }
