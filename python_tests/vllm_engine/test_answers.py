@@ -42,20 +42,23 @@ def test_bigger_blocks(llava):
     run(llava, "2:1/3,4:1/2", block_size=128)
 
 
+# One image with different text before and behind it, other images with the same, text alone.
+SHARING = (
+    Ask(f"{words(5, 40)} <image> {words(9, 80)}", (2,)),
+    Ask(f"{words(5, 40)} <image> {words(9, 60)} {words(30, 9)}", (2,)),
+    Ask(f"{words(5, 40)} <image> {words(9, 80)}", (3,)),
+    Ask(f"<image> {words(3, 80)}", (2,)),
+    Ask(f"<image> {words(20, 80)}", (2,)),
+    Ask(words(5, 100)),
+)
+
+
 def test_prefix_caching(llava):
     """Hits before, in and behind images; another image or another question behind it."""
     schedule = "2:1/2,4:1/2"  # 64 -> 32 -> 16: drops of 32 and 48 tokens
-    shared = f"{words(5, 40)} <image>"
-    asks = [
-        Ask(f"{shared} {words(9, 80)}", (2,)),
-        Ask(f"{shared} {words(9, 60)} {words(30, 9)}", (2,)),
-        Ask(f"{shared} {words(9, 80)}", (3,)),
-        Ask(words(5, 100)),
-    ]
     with engine(llava, schedule, enable_prefix_caching=True) as llm:
-        for _ in range(2):
-            for ask in asks:
-                check(llava, schedule, [ask], answer(llm, [ask], 3))
+        for ask in (*SHARING, *SHARING):
+            check(llava, schedule, [ask], answer(llm, [ask], 3))
         assert_pool_free(llm)
 
 

@@ -1,0 +1,93 @@
+"""The tests can fail: each of these mistakes, made on purpose, is caught by comparing answers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from engines import BLOCK, MIXED, answer, check, engine, scheduler_of
+from test_answers import SHARING
+
+from adsc_kernels.integrations.vllm import layout, manager, metadata
+
+SCHEDULE = "2:1/2,4:1/2"
+
+
+def wrong(llava, asks=MIXED, schedule=SCHEDULE, **options) -> bool:
+    """An answer differs from the oracle's, or an op refuses the rows it is told to move."""
+    with engine(llava, schedule, **options) as llm:
+        for some in [[ask] for ask in asks] if "enable_prefix_caching" in options else [asks]:
+            try:
+                check(llava, schedule, some, answer(llm, some, 6))
+            except (AssertionError, ValueError):
+                return True
+    return False
+
+
+def test_positions_of_survivors_renumbered(llava, monkeypatch):
+    from adsc_kernels.integrations.vllm.model import AdscLlamaModel
+
+    always = property(lambda self: True, lambda self, value: None)
+    monkeypatch.setattr(AdscLlamaModel, "_renumbers", always, raising=False)
+    assert wrong(llava)
+
+
+def test_dense_lengths(llava, monkeypatch):
+    make = metadata.Step._make_rows
+
+    def dense(step, stage):
+        rows, lengths = make(step, stage), step._common.seq_lens
+        lengths = lengths if rows.requests is None else lengths[rows.requests]
+        return dataclasses.replace(rows, seq_lens=lengths)
+
+    monkeypatch.setattr(metadata.Step, "_make_rows", dense)
+    assert wrong(llava)
+
+
+def test_too_few_blocks(llava, monkeypatch):
+    kept = manager.AdscStageManager._kept
+    monkeypatch.setattr(
+        manager.AdscStageManager, "_kept", lambda self, name, n: kept(self, name, n) // 2
+    )
+    assert wrong(llava)
+
+
+def test_rule_applied_to_chunks(llava, monkeypatch):
+    """As if a chunk's part of an image were an image of its own, of as many survivors."""
+    plan = metadata.make_plan
+
+    def by_chunk(schedule, lengths, spans, *, chunks, **options):
+        made = plan(schedule, lengths, spans, chunks=chunks, **options)
+        for stage in made.stages[1:]:
+            stage.segments[:, 4] = 0  # number of the first kept row taken
+        return made
+
+    monkeypatch.setattr(metadata, "make_plan", by_chunk)
+    assert wrong(llava, max_num_batched_tokens=50, max_num_seqs=4)
+
+
+def test_prefix_key_by_survivors_index(llava, monkeypatch):
+    position_of = layout.RequestLayout.position_of
+
+    def same(self, stage, index):
+        last_of_block = index % BLOCK == BLOCK - 1
+        return index if last_of_block else position_of(self, stage, index)
+
+    options = dict(schedule="2:1/2", enable_prefix_caching=True)
+    assert not wrong(llava, (*SHARING, *SHARING), **options)
+    monkeypatch.setattr(layout.RequestLayout, "position_of", same)
+    assert wrong(llava, (*SHARING, *SHARING), **options)
+
+
+def test_one_group_for_all_stages(llava, monkeypatch):
+    """Every layer in vLLM's own dense group would answer rightly, and save nothing."""
+    from vllm.model_executor.layers.attention import Attention
+
+    from adsc_kernels.integrations.vllm.model import StageAttention
+
+    def groups() -> int:
+        with engine(llava, SCHEDULE) as llm:
+            return len(scheduler_of(llm).kv_cache_config.kv_cache_groups)
+
+    assert groups() == 3
+    monkeypatch.setattr(StageAttention, "get_kv_cache_spec", Attention.get_kv_cache_spec)
+    assert groups() == 1
