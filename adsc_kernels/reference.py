@@ -13,6 +13,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from adsc_kernels.ops._dispatch import Stage
+    from adsc_kernels.ops.boundary import Layout
 
 PATTERNS = ("start", "center", "linspace")  # their numbers in a segment table
 
@@ -174,3 +175,45 @@ def rebuild_metadata(
 # That file needs source_rows from this one.
 from adsc_kernels.reference_kv import compact_kv_ as compact_kv_  # noqa: E402
 from adsc_kernels.reference_kv import compact_paged_kv_ as compact_paged_kv_  # noqa: E402
+
+
+def boundary_step(
+    hidden: Tensor,
+    stage: "Stage | None" = None,
+    *,
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    others: Sequence[Tensor] = (),
+    keep_indices: Tensor | None = None,
+    layout: "Layout | None" = None,
+) -> tuple[Tensor, Tensor | None, list[Tensor], tuple[Tensor, ...] | None]:
+    """See `adsc_kernels.ops.boundary_step`."""
+    metadata, unused = None, 0
+    if layout is not None:
+        from adsc_kernels.ops.metadata import MetadataStage
+
+        fractions = layout.fractions()
+        metadata = rebuild_metadata(
+            layout.cu_seqlens, layout.spans, fractions, layout.pattern, layout.max_height
+        )
+        rows = int(metadata[4])
+        if rows > layout.num_tokens:
+            raise ValueError(
+                f"num_tokens: expected at least the rows of the stage, {rows}, "
+                f"got {layout.num_tokens}"
+            )
+        stage = MetadataStage(metadata[2], rows, hidden.shape[0])
+        unused = layout.num_tokens - rows
+
+    def padded(x: Tensor) -> Tensor:
+        return torch.cat([x, x.new_zeros(unused, *x.shape[1:])]) if unused else x
+
+    moved = downsample_many([hidden, *others], stage, keep_indices=keep_indices)
+    new_hidden, new_residual = moved[0], None
+    if residual is not None and weight is not None:
+        new_hidden, new_residual = downsample_add_rms_norm(
+            hidden, residual, weight, stage, eps, keep_indices=keep_indices
+        )
+        new_residual = padded(new_residual)
+    return padded(new_hidden), new_residual, [padded(x) for x in moved[1:]], metadata

@@ -45,14 +45,14 @@ ADSC_HOST_DEVICE int64_t kept_before(int32_t pattern, int64_t x, int64_t n, int6
   if (x <= 0) return 0;
   if (x >= n) return m;  // whole spans, the common case, cost no division
   if (m == 0) return 0;
-  if (pattern == kStart) return (x * m + n - 1) / n;                    // j * n < x * m
-  if (pattern == kCenter) {                                             // (2j + 1) * n < 2 * m * x
+  if (pattern == kStart) return divide(x * m + n - 1, n);  // j * n < x * m
+  if (pattern == kCenter) {                                    // (2j + 1) * n < 2 * m * x
     const int64_t room = 2 * m * x - n;
-    return room <= 0 ? 0 : (room + 2 * n - 1) / (2 * n);
+    return room <= 0 ? 0 : divide(room + 2 * n - 1, 2 * n);
   }
   if (m == 1) return 1;
-  const int64_t step = 2 * (n - 1);                                     // j * step < (m - 1)(2x - 1)
-  const int64_t count = ((m - 1) * (2 * x - 1) + step - 1) / step;
+  const int64_t step = 2 * (n - 1);                            // j * step < (m - 1)(2x - 1)
+  const int64_t count = divide((m - 1) * (2 * x - 1) + step - 1, step);
   return count < m ? count : m;
 }
 

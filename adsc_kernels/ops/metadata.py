@@ -66,6 +66,29 @@ def rebuild_metadata(
     Raises TypeError or ValueError naming the argument. What the tensors hold is checked on CPU
     only.
     """
+    fractions = check_layout(cu_seqlens, spans, keep, pattern, max_height)
+    op = choose("rebuild_metadata", cu_seqlens.device)
+    if op is None:
+        outputs = reference.rebuild_metadata(cu_seqlens, spans, fractions, pattern, max_height)
+    else:
+        outputs = op(
+            cu_seqlens,
+            spans,
+            as_ints(fractions),
+            pattern,
+            max_height or 0,
+        )
+    return Metadata(*outputs)
+
+
+def check_layout(
+    cu_seqlens: Tensor,
+    spans: Tensor,
+    keep: Keep | tuple[Keep, Keep],
+    pattern: str,
+    max_height: int | None,
+) -> list[Fraction]:
+    """What stays: of the span, or of the grid's rows and of its columns. Raises as documented."""
     for name, tensor in (("cu_seqlens", cu_seqlens), ("spans", spans)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
@@ -97,18 +120,12 @@ def rebuild_metadata(
         fractions = [exact_fraction(keep)]
         if max_height is not None:
             raise ValueError(f"max_height: expected None but for the grid, got {max_height!r}")
-    op = choose("rebuild_metadata", cu_seqlens.device)
-    if op is None:
-        outputs = reference.rebuild_metadata(cu_seqlens, spans, fractions, pattern, max_height)
-    else:
-        outputs = op(
-            cu_seqlens,
-            spans,
-            [part for f in fractions for part in (f.numerator, f.denominator)],
-            pattern,
-            max_height or 0,
-        )
-    return Metadata(*outputs)
+    return fractions
+
+
+def as_ints(fractions: list[Fraction]) -> list[int]:
+    """Numerators and denominators, as the schema's `keep`."""
+    return [part for f in fractions for part in (f.numerator, f.denominator)]
 
 
 def exact_fraction(keep: object) -> Fraction:
@@ -129,9 +146,10 @@ def exact_fraction(keep: object) -> Fraction:
     return fraction
 
 
-def _fake(
+def fake_metadata(
     cu_seqlens: Tensor, spans: Tensor, keep: list[int], pattern: str, max_height: int
 ) -> tuple[Tensor, ...]:
+    """The shapes of the metadata, which depend on shapes alone."""
     num_sequences, num_spans = cu_seqlens.shape[0] - 1, spans.shape[0]
     grid = pattern == "grid"
     blocks = -((-max_height * keep[0]) // keep[1]) if grid else 1
@@ -150,6 +168,6 @@ register(
     "rebuild_metadata",
     "(Tensor cu_seqlens, Tensor spans, int[] keep, str pattern, SymInt max_height) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake,
+    fake=fake_metadata,
     triton="metadata",
 )

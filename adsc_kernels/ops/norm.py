@@ -34,21 +34,7 @@ def downsample_add_rms_norm(
 
     Raises TypeError for another dtype, else as `downsample`.
     """
-    check_rows(x, "x")
-    if x.dtype not in _DTYPES:
-        expected = ", ".join(str(dtype) for dtype in _DTYPES)
-        raise TypeError(f"x: expected one of {expected}, got {x.dtype}")
-    if x.dim() != 2:
-        raise ValueError(f"x: expected shape [rows, hidden], got {tuple(x.shape)}")
-    check_rows(residual, "residual")
-    _check_like(residual, "residual", x, x.shape)
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight: expected a torch.Tensor, got {type(weight).__name__}")
-    _check_like(weight, "weight", x, x.shape[1:])
-    if not weight.is_contiguous():
-        raise ValueError(f"weight: expected a contiguous tensor, got strides {weight.stride()}")
-    if not eps >= 0:
-        raise ValueError(f"eps: expected at least 0, got {eps}")
+    check_norm(x, "x", residual, weight, eps)
     segments, num_tokens = row_source(stage, keep_indices, x, "x")
     op = choose("downsample_add_rms_norm", x.device)
     if op is None:
@@ -59,11 +45,32 @@ def downsample_add_rms_norm(
     return call(op, x, residual, weight, segments, keep_indices, num_tokens, float(eps), grad=grad)
 
 
-def _check_like(tensor: Tensor, name: str, x: Tensor, shape: torch.Size) -> None:
+def check_norm(x: Tensor, name: str, residual: Tensor, weight: Tensor, eps: float) -> None:
+    """The arguments of the residual add and norm; name: what the caller calls x."""
+    check_rows(x, name)
+    if x.dtype not in _DTYPES:
+        expected = ", ".join(str(dtype) for dtype in _DTYPES)
+        raise TypeError(f"{name}: expected one of {expected}, got {x.dtype}")
+    if x.dim() != 2:
+        raise ValueError(f"{name}: expected shape [rows, hidden], got {tuple(x.shape)}")
+    check_rows(residual, "residual")
+    _check_like(residual, "residual", x, name, x.shape)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a torch.Tensor, got {type(weight).__name__}")
+    _check_like(weight, "weight", x, name, x.shape[1:])
+    if not weight.is_contiguous():
+        raise ValueError(f"weight: expected a contiguous tensor, got strides {weight.stride()}")
+    if not eps >= 0:
+        raise ValueError(f"eps: expected at least 0, got {eps}")
+
+
+def _check_like(tensor: Tensor, name: str, x: Tensor, x_name: str, shape: torch.Size) -> None:
     if tensor.dtype != x.dtype:
-        raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {tensor.dtype}")
+        raise TypeError(f"{name}: expected the dtype of {x_name}, {x.dtype}, got {tensor.dtype}")
     if tensor.device != x.device:
-        raise ValueError(f"{name}: expected the device of x, {x.device}, got {tensor.device}")
+        raise ValueError(
+            f"{name}: expected the device of {x_name}, {x.device}, got {tensor.device}"
+        )
     if tensor.shape != shape:
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
@@ -90,20 +97,28 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.num_rows = x.shape[0]
 
 
-def _backward(ctx: Any, grad_normed: Tensor, grad_residual: Tensor) -> tuple[Tensor | None, ...]:
-    """Rounding to the dtype counts as the identity. With h the sum, s = 1 / sqrt(mean(h^2) + eps),
-    n = h * s and g = grad_normed * weight: dh = s * (g - n * mean(g * n)) + grad_residual."""
-    h, weight, segments, keep_indices = ctx.saved_tensors
+def norm_gradients(
+    h: Tensor, weight: Tensor, eps: float, grad_normed: Tensor, grad_residual: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the sum and of the weight. Rounding to the dtype counts as the identity.
+
+    With h the sum, s = 1 / sqrt(mean(h^2) + eps), n = h * s and g = grad_normed * weight:
+    dh = s * (g - n * mean(g * n)) + grad_residual."""
     compute = torch.float64 if h.dtype == torch.float64 else torch.float32
     wide = h.to(compute)
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + ctx.eps)
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     normed = wide * scale
     grad = grad_normed.to(compute)
     weighted = grad * weight.to(compute)
     grad_h = scale * (weighted - normed * (weighted * normed).mean(-1, keepdim=True))
     grad_h = (grad_h + grad_residual.to(compute)).to(h.dtype)
+    return grad_h, (grad * normed).sum(0).to(weight.dtype)
+
+
+def _backward(ctx: Any, grad_normed: Tensor, grad_residual: Tensor) -> tuple[Tensor | None, ...]:
+    h, weight, segments, keep_indices = ctx.saved_tensors
+    grad_h, grad_weight = norm_gradients(h, weight, ctx.eps, grad_normed, grad_residual)
     grad_x = upsample_grad(ctx, grad_h, segments, keep_indices)
-    grad_weight = (grad * normed).sum(0).to(weight.dtype)
     return grad_x, grad_x, grad_weight, None, None, None, None
 
 

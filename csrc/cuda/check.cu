@@ -6,7 +6,8 @@
 namespace adsc::cuda {
 namespace {
 
-__global__ void __launch_bounds__(kThreads) check_rows_kernel(const __grid_constant__ RowMap map) {
+__global__ void __launch_bounds__(kThreads) check_rows_kernel(const __grid_constant__ RowMap map,
+                                                              bool at_most) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row + 1 < map.num_segments && map.segments[row].dst > map.segments[row + 1].dst) {
     trap("segments: expected dst in rising order, got %lld after %lld at row %lld",
@@ -24,6 +25,7 @@ __global__ void __launch_bounds__(kThreads) check_rows_kernel(const __grid_const
   const int32_t s = find_segment(map.segments, map.num_segments, row);
   const Segment& segment = map.segments[s];
   const int64_t number = segment.first + (row - segment.dst);
+  if (at_most && s + 1 == map.num_segments && number >= segment.keep) return;
   if (row < segment.dst || segment.first < 0 || number >= segment.keep ||
       segment.keep > segment.span || segment.pattern < kStart || segment.pattern > kLinspace) {
     trap("segments: row %lld (dst %lld) does not describe output row %lld, its kept row %lld", s,
@@ -91,10 +93,10 @@ int64_t blocks_for(int64_t threads) { return (threads + kThreads - 1) / kThreads
 
 }  // namespace
 
-void check_rows(const RowMap& map, Stream stream) {
+void check_rows(const RowMap& map, Stream stream, bool at_most) {
   // One thread for each output row and for each segment.
   const int64_t count = map.num_tokens > map.num_segments ? map.num_tokens : map.num_segments;
-  launch(check_rows_kernel, blocks_for(count), kThreads, 0, stream, map);
+  launch(check_rows_kernel, blocks_for(count), kThreads, 0, stream, map, at_most);
 }
 
 void check_layout(const BatchLayout& layout, const Boundary& boundary, int64_t num_rows,

@@ -8,8 +8,8 @@
 
 namespace adsc::cuda {
 
-// Every output row's source row.
-void check_rows(const RowMap& map, Stream stream);
+// Every output row's source row. at_most: a table may move fewer rows than num_tokens.
+void check_rows(const RowMap& map, Stream stream, bool at_most = false);
 
 // Every sequence and span, over at most num_rows source rows.
 void check_layout(const BatchLayout& layout, const Boundary& boundary, int64_t num_rows,

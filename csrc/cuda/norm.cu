@@ -7,7 +7,7 @@ namespace adsc::cuda {
 namespace {
 
 template <class T, class Access>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, 2)
     downsample_add_rms_norm_kernel(const __grid_constant__ RowMap map,
                                    const __grid_constant__ RowNorm norm, int group,
                                    int tile_rows) {
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 
 void add_rms_norm_rows(const RowMap& map, const RowNorm& norm, Stream stream) {
   const NormShape shape = norm_shape(norm, map.num_tokens);
-  with_norm_types(norm.element, shape.wide, [&]<class T, class Access>(T, Access) {
+  with_element_types(norm.element, shape.wide, [&]<class T, class Access>(T, Access) {
     launch(downsample_add_rms_norm_kernel<T, Access>, shape.num_tiles, shape.threads, 0, stream,
            map, norm, shape.group, shape.tile_rows);
   });

@@ -5,8 +5,8 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
+#include "elements.cuh"
 #include "launch.h"
 #include "rows.cuh"
 
@@ -28,17 +28,15 @@ struct NormShape {
 inline NormShape norm_shape(const RowNorm& norm, int64_t num_tokens) {
   NormShape shape{};
   if (num_tokens == 0 || norm.width == 0) return shape;
-  const int64_t element_bytes = norm.element == Element::kDouble  ? 8
-                                : norm.element == Element::kFloat ? 4
-                                                                  : 2;
-  const int64_t row_bytes = norm.width * element_bytes;
+  const int64_t bytes = element_bytes(norm.element);
+  const int64_t row_bytes = norm.width * bytes;
   const uint64_t addresses =
       reinterpret_cast<uintptr_t>(norm.x) | reinterpret_cast<uintptr_t>(norm.residual) |
       reinterpret_cast<uintptr_t>(norm.weight) | reinterpret_cast<uintptr_t>(norm.normed) |
       reinterpret_cast<uintptr_t>(norm.residual_out) | static_cast<uint64_t>(norm.x_stride) |
       static_cast<uint64_t>(norm.residual_stride) | static_cast<uint64_t>(row_bytes);
   shape.wide = addresses % 16 == 0;
-  const int64_t columns = row_bytes / (shape.wide ? 16 : element_bytes);
+  const int64_t columns = row_bytes / (shape.wide ? 16 : bytes);
   shape.group = kWarp;
   while (shape.group < kThreads && shape.group * kKept < columns) shape.group *= 2;
   shape.threads = shape.group < 128 ? 128 : shape.group;
@@ -49,24 +47,6 @@ inline NormShape norm_shape(const RowNorm& norm, int64_t num_tokens) {
     if (rows == 1 || shape.num_tiles * shape.threads >= enough_threads()) return shape;
   }
 }
-
-// The elements of one access.
-template <class T, class Access>
-struct Elements {
-  static constexpr int kCount = sizeof(Access) / sizeof(T);
-  T values[kCount];
-
-  __device__ __forceinline__ static Elements of(const Access& access) {
-    Elements elements;
-    memcpy(&elements, &access, sizeof access);
-    return elements;
-  }
-  __device__ __forceinline__ Access access() const {
-    Access access;
-    memcpy(&access, this, sizeof access);
-    return access;
-  }
-};
 
 // x + residual, rounded to T; its squares are added to `squares`.
 template <class T, class Access, class Compute>
@@ -183,21 +163,6 @@ __device__ __forceinline__ void norm_tile(const RowNorm& norm, int group, int64_
       store(normed_out + column,
             zeros ? Access{} : scale_access<T>(sum_out[column], load(weight + column), scale));
     }
-  }
-}
-
-// Calls body(T{}, Access{}) with the element type and the access of the shape.
-template <class Body>
-void with_norm_types(Element element, bool wide, const Body& body) {
-  switch (element) {
-    case Element::kFloat:
-      return wide ? body(float{}, uint4{}) : body(float{}, uint32_t{});
-    case Element::kDouble:
-      return wide ? body(double{}, uint4{}) : body(double{}, uint2{});
-    case Element::kBFloat16:
-      return wide ? body(BFloat16{}, uint4{}) : body(BFloat16{}, uint16_t{});
-    case Element::kHalf:
-      return wide ? body(Half{}, uint4{}) : body(Half{}, uint16_t{});
   }
 }
 

@@ -13,6 +13,27 @@ constexpr int kTileRows = 256;  // output rows of a block's tile, at most
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
+// The sum of `value` over the threads before this one; `total` is that over all. Has two barriers.
+__device__ __forceinline__ int32_t sum_before(int32_t value, int32_t* warp_sums, int32_t& total) {
+  const int lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
+  int32_t sum = value;
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const int32_t other = __shfl_up_sync(kAllLanes, sum, distance);
+    if (lane >= distance) sum += other;
+  }
+  __syncthreads();  // warp_sums may still be read from the call before
+  if (lane == kWarp - 1) warp_sums[warp] = sum;
+  __syncthreads();
+  int32_t before = 0;
+  total = 0;
+  for (int other = 0; other < static_cast<int>(blockDim.x) / kWarp; ++other) {
+    if (other == warp) before = total;
+    total += warp_sums[other];
+  }
+  return before + sum - value;
+}
+
 // find_segment by all lanes of a warp, which look at 32 entries at once: a table of 32 rows takes
 // one trip to memory, one of a thousand two.
 __device__ __forceinline__ int32_t find_segment_by_warp(const Segment* table, int32_t count,

@@ -73,7 +73,8 @@ RowLayout row_layout(const Tensor& x, const char* name) {
 }
 
 RowMap row_map(const OptionalTensor& segments, const OptionalTensor& keep_indices,
-               int64_t num_tokens, int64_t num_rows, const Tensor& x, const char* x_name) {
+               int64_t num_tokens, int64_t num_rows, const Tensor& x, const char* x_name,
+               bool at_most) {
   check(segments.has_value() != keep_indices.has_value(),
         "segments, keep_indices: expected exactly one of them, got ",
         segments.has_value() ? "both" : "neither");
@@ -108,6 +109,11 @@ RowMap row_map(const OptionalTensor& segments, const OptionalTensor& keep_indice
     }
   }
   if (host_can_read(x)) {
+    if (at_most && map.num_segments > 0) {
+      const Segment& last = map.segments[map.num_segments - 1];
+      const int64_t end = int64_t{last.dst} + last.keep - last.first;
+      map.num_tokens = std::min(num_tokens, std::max<int64_t>(end, 0));
+    }
     const std::string fault = cpu::find_fault(map);
     check(fault.empty(), fault);
   } else {

@@ -49,9 +49,11 @@ struct RowLayout {
 RowLayout row_layout(const Tensor& x, const char* name);
 
 // The map from output rows to the rows of x, from whichever of the two was given. What they hold is
-// checked where the host can read it, on CPU.
+// checked where the host can read it, on CPU. at_most: the table may move fewer than num_tokens
+// rows, as one for a batch that is shorter than what was allocated.
 RowMap row_map(const OptionalTensor& segments, const OptionalTensor& keep_indices,
-               int64_t num_tokens, int64_t num_rows, const Tensor& x, const char* x_name);
+               int64_t num_tokens, int64_t num_rows, const Tensor& x, const char* x_name,
+               bool at_most = false);
 
 // The element in which gradients are summed; a complex number is two of them.
 Element element_of(const Tensor& tensor, const char* name);

@@ -4,18 +4,20 @@
 #include "cpu/upsample_grad.h"
 #include "cuda/check.h"
 #include "cuda/downsample.h"
+#include "cuda/upsample_grad.h"
+#include "ops/downsample.h"
 #include "ops/on_device.h"
 #include "ops/ops.h"
 #include "ops/parallel.h"
 
 namespace adsc::ops {
-namespace {
 
-// The move of one tensor's rows, each of `layout`, into `out`.
 RowCopy row_copy(const Tensor& x, const RowLayout& layout, const Tensor& out) {
   const auto width = static_cast<int64_t>(x.element_size());
   return {bytes(x), layout.row_stride * width, mutable_bytes(out), layout.row_size * width};
 }
+
+namespace {
 
 struct Moves {
   RowMap map;
@@ -72,7 +74,8 @@ Scatter scatter_of(const Tensor& grad, const OptionalTensor& segments,
   check(grad.is_contiguous(), "grad: expected a contiguous tensor, got shape ", Shape{grad});
   check(num_rows >= 0, "num_rows: expected at least 0, got ", num_rows);
   const Element element = element_of(grad, "grad");
-  const RowMap map = row_map(segments, keep_indices, layout.num_rows, num_rows, grad, "grad");
+  const RowMap map =
+      row_map(segments, keep_indices, layout.num_rows, num_rows, grad, "grad", true);
   Tensor out = empty_rows(grad, num_rows);
   return {map, {bytes(grad), mutable_bytes(out), layout.row_size * real_parts(grad), element}, out};
 }
@@ -119,6 +122,15 @@ std::vector<Tensor> downsample_many_cuda(std::vector<Tensor> xs, OptionalTensor 
   const Moves moves = moves_of(xs, "xs", segments, keep_indices, num_tokens);
   run_cuda(moves);
   return moves.outs;
+}
+
+Tensor upsample_grad_cuda(Tensor grad, OptionalTensor segments, OptionalTensor keep_indices,
+                          int64_t num_rows) {
+  const Scatter scatter = scatter_of(grad, segments, keep_indices, num_rows);
+  const OnDevice device(grad);
+  if (device_checks()) cuda::check_rows(scatter.map, device.stream(), true);
+  cuda::add_rows(scatter.map, scatter.rows, device.stream());
+  return scatter.out;
 }
 
 #endif

@@ -2,6 +2,9 @@
 #include "ops/metadata.h"
 
 #include "cpu/metadata.h"
+#include "cuda/check.h"
+#include "cuda/metadata.h"
+#include "ops/on_device.h"
 #include "ops/ops.h"
 
 namespace adsc::ops {
@@ -76,5 +79,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rebuild_metadata_cpu(
   const std::vector<Tensor>& t = out.tensors;
   return {t[0], t[1], t[2], t[3], t[4], t[5]};
 }
+
+#if defined(ADSC_WITH_CUDA)
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rebuild_metadata_cuda(
+    Tensor cu_seqlens, Tensor spans, std::vector<int64_t> keep, std::string pattern,
+    int64_t max_height) {
+  const MetadataOutputs out = metadata_of(cu_seqlens, spans, keep, pattern, max_height);
+  const OnDevice device(cu_seqlens);
+  if (device_checks()) {
+    constexpr int64_t kAnyRows = int64_t{1} << 31;  // how many there are is not known here
+    cuda::check_layout(out.layout, out.boundary, kAnyRows, device.stream());
+  }
+  cuda::rebuild_metadata(out.layout, out.boundary, out.stage, device.stream());
+  const std::vector<Tensor>& t = out.tensors;
+  return {t[0], t[1], t[2], t[3], t[4], t[5]};
+}
+
+#endif
 
 }  // namespace adsc::ops

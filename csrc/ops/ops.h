@@ -40,6 +40,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compact_paged_kv_cuda(
     std::vector<Tensor> caches, int64_t num_layers, Tensor block_table, int64_t block_size,
     OptionalTensor segments, OptionalTensor keep_indices, Tensor cu_kept, OptionalTensor cu_rows,
     OptionalTensor prefix_lens, OptionalTensor seq_lens, bool edit_table, std::string layout);
+std::vector<Tensor> boundary_step_cpu(Tensor hidden, OptionalTensor residual, OptionalTensor weight,
+                                      double eps, std::vector<Tensor> others,
+                                      OptionalTensor segments, OptionalTensor keep_indices,
+                                      OptionalTensor cu_seqlens, OptionalTensor spans,
+                                      std::vector<int64_t> keep, std::string pattern,
+                                      int64_t max_height, int64_t num_tokens);
 
 #if defined(ADSC_WITH_CUDA)
 
@@ -47,10 +53,22 @@ Tensor downsample_cuda(Tensor x, OptionalTensor segments, OptionalTensor keep_in
                        int64_t num_tokens);
 std::vector<Tensor> downsample_many_cuda(std::vector<Tensor> xs, OptionalTensor segments,
                                          OptionalTensor keep_indices, int64_t num_tokens);
+Tensor upsample_grad_cuda(Tensor grad, OptionalTensor segments, OptionalTensor keep_indices,
+                          int64_t num_rows);
 std::tuple<Tensor, Tensor> downsample_add_rms_norm_cuda(Tensor x, Tensor residual, Tensor weight,
                                                         OptionalTensor segments,
                                                         OptionalTensor keep_indices,
                                                         int64_t num_tokens, double eps);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rebuild_metadata_cuda(
+    Tensor cu_seqlens, Tensor spans, std::vector<int64_t> keep, std::string pattern,
+    int64_t max_height);
+std::vector<Tensor> boundary_step_cuda(Tensor hidden, OptionalTensor residual,
+                                       OptionalTensor weight, double eps,
+                                       std::vector<Tensor> others, OptionalTensor segments,
+                                       OptionalTensor keep_indices, OptionalTensor cu_seqlens,
+                                       OptionalTensor spans, std::vector<int64_t> keep,
+                                       std::string pattern, int64_t max_height,
+                                       int64_t num_tokens);
 
 #endif
 

@@ -33,6 +33,10 @@ STABLE_TORCH_LIBRARY(adsc_kernels, m) {
       "SymInt block_size, Tensor? segments, Tensor? keep_indices, Tensor cu_kept, "
       "Tensor? cu_rows, Tensor? prefix_lens, Tensor? seq_lens, bool edit_table, str layout) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "boundary_step(Tensor hidden, Tensor? residual, Tensor? weight, float eps, Tensor[] others, "
+      "Tensor? segments, Tensor? keep_indices, Tensor? cu_seqlens, Tensor? spans, int[] keep, "
+      "str pattern, SymInt max_height, SymInt num_tokens) -> Tensor[]");
 }
 
 #if !defined(ADSC_SIMT)
@@ -44,6 +48,7 @@ STABLE_TORCH_LIBRARY_IMPL(adsc_kernels, CPU, m) {
   m.impl("rebuild_metadata", TORCH_BOX(&adsc::ops::rebuild_metadata_cpu));
   m.impl("compact_kv_", TORCH_BOX(&adsc::ops::compact_kv_cpu));
   m.impl("compact_paged_kv_", TORCH_BOX(&adsc::ops::compact_paged_kv_cpu));
+  m.impl("boundary_step", TORCH_BOX(&adsc::ops::boundary_step_cpu));
 }
 #endif
 
@@ -51,8 +56,11 @@ STABLE_TORCH_LIBRARY_IMPL(adsc_kernels, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(adsc_kernels, CUDA, m) {
   m.impl("downsample", TORCH_BOX(&adsc::ops::downsample_cuda));
   m.impl("downsample_many", TORCH_BOX(&adsc::ops::downsample_many_cuda));
+  m.impl("upsample_grad", TORCH_BOX(&adsc::ops::upsample_grad_cuda));
   m.impl("downsample_add_rms_norm", TORCH_BOX(&adsc::ops::downsample_add_rms_norm_cuda));
   m.impl("compact_kv_", TORCH_BOX(&adsc::ops::compact_kv_cuda));
   m.impl("compact_paged_kv_", TORCH_BOX(&adsc::ops::compact_paged_kv_cuda));
+  m.impl("rebuild_metadata", TORCH_BOX(&adsc::ops::rebuild_metadata_cuda));
+  m.impl("boundary_step", TORCH_BOX(&adsc::ops::boundary_step_cuda));
 }
 #endif

@@ -1,0 +1,246 @@
+"""All that a boundary does, in one launch: `boundary_step`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adsc_kernels import reference
+from adsc_kernels.ops._dispatch import Stage, call, check_rows, choose, register, row_source
+from adsc_kernels.ops.downsample import upsample_grad
+from adsc_kernels.ops.metadata import (
+    Keep,
+    Metadata,
+    as_ints,
+    check_layout,
+    fake_metadata,
+)
+from adsc_kernels.ops.norm import check_norm, norm_gradients
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A boundary over a layout that only the device knows, in place of a stage.
+
+    cu_seqlens, spans, keep, pattern, max_height: as for `rebuild_metadata`; cu_seqlens may end
+    before the last row of hidden, whose other rows are not read.
+    num_tokens: rows to allocate for the stage: at least as many as it has. Those past its last come
+      out as zeros, so a captured graph may allocate for the longest batch it will see.
+    """
+
+    cu_seqlens: Tensor
+    spans: Tensor
+    keep: Keep | tuple[Keep, Keep]
+    pattern: str = "start"
+    max_height: int | None = None
+    num_tokens: int = field(kw_only=True)
+
+    def fractions(self) -> list[Fraction]:
+        """What stays: of a span, or of a grid's rows and columns. Raises where a field is bad."""
+        if not isinstance(self.num_tokens, int | torch.SymInt):
+            kind = type(self.num_tokens).__name__
+            raise TypeError(f"layout.num_tokens: expected an int, got {kind}")
+        if self.num_tokens < 0:
+            raise ValueError(f"layout.num_tokens: expected at least 0, got {self.num_tokens}")
+        return check_layout(self.cu_seqlens, self.spans, self.keep, self.pattern, self.max_height)
+
+
+class BoundaryStep(NamedTuple):
+    """The stage that a boundary opens: its rows, and its metadata where a Layout was given."""
+
+    hidden: Tensor  # [T_out, ...]
+    residual: Tensor | None
+    others: list[Tensor]
+    metadata: Metadata | None
+
+
+def boundary_step(
+    hidden: Tensor,
+    stage: Stage | None = None,
+    *,
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    others: Sequence[Tensor] = (),
+    keep_indices: Tensor | None = None,
+    layout: Layout | None = None,
+) -> BoundaryStep:
+    """Everything that changes at a boundary, in one launch on CUDA (more than 16 tensors: one for
+    every 16).
+
+    hidden: [T_in, ...], any dtype, any distance between rows, each row contiguous inside.
+    stage, keep_indices or layout: exactly one. The first two as for `downsample`; a `Layout` where
+      only the device knows the batch: the same launch then computes the stage's metadata.
+    residual and weight: both or neither. With them the step is that of a pre-norm decoder, as
+      `downsample_add_rms_norm`: hidden is [T_in, hidden size], and the results are
+      hidden = rms_norm(hidden + residual) * weight and residual = hidden + residual.
+      Without them hidden is moved as it is, and the residual is None.
+    others: tensors [T_in, ...] of any dtypes that are moved bit for bit: positions, RoPE tables,
+      masks, deepstack features.
+    Returns `BoundaryStep`; all its tensors are new and contiguous. Differentiable in hidden,
+    residual, weight and others; dropped rows have gradient 0.
+
+    Raises TypeError or ValueError naming the argument, before anything is written; what tables and
+    layouts hold is checked on CPU, where the host can read it.
+    """
+    if (residual is None) != (weight is None):
+        only = "weight" if residual is None else "residual"
+        raise ValueError(f"residual, weight: expected both or neither, got only {only}")
+    if residual is not None and weight is not None:
+        check_norm(hidden, "hidden", residual, weight, eps)
+    else:
+        check_rows(hidden, "hidden")
+    others = list(others)
+    for i, x in enumerate(others):
+        check_rows(x, f"others[{i}]")
+        if x.device != hidden.device:
+            raise ValueError(
+                f"others[{i}]: expected the device of hidden, {hidden.device}, got {x.device}"
+            )
+        if x.shape[0] != hidden.shape[0]:
+            raise ValueError(
+                f"others[{i}]: expected {hidden.shape[0]} rows, as hidden, got {x.shape[0]}"
+            )
+    segments, cu_seqlens, spans = None, None, None
+    fractions: list[Fraction] = []
+    pattern, max_height = "start", 0
+    if layout is None:
+        segments, num_tokens = row_source(stage, keep_indices, hidden, "hidden")
+    else:
+        if not isinstance(layout, Layout):
+            raise TypeError(f"layout: expected a Layout, got {type(layout).__name__}")
+        if stage is not None or keep_indices is not None:
+            other = "keep_indices" if stage is None else "stage"
+            raise ValueError(
+                f"stage, keep_indices, layout: expected exactly one of them, got layout and {other}"
+            )
+        fractions = layout.fractions()
+        cu_seqlens, spans, num_tokens = layout.cu_seqlens, layout.spans, layout.num_tokens
+        pattern, max_height = layout.pattern, layout.max_height or 0
+        if cu_seqlens.device != hidden.device:
+            raise ValueError(
+                f"cu_seqlens: expected the device of hidden, {hidden.device}, "
+                f"got {cu_seqlens.device}"
+            )
+    op = choose("boundary_step", hidden.device)
+    if op is None:
+        new_hidden, new_residual, moved, metadata = reference.boundary_step(
+            hidden,
+            stage,
+            residual=residual,
+            weight=weight,
+            eps=eps,
+            others=others,
+            keep_indices=keep_indices,
+            layout=layout,
+        )
+        found = None if metadata is None else Metadata(*metadata)
+        return BoundaryStep(new_hidden, new_residual, moved, found)
+    inputs = [x for x in (hidden, residual, weight, *others) if x is not None]
+    outputs = call(
+        op,
+        hidden,
+        residual,
+        weight,
+        float(eps),
+        others,
+        segments,
+        keep_indices,
+        cu_seqlens,
+        spans,
+        as_ints(fractions),
+        pattern,
+        max_height,
+        num_tokens,
+        grad=any(x.requires_grad for x in inputs),
+    )
+    first = 1 if residual is None else 2
+    last = first + len(others)
+    return BoundaryStep(
+        outputs[0],
+        None if residual is None else outputs[1],
+        list(outputs[first:last]),
+        None if layout is None else Metadata(*outputs[last:]),
+    )
+
+
+# ---- Shapes for tracing, and gradients ----
+
+
+def _fake(
+    hidden: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    others: list[Tensor],
+    segments: Tensor | None,
+    keep_indices: Tensor | None,
+    cu_seqlens: Tensor | None,
+    spans: Tensor | None,
+    keep: list[int],
+    pattern: str,
+    max_height: int,
+    num_tokens: int,
+) -> list[Tensor]:
+    moved = [hidden, *([] if residual is None else [residual]), *others]
+    outputs = [x.new_empty((num_tokens, *x.shape[1:])) for x in moved]
+    if cu_seqlens is not None and spans is not None:
+        outputs += fake_metadata(cu_seqlens, spans, keep, pattern, max_height)
+    return outputs
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    hidden, residual, weight, ctx.eps, others, segments, keep_indices, cu_seqlens, *rest = inputs
+    if cu_seqlens is not None:
+        segments = output[-4]
+    h = None if residual is None else output[1]
+    ctx.save_for_backward(h, weight, segments, keep_indices)
+    ctx.num_rows = hidden.shape[0]
+    ctx.keep_grad = None if rest[1] else []  # an empty list is one of tensors to autograd
+    ctx.hidden_wanted = hidden.requires_grad
+    ctx.others_wanted = [x.requires_grad for x in others]
+
+
+def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    h, weight, segments, keep_indices = ctx.saved_tensors
+
+    def scatter(grad: Tensor) -> Tensor:
+        return upsample_grad(ctx, grad, segments, keep_indices)
+
+    grad_hidden = grad_residual = grad_weight = None
+    if h is not None:
+        grad_h, grad_weight = norm_gradients(h, weight, ctx.eps, grads[0], grads[1])
+        grad_hidden = grad_residual = scatter(grad_h)
+    elif ctx.hidden_wanted:
+        grad_hidden = scatter(grads[0])
+    first = 1 if h is None else 2
+    grad_others = [
+        scatter(grads[first + i]) if wanted else None for i, wanted in enumerate(ctx.others_wanted)
+    ]
+    tables = (None, None, None, None)  # segments, keep_indices, cu_seqlens, spans
+    return (
+        grad_hidden,
+        grad_residual,
+        grad_weight,
+        None,
+        grad_others,
+        *tables,
+        ctx.keep_grad,
+        None,
+        None,
+        None,
+    )
+
+
+register(
+    "boundary_step",
+    "(Tensor hidden, Tensor? residual, Tensor? weight, float eps, Tensor[] others, "
+    "Tensor? segments, Tensor? keep_indices, Tensor? cu_seqlens, Tensor? spans, int[] keep, "
+    "str pattern, SymInt max_height, SymInt num_tokens) -> Tensor[]",
+    fake=_fake,
+    backward=_backward,
+    setup=_setup,
+)
