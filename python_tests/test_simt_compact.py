@@ -11,7 +11,7 @@ import pytest
 import torch
 from cache_cases import Case, dense_cases, on_device, paged_cases
 from hypothesis import given, settings
-from simt import emulated, needs_simt, schedules, serving
+from simt import Schedule, emulated, needs_simt, schedules, serving
 from test_compact import image_plan
 from test_compact_kernels import check_buffers, check_results
 from torch import Tensor
@@ -37,7 +37,7 @@ def flat_tensors(arguments: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]
     return inputs, caches
 
 
-def check_emulated(case: Case, op: Any, schedule: tuple[int, int]) -> None:
+def check_emulated(case: Case, op: Any, schedule: Schedule) -> None:
     wanted, got = case.build(), case.build()
     with backend("reference"):
         wanted_result = op(**wanted.arguments)
@@ -51,24 +51,24 @@ def check_emulated(case: Case, op: Any, schedule: tuple[int, int]) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(case=dense_cases(), schedule=schedules)
-def test_dense(case: Case, schedule: tuple[int, int]) -> None:
+def test_dense(case: Case, schedule: Schedule) -> None:
     check_emulated(case, ops.compact_kv_, schedule)
 
 
 @settings(max_examples=60, deadline=None)
 @given(case=paged_cases(), schedule=schedules)
-def test_paged(case: Case, schedule: tuple[int, int]) -> None:
+def test_paged(case: Case, schedule: Schedule) -> None:
     check_emulated(case, ops.compact_paged_kv_, schedule)
 
 
-@pytest.mark.parametrize("schedule", [(0, 1), (1, 3), (2, 0)])
+@pytest.mark.parametrize("schedule", [(0, 1, 1), (1, 3, 2000), (2, 0, 132 * 1024)])
 @pytest.mark.parametrize(
     ("heads", "last", "dtype"),
     [(1, 600, torch.bfloat16), (2, 64, torch.bfloat16), (1, 1, torch.float32), (3, 5, torch.int8)],
 )
 @pytest.mark.parametrize("keep", ["0", "1/300", "1/3", "299/300", "1"])
 def test_many_tiles(
-    keep: str, heads: int, last: int, dtype: torch.dtype, schedule: tuple[int, int]
+    keep: str, heads: int, last: int, dtype: torch.dtype, schedule: Schedule
 ) -> None:
     """Several tiles of rows, strips of columns; a suffix longer than the gap overlaps itself."""
     stage = image_plan(1, keep=keep, text=5, vision=300, tail=0)
