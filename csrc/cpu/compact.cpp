@@ -13,6 +13,10 @@
 namespace adsc::cpu {
 namespace {
 
+constexpr size_t kRunsAhead = 4;
+constexpr int64_t kBytesAhead = 2048;
+constexpr int64_t kCacheLine = 64;
+
 RowMap rows_that_stay(const Compaction& c, int64_t index) {
   RowMap map;
   map.num_tokens = c.cu_kept[c.batch];
@@ -166,9 +170,21 @@ std::vector<Run> find_runs(const Compaction& c, int32_t b, int64_t index) {
 void move_runs(const std::vector<Run>& runs, const CacheTensor& tensor, std::byte* base,
                int64_t begin, int64_t end) {
   const bool dense = tensor.token_stride == end - begin;
-  for (const Run& run : runs) {
-    std::byte* to = base + offset_in(tensor, run.to) + begin;
-    const std::byte* from = base + offset_in(tensor, run.from) + begin;
+  base += begin;
+  for (size_t r = 0; r < runs.size(); ++r) {
+    const Run& run = runs[r];
+    // Rows that lie apart, or on pages of their own, are no stream that a processor would foresee.
+    if (r + kRunsAhead < runs.size()) {
+      const std::byte* next = base + offset_in(tensor, runs[r + kRunsAhead].from);
+      const std::byte* place = base + offset_in(tensor, runs[r + kRunsAhead].to);
+      const int64_t some = std::min<int64_t>(end - begin, kBytesAhead);
+      for (int64_t i = 0; i < some; i += kCacheLine) {
+        __builtin_prefetch(next + i);
+        __builtin_prefetch(place + i, 1);
+      }
+    }
+    std::byte* to = base + offset_in(tensor, run.to);
+    const std::byte* from = base + offset_in(tensor, run.from);
     if (dense && run.count > 1) {
       std::memmove(to, from, run.count * tensor.token_stride);
       continue;

@@ -166,8 +166,10 @@ void add_results(CompactionCall& call, const Tensor& like) {
   call.outputs.slots = data<int64_t>(call.results[1]);
 }
 
-// Lines are cut into columns, so that a single sequence in few tensors keeps all threads busy.
-constexpr int64_t kColumnBytes = 4 << 10;
+// Where there are fewer lines than this, they are cut into columns, so that a single sequence in few
+// tensors keeps all threads busy; but not into smaller ones than that.
+constexpr int64_t kManyParts = 64;
+constexpr int64_t kColumnBytes = 1 << 10;
 
 struct Part {
   const CacheTensor* tensor;
@@ -191,10 +193,14 @@ void run_on_cpu(const CompactionCall& call) {
   }
   std::vector<Part> parts;
   int64_t bytes = 0;
+  int64_t lines = 0;
+  for (const CacheTensor& tensor : call.tensors) lines += int64_t{tensor.num_lines} * c.batch;
   for (const CacheTensor& tensor : call.tensors) {
+    const int64_t cuts = std::max<int64_t>(1, kManyParts / std::max<int64_t>(1, lines));
+    const int64_t column = std::max(kColumnBytes, tensor.line_bytes / cuts);
     for (int32_t line = 0; line < tensor.num_lines; ++line) {
-      for (int64_t begin = 0; begin < tensor.line_bytes; begin += kColumnBytes) {
-        const int64_t end = std::min<int64_t>(begin + kColumnBytes, tensor.line_bytes);
+      for (int64_t begin = 0; begin < tensor.line_bytes; begin += column) {
+        const int64_t end = std::min<int64_t>(begin + column, tensor.line_bytes);
         parts.push_back({&tensor, line, begin, end});
         bytes += end - begin;
       }
