@@ -97,9 +97,9 @@ def execute(args: argparse.Namespace) -> None:
     png.check(args.out, "--out")
     import torch
 
+    from adsc_kernels.hub import find_folder
     from adsc_kernels.llava import Llava, bundled_checkpoint, load_image
     from adsc_kernels.llava.config import LlavaConfig
-    from adsc_kernels.llava.weights import find_folder
 
     bundled = bundled_checkpoint()
     files, questions = _choose(args.image, args.ask, bundled)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import transformers
 
 from ..errors import UnsupportedError
+from ..hub import read_json
 
 
 @dataclass(frozen=True)
@@ -85,19 +84,6 @@ class LlavaConfig:
             stop_token_ids=() if stop is None else tuple([stop] if isinstance(stop, int) else stop),
             hf=hf,
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises FileNotFoundError, or ValueError where the file holds no JSON object."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
 
 
 def _expect(path: Path, name: str, got: object, supported: object) -> None:

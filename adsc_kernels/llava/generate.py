@@ -46,9 +46,8 @@ class Conversation:
             older += spans[: max(len(spans) - older_than, 0)]
         layout = ([0, *accumulate(map(len, self.tokens))], self.vision_spans)
         chunks = [(0, n) for n in self.cached]
-        self.cache.compact_spans(
-            make_plan(self.cache.schedule, *layout, chunks=chunks), older, keep
-        )
+        plan = make_plan(self.cache.schedule, *layout, chunks=chunks)
+        self.cache.compact_spans(plan, older, keep)
 
 
 @dataclass
@@ -145,9 +144,8 @@ def generate(
     tokens = _choose(model.logits(hidden), temperature, top_p, rng)
     if compact_early_layers:
         turn = list(zip(begun, lengths, strict=True))
-        talk.cache.compact_early_layers(
-            make_plan(model.schedule, *layout, model.device, chunks=turn)
-        )
+        whole = make_plan(model.schedule, *layout, model.device, chunks=turn)
+        talk.cache.compact_early_layers(whole)
     cache_bytes = talk.cache.bytes_per_stage
     filled = _now(model.device)
 

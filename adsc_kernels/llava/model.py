@@ -22,12 +22,13 @@ from .. import ops
 from ..attention import varlen_attention
 from ..cache import KVCache, Phase, StageCache
 from ..errors import UnsupportedError
+from ..hub import find_folder
 from ..plan import CompressionPlan, StagePlan
 from ..schedule import CompressionSchedule
 from .config import LlavaConfig
 from .generate import generate
 from .processor import Processor
-from .weights import find_folder, load_weights
+from .weights import load_weights
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, [T, 1, head_dim]: of each row's position
 

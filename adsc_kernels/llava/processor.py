@@ -9,9 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer
-
-# From where it is defined: transformers 5.17 hides it at the top where torchvision is missing.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 hides it above
 
 from .config import LlavaConfig
 

@@ -1,18 +1,16 @@
-"""Finding a checkpoint and reading its weights: safetensors only, every name accounted for."""
+"""Reading a checkpoint's weights: safetensors only, every name accounted for."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-import huggingface_hub
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .config import read_json
+from ..hub import read_json
 
 # Our names are those of transformers 5 without the leading "model.". transformers 4 nested the
 # decoder one deeper, and some versions put the CLIP tower into a "vision_model" of its own.
@@ -25,18 +23,6 @@ _RENAMES = (
 # Tables that old versions saved, and that follow from the config.
 _DERIVED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def find_folder(path_or_id: str | Path) -> Path:
-    """A local folder, or the json and safetensors files of one on the hub; FileNotFoundError."""
-    if Path(path_or_id).is_dir():
-        return Path(path_or_id)
-    try:
-        patterns = ["*.json", "*.safetensors"]
-        return Path(huggingface_hub.snapshot_download(str(path_or_id), allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = f"no such folder, and none to be had from the hub ({str(error).strip()[:200]})"
-        raise FileNotFoundError(f"{path_or_id}: {reason}") from error
 
 
 def load_weights(
