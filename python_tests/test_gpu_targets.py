@@ -39,7 +39,7 @@ def test_without_a_device_nothing_is_run(target: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["sanitize"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_dry_run(target: str, tmp_path: Path) -> None:
     done = run(target, tmp_path, ADSC_GPU_DRY_RUN="1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
