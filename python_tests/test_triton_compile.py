@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from triton_ahead import Kernel, ahead_of_time
 
-from adsc_kernels.triton import downsample, launch, metadata, norm, upsample_grad
+from adsc_kernels.triton import boundary, downsample, launch, metadata, norm, upsample_grad
 
 ARCHITECTURES = [80, 90]
 STAGE = image_stage(2)
@@ -98,6 +98,25 @@ def test_upsample_grad(arch: int) -> None:
         {
             "bfloat16": (lambda: run(torch.zeros(tokens, 4096, dtype=torch.bfloat16)), 128),
             "narrow, indices": (lambda: run(torch.zeros(10, 3), ROWS), 32),
+        },
+    )
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_boundary_step(arch: int) -> None:
+    weight, others = torch.zeros(4096, dtype=torch.bfloat16), [POSITIONS]
+    cu_seqlens, spans = torch.zeros(9).int(), torch.zeros(8, 5).int()
+    layout = (None, None, cu_seqlens, spans, [1, 2, 1, 2], "grid", 24, STAGE.num_tokens)
+    table = (*TABLE[:2], None, None, [], "start", 0, STAGE.num_tokens)
+    pre_norm = (HIDDEN, HIDDEN, weight, 1e-6)
+    plain = (HIDDEN, None, None, 0.0)
+    each(
+        arch,
+        {
+            "norm, layout": (lambda: boundary.boundary_step(*pre_norm, others, *layout), 128),
+            "norm, table": (lambda: boundary.boundary_step(*pre_norm, [], *table), 128),
+            "layout": (lambda: boundary.boundary_step(*plain, others, *layout), 128),
+            "table": (lambda: boundary.boundary_step(*plain, others, *table), 128),
         },
     )
 

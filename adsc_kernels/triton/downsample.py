@@ -2,6 +2,7 @@
 """Moving the rows that survive: any number of tensors in one launch, whatever their elements."""
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -80,10 +81,41 @@ _TILE_WORDS = 1024  # 8 words of 8 bytes for each of 128 threads: 4 accesses of 
 _TILE_ROWS = 128
 
 
-def tile_of(words: int) -> tuple[int, int]:
+def tile_of(words: int, most_rows: int = _TILE_ROWS) -> tuple[int, int]:
     """Rows and words across a tile, for rows of so many words."""
     columns = min(triton.next_power_of_2(words), _TILE_WORDS)
-    return min(_TILE_WORDS // columns, _TILE_ROWS), columns
+    return min(_TILE_WORDS // columns, most_rows), columns
+
+
+class Moves(NamedTuple):
+    """Tensors and their tiles as kernels take them. Without the tensors that have no bytes."""
+
+    pointers: tuple[Any, ...]  # xs, outs, strides
+    shapes: tuple[Any, ...]  # WORDS, WIDTHS, TILE_ROWS, TILE_COLUMNS
+    programs: int
+
+
+def moves_of(xs: Sequence[Tensor], outs: Sequence[Tensor], most_rows: int = _TILE_ROWS) -> Moves:
+    """The tiles, of most_rows rows at most, in which rows of xs become outs."""
+    addresses, shapes = [], []
+    programs = 0
+    for x, out in zip(xs, outs, strict=True):
+        if out.numel() == 0:
+            continue
+        layout = row_layout(x, "xs")
+        bytes_ = x.element_size()
+        unit = unit_of(x.data_ptr(), out.data_ptr(), layout.size * bytes_, layout.stride * bytes_)
+        width = layout.size * bytes_ // unit.size
+        tile_rows, columns = tile_of(width * unit.words, most_rows)
+        stride = layout.stride * bytes_ // unit.size
+        addresses.append((pointer(x, unit.dtype), pointer(out, unit.dtype), stride))
+        shapes.append((unit.words, width, tile_rows, columns))
+        programs += triton.cdiv(len(out), tile_rows) * triton.cdiv(width * unit.words, columns)
+    return Moves(
+        tuple(zip(*addresses, strict=True)) or ((), (), ()),
+        tuple(zip(*shapes, strict=True)) or ((), (), (), ()),
+        programs,
+    )
 
 
 def downsample_many(
@@ -93,8 +125,8 @@ def downsample_many(
     if not xs:
         raise ValueError("xs: expected at least one tensor, got none")
     device, num_rows = xs[0].device, xs[0].shape[0] if xs[0].dim() else 0
-    layouts = [row_layout(x, "xs") for x in xs]
     for x in xs:
+        row_layout(x, "xs")
         if x.shape[0] != num_rows:
             raise ValueError(
                 f"xs: expected the same number of rows in all, got {num_rows} and {x.shape[0]}"
@@ -104,23 +136,10 @@ def downsample_many(
     movement = row_map(segments, keep_indices, num_tokens, num_rows, device)
 
     outs = [x.new_empty((num_tokens, *x.shape[1:])) for x in xs]
-    addresses, shapes = [], []
-    programs = 0
-    for x, out, layout in zip(xs, outs, layouts, strict=True):
-        if out.numel() == 0:
-            continue
-        bytes_ = x.element_size()
-        unit = unit_of(x.data_ptr(), out.data_ptr(), layout.size * bytes_, layout.stride * bytes_)
-        width = layout.size * bytes_ // unit.size
-        tile_rows, columns = tile_of(width * unit.words)
-        stride = layout.stride * bytes_ // unit.size
-        addresses.append((pointer(x, unit.dtype), pointer(out, unit.dtype), stride))
-        shapes.append((unit.words, width, tile_rows, columns))
-        programs += triton.cdiv(num_tokens, tile_rows) * triton.cdiv(width * unit.words, columns)
-    if shapes:
-        pointers, tiles = zip(*addresses, strict=True), zip(*shapes, strict=True)
-        arguments = (*pointers, *movement.arguments, *tiles, movement.by_index)
-        launch(downsample_kernel, programs, device, arguments)
+    moves = moves_of(xs, outs)
+    if moves.programs > 0:
+        arguments = (*moves.pointers, *movement.arguments, *moves.shapes, movement.by_index)
+        launch(downsample_kernel, moves.programs, device, arguments)
     return outs
 
 

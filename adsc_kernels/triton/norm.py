@@ -1,6 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """Residual add and RMSNorm of the rows that survive, which are the only ones read."""
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -84,8 +86,8 @@ def add_rms_norm_kernel(
     num_rows,
     UNIT: tl.constexpr,
     WIDTH: tl.constexpr,
-    EPS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EPS: tl.constexpr,
     BY_INDEX: tl.constexpr,
     CHECK: tl.constexpr,
 ):
@@ -115,6 +117,27 @@ def block_of(size: int, element_size: int) -> tuple[int, int]:
     """Elements that a program holds at once, and its warps, for rows of `size` elements."""
     block = min(triton.next_power_of_2(size), _BLOCK_BYTES // element_size)
     return block, min(max(block * element_size // _WARP_BYTES, 1), 16)
+
+
+class Norm(NamedTuple):
+    """Five tensors as kernels take them."""
+
+    pointers: tuple[Any, ...]  # x, residual, weight, normed, residual_out, and two strides
+    constants: tuple[int, ...]  # UNIT, WIDTH, BLOCK
+    warps: int
+
+
+def norm_of(
+    x: Tensor, residual: Tensor, weight: Tensor, normed: Tensor, residual_out: Tensor
+) -> Norm:
+    """normed and residual_out: to be written."""
+    tensors = (x, residual, weight, normed, residual_out)
+    bytes_, size = x.element_size(), x.shape[1]
+    lengths = [bytes_ * n for n in (size, x.stride(0), residual.stride(0))]
+    unit = unit_of(*(tensor.data_ptr() for tensor in tensors), *lengths).size // bytes_
+    block, warps = block_of(size, bytes_)
+    strides = (x.stride(0) // unit, residual.stride(0) // unit)
+    return Norm((*tensors, *strides), (unit, size // unit, block), warps)
 
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -147,17 +170,13 @@ def downsample_add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """See `adsc_kernels.ops.downsample_add_rms_norm`."""
     check_norm(x, residual, weight)
-    x_rows, residual_rows = row_layout(x, "x"), row_layout(residual, "residual")
+    x_rows = row_layout(x, "x")
+    row_layout(residual, "residual")
     movement = row_map(segments, keep_indices, num_tokens, x_rows.num_rows, x.device)
     normed, residual_out = (x.new_empty((num_tokens, x_rows.size)) for _ in range(2))
     if normed.numel() > 0:
-        tensors = (x, residual, weight, normed, residual_out)
-        bytes_ = x.element_size()
-        lengths = [bytes_ * n for n in (x_rows.size, x_rows.stride, residual_rows.stride)]
-        unit = unit_of(*(tensor.data_ptr() for tensor in tensors), *lengths).size // bytes_
-        block, warps = block_of(x_rows.size, bytes_)
-        strides = (x_rows.stride // unit, residual_rows.stride // unit)
-        constants = (unit, x_rows.size // unit, eps, block, movement.by_index)
-        arguments = (*tensors, *strides, *movement.arguments, *constants)
-        launch(add_rms_norm_kernel, num_tokens, x.device, arguments, num_warps=warps)
+        norm = norm_of(x, residual, weight, normed, residual_out)
+        constants = (*norm.constants, eps, movement.by_index)
+        arguments = (*norm.pointers, *movement.arguments, *constants)
+        launch(add_rms_norm_kernel, num_tokens, x.device, arguments, num_warps=norm.warps)
     return normed, residual_out
