@@ -243,4 +243,5 @@ register(
     fake=_fake,
     backward=_backward,
     setup=_setup,
+    triton="boundary",
 )

@@ -257,7 +257,9 @@ def boundary_step(
     programs = by_layout + normalize * num_tokens + moves.programs
     if programs > 0:
         shapes = moves.shapes
-        arguments = (*pointers, *moves.pointers, *movement.arguments, *described)
+        unused = ((hidden,), (hidden,), (0,))
+        moving = moves.pointers if moves.programs > 0 else unused
+        arguments = (*pointers, *moving, *movement.arguments, *described)
         flags = (movement.by_index, by_layout, normalize, *constants)
         launch(
             boundary_step_kernel,
