@@ -1,0 +1,22 @@
+"""ADSC_CHECK=1, which is read once per process: so in one of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from simt import ROOT, needs_simt
+
+pytestmark = needs_simt
+
+
+def test_wrong_entries_trap_before_anything_outside_is_touched() -> None:
+    script = Path(__file__).with_name("simt_checks.py")
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [sys.executable, script],
+        env=os.environ | {"ADSC_CHECK": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
