@@ -15,12 +15,12 @@ from adsc_kernels.triton.segment import source_rows
 @triton.jit
 def add(x, residual, residual_out, column, found, SIZE: tl.constexpr):
     """The sum, rounded to the elements' type, written and returned, as float32 or float64."""
-    inside = column < SIZE
     COMPUTE: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    a = tl.load(x + column, mask=found & inside, other=0).to(COMPUTE)
-    b = tl.load(residual + column, mask=found & inside, other=0).to(COMPUTE)
+    there = column < tl.where(found, SIZE, 0)
+    a = tl.load(x + column, mask=there, other=0).to(COMPUTE)
+    b = tl.load(residual + column, mask=there, other=0).to(COMPUTE)
     total = (a + b).to(x.dtype.element_ty)
-    tl.store(residual_out + column, total, mask=inside)
+    tl.store(residual_out + column, total, mask=column < SIZE)
     return total.to(COMPUTE)
 
 

@@ -26,7 +26,7 @@ def on_triton():
         yield
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=90, deadline=None)
 @given(
     stage=stages(max_sequences=3, max_length=20),
     dtype=st.sampled_from(DTYPES),

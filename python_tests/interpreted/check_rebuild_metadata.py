@@ -20,7 +20,7 @@ def both(*arguments: object) -> tuple[ops.Metadata, ops.Metadata]:
         return found, ops.rebuild_metadata(*arguments)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(layout=layouts(), keep=fractions, pattern=st.sampled_from(PATTERNS), five=st.booleans())
 def test_equals_reference(
     layout: tuple[Tensor, Tensor], keep: Fraction, pattern: str, five: bool
@@ -30,7 +30,7 @@ def test_equals_reference(
     assert same(*both(cu_seqlens, spans, keep, pattern))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(layout=layouts(), rows=fractions, cols=fractions, spare=st.integers(0, 3))
 def test_grid_equals_reference(
     layout: tuple[Tensor, Tensor], rows: Fraction, cols: Fraction, spare: int
