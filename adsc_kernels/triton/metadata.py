@@ -294,7 +294,7 @@ def stage_layout(
         (),
     )
     stage = tuple(cu_seqlens.new_empty(shape) for shape in shapes)
-    block = 128 if max(num_sequences, num_spans) <= 128 else 1024  # two versions of the code
+    block = 128 if max(num_sequences, num_spans) <= 128 else 512  # two versions of the code
     steps = num_spans.bit_length()
     shares = (*keep, *(0, 1))[:4]
     return StageLayout(
