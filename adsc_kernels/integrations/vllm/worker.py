@@ -15,21 +15,21 @@ class RunnerRows:
 
     def __init__(self, runner: Any, layouts: Layouts) -> None:
         self._runner, self._layouts = runner, layouts
-        self._by_request: dict[str, RequestLayout] = {}
+        # With the request itself: a name may come again, for another one.
+        self._known: dict[str, tuple[Any, RequestLayout]] = {}
 
     def __call__(self) -> list[RequestLayout]:
         requests = self._runner.requests
-        for name in self._by_request.keys() - requests.keys():
-            del self._by_request[name]
-        return [self._layout(name) for name in self._runner.input_batch.req_ids]
+        for name in self._known.keys() - requests.keys():
+            del self._known[name]
+        return [self._layout(name, requests[name]) for name in self._runner.input_batch.req_ids]
 
-    def _layout(self, name: str) -> RequestLayout:
-        layout = self._by_request.get(name)
-        if layout is None:
-            request = self._runner.requests[name]
+    def _layout(self, name: str, request: Any) -> RequestLayout:
+        known = self._known.get(name)
+        if known is None or known[0] is not request:
             layout = self._layouts.of(request.prompt_token_ids, request.mm_features)
-            self._by_request[name] = layout
-        return layout
+            known = self._known[name] = (request, layout)
+        return known[1]
 
 
 class AdscCPUWorker(CPUWorker):
