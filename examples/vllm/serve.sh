@@ -4,7 +4,8 @@
 #   SCHEDULE= examples/vllm/serve.sh        # drops nothing
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-exec vllm serve adsc_kernels/checkpoints/tiny-llava-digits --served-model-name tiny-llava-digits \
+exec python -m vllm.entrypoints.openai.api_server \
+  --model adsc_kernels/checkpoints/tiny-llava-digits --served-model-name tiny-llava-digits \
   --hf-overrides '{"architectures": ["AdscLlavaForConditionalGeneration"]}' \
   --additional-config "{\"adsc_schedule\": \"${SCHEDULE-4:1/4,8:1/4,12:1/4}\"}" \
   --dtype float32 --block-size 32 --max-model-len 1024 --enforce-eager \
