@@ -35,8 +35,6 @@ def test_compiled(llava):
 
 def test_ngram_speculation(llava):
     """Drafts from the prompt: a step then has several rows of a request."""
-    from vllm import SamplingParams
-
     repeated = f"{words(3, 8)} {words(3, 8)} {words(3, 4)}"
     asks = [*MIXED, Ask(f"<image> {repeated}", (1,)), Ask(repeated)]
     ngram = dict(method="ngram", num_speculative_tokens=3, prompt_lookup_max=3, prompt_lookup_min=1)
@@ -45,7 +43,3 @@ def test_ngram_speculation(llava):
         check(llava, SCHEDULE, asks, answer(llm, asks, 24), tolerance=2e-5)
         accepted = "vllm:spec_decode_num_accepted_tokens"
         assert sum(metric.value for metric in llm.get_metrics() if metric.name == accepted)
-        # Speculating, vLLM asks no plug-in about a request's parameters: the scheduler refuses.
-        refused = llm.generate("w1 w2", SamplingParams(prompt_logprobs=1), use_tqdm=False)
-        assert refused[0].outputs[0].finish_reason == "error"
-        check(llava, SCHEDULE, MIXED, answer(llm, MIXED, 3))
