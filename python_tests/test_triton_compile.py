@@ -61,6 +61,14 @@ def test_downsample(arch: int) -> None:
     )
 
 
+def test_misaligned_rows_are_not_read_in_wide_words() -> None:
+    """A CPU, and so the interpreter, would not mind; a GPU stops."""
+    x = HIDDEN.flatten()[1 : 1 - 4096].view(T - 1, 4096)
+    with ahead_of_time(90) as kernels:
+        downsample.downsample(x, None, ROWS, 10)
+    assert kernels[0].widths("ld") == {16, 64}  # rows, indices
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_norm(arch: int) -> None:
     def run(width: int, dtype: torch.dtype) -> None:

@@ -77,3 +77,5 @@ def test_what_is_right_passes() -> None:
     assert ops.downsample(X, stage).tolist() == [0, 2, 5, 7, 8, 9]
     assert ops.downsample(X, keep_indices=torch.tensor([9, 0])).tolist() == [9, 0]
     assert int(ops.rebuild_metadata(CU, int32([0, 1, 4], 1, 3), "1/2").num_tokens) == 14
+    grids = int32([0, 0, 6, 2, 3], 1, 5)
+    assert int(ops.rebuild_metadata(CU, grids, ("1/2", "1/3"), "grid", 2).num_tokens) == 11
