@@ -21,4 +21,8 @@ struct LayoutStep {
 void boundary_step(const RowMap& map, const LayoutStep* layout, const RowNorm* norm,
                    const RowCopy* copies, int count, Stream stream);
 
+// The copies alone, one launch for every 16.
+void boundary_copies(const RowMap& map, const LayoutStep* layout, const RowCopy* copies, int count,
+                     Stream stream);
+
 }  // namespace adsc::cuda

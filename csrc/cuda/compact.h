@@ -6,7 +6,8 @@
 
 namespace adsc::cuda {
 
-// Moves the rows of `count` tensors and writes the outputs: one launch for up to 512 tensors.
+// Moves the rows of `count` tensors and writes the outputs, if there are any: one launch for up to 512
+// tensors.
 void compact(const Compaction& compaction, const CacheTensor* tensors, int count,
              const CompactionOutputs& outputs, Stream stream);
 

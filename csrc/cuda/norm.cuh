@@ -25,7 +25,7 @@ struct NormShape {
   bool wide;      // accesses of 16 bytes
 };
 
-inline NormShape norm_shape(const RowNorm& norm, int64_t num_tokens) {
+inline NormShape norm_shape(const RowNorm& norm, int64_t num_tokens, int least_threads = 128) {
   NormShape shape{};
   if (num_tokens == 0 || norm.width == 0) return shape;
   const int64_t bytes = element_bytes(norm.element);
@@ -39,7 +39,7 @@ inline NormShape norm_shape(const RowNorm& norm, int64_t num_tokens) {
   const int64_t columns = row_bytes / (shape.wide ? 16 : bytes);
   shape.group = kWarp;
   while (shape.group < kThreads && shape.group * kKept < columns) shape.group *= 2;
-  shape.threads = shape.group < 128 ? 128 : shape.group;
+  shape.threads = shape.group < least_threads ? least_threads : shape.group;
   // Several rows for each group read the weight once for all; fewer, to keep the GPU busy.
   for (int rows = 4;; rows /= 2) {
     shape.tile_rows = shape.threads / shape.group * rows;
