@@ -177,7 +177,10 @@ struct Part {
   int64_t begin, end;  // bytes of the line
 };
 
+}  // namespace
+
 void run_on_cpu(const CompactionCall& call) {
+  cpu::write_outputs(call.compaction, call.outputs);
   const Compaction& c = call.compaction;
   // The moves, once for all tensors and heads that share them.
   const int64_t selections = int64_t{c.index_layers} * c.index_heads;
@@ -223,15 +226,19 @@ void run_on_cpu(const CompactionCall& call) {
 }
 
 #if defined(ADSC_WITH_CUDA)
+void check_on_cuda(const CompactionCall& call, cuda::Stream stream) {
+  cuda::check_compaction(call.compaction, stream);
+}
+
+namespace {
 void run_on_cuda(const CompactionCall& call, const Tensor& like) {
   const OnDevice device(like);
-  if (device_checks()) cuda::check_compaction(call.compaction, device.stream());
+  if (device_checks()) check_on_cuda(call, device.stream());
   cuda::compact(call.compaction, call.tensors.data(), static_cast<int>(call.tensors.size()),
                 call.outputs, device.stream());
 }
-#endif
-
 }  // namespace
+#endif
 
 CompactionCall dense_compaction(const CompactionArguments& a, const OptionalTensor& seq_starts) {
   CompactionCall call = compaction_of(a);
@@ -307,7 +314,6 @@ std::tuple<Tensor, Tensor> compact_kv_cpu(std::vector<Tensor> caches, int64_t nu
                         seq_lens, layout},
                        seq_starts);
   run_on_cpu(call);
-  cpu::write_outputs(call.compaction, call.outputs);
   return {call.results[0], call.results[1]};
 }
 
@@ -320,7 +326,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compact_paged_kv_cpu(
                         seq_lens, layout},
                        block_table, block_size, edit_table);
   run_on_cpu(call);
-  cpu::write_outputs(call.compaction, call.outputs);
   return {call.results[0], call.results[1], call.results[2], call.results[3], call.results[4]};
 }
 

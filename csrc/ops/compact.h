@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "compaction.h"
+#include "cuda/stream.h"
 #include "ops/check.h"
 
 namespace adsc::ops {
@@ -34,5 +35,12 @@ CompactionCall dense_compaction(const CompactionArguments& arguments,
                                 const OptionalTensor& seq_starts);
 CompactionCall paged_compaction(const CompactionArguments& arguments, const Tensor& block_table,
                                 int64_t block_size, bool edit_table);
+
+void run_on_cpu(const CompactionCall& call);
+
+#if defined(ADSC_WITH_CUDA)
+// ADSC_CHECK=1
+void check_on_cuda(const CompactionCall& call, cuda::Stream stream);
+#endif
 
 }  // namespace adsc::ops

@@ -12,9 +12,9 @@
 
 namespace adsc::ops {
 
-RowCopy row_copy(const Tensor& x, const RowLayout& layout, const Tensor& out) {
+RowCopy row_copy(const Tensor& x, const RowLayout& layout) {
   const auto width = static_cast<int64_t>(x.element_size());
-  return {bytes(x), layout.row_stride * width, mutable_bytes(out), layout.row_size * width};
+  return {bytes(x), layout.row_stride * width, nullptr, layout.row_size * width};
 }
 
 namespace {
@@ -40,7 +40,8 @@ Moves moves_of(const std::vector<Tensor>& xs, const char* name, const OptionalTe
   moves.map = row_map(segments, keep_indices, num_tokens, layouts[0].num_rows, xs[0], name);
   for (size_t i = 0; i < xs.size(); ++i) {
     moves.outs.push_back(empty_rows(xs[i], num_tokens));
-    moves.copies.push_back(row_copy(xs[i], layouts[i], moves.outs[i]));
+    moves.copies.push_back(row_copy(xs[i], layouts[i]));
+    moves.copies.back().out = mutable_bytes(moves.outs[i]);
   }
   return moves;
 }

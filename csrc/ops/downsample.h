@@ -5,7 +5,7 @@
 
 namespace adsc::ops {
 
-// From the rows of x, each of `layout`, into `out`.
-RowCopy row_copy(const Tensor& x, const RowLayout& layout, const Tensor& out);
+// Of the rows of x, each of `layout`; where to is left open.
+RowCopy row_copy(const Tensor& x, const RowLayout& layout);
 
 }  // namespace adsc::ops

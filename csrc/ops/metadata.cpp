@@ -39,9 +39,9 @@ Boundary boundary_of(const std::vector<int64_t>& keep, const std::string& patter
 
 }  // namespace
 
-MetadataOutputs metadata_of(const Tensor& cu_seqlens, const Tensor& spans,
-                            const std::vector<int64_t>& keep, const std::string& pattern,
-                            int64_t max_height) {
+MetadataCall metadata_of(const Tensor& cu_seqlens, const Tensor& spans,
+                         const std::vector<int64_t>& keep, const std::string& pattern,
+                         int64_t max_height) {
   const int32_t int32 = aoti_torch_dtype_int32();
   check(dtype_of(cu_seqlens) == int32 && cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1 &&
             cu_seqlens.is_contiguous(),
@@ -59,24 +59,27 @@ MetadataOutputs metadata_of(const Tensor& cu_seqlens, const Tensor& spans,
     check(fault.empty(), fault);
   }
   const int64_t num_segments = layout.num_sequences + layout.num_spans * (1 + boundary.span_blocks);
-  std::vector<Tensor> tensors = {empty(cu_seqlens, {layout.num_sequences + 1}),
-                                 empty(cu_seqlens, {layout.num_spans, boundary.grid ? 5 : 3}),
-                                 empty(cu_seqlens, {num_segments, kSegmentColumns}),
-                                 empty(cu_seqlens, {layout.num_sequences}),
-                                 empty(cu_seqlens, {}),
-                                 empty(cu_seqlens, {})};
+  const auto output = [&](const std::vector<int64_t>& sizes) { return Output{cu_seqlens, sizes}; };
+  return {layout,
+          boundary,
+          {},
+          {output({layout.num_sequences + 1}), output({layout.num_spans, boundary.grid ? 5 : 3}),
+           output({num_segments, kSegmentColumns}), output({layout.num_sequences}), output({}),
+           output({})}};
+}
+
+void MetadataCall::set_outputs(const Tensor* tensors) {
   const auto data = [&](size_t i) { return static_cast<int32_t*>(tensors[i].mutable_data_ptr()); };
-  const StageMetadata stage{data(0), data(1), reinterpret_cast<Segment*>(data(2)),
-                            data(3), data(4), data(5)};
-  return {layout, boundary, stage, tensors};
+  stage = {data(0), data(1), reinterpret_cast<Segment*>(data(2)), data(3), data(4), data(5)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rebuild_metadata_cpu(
     Tensor cu_seqlens, Tensor spans, std::vector<int64_t> keep, std::string pattern,
     int64_t max_height) {
-  const MetadataOutputs out = metadata_of(cu_seqlens, spans, keep, pattern, max_height);
-  cpu::rebuild_metadata(out.layout, out.boundary, out.stage);
-  const std::vector<Tensor>& t = out.tensors;
+  MetadataCall call = metadata_of(cu_seqlens, spans, keep, pattern, max_height);
+  const std::vector<Tensor> t = allocate(call.outputs);
+  call.set_outputs(t.data());
+  cpu::rebuild_metadata(call.layout, call.boundary, call.stage);
   return {t[0], t[1], t[2], t[3], t[4], t[5]};
 }
 
@@ -85,14 +88,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rebuild_metadata_cpu(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rebuild_metadata_cuda(
     Tensor cu_seqlens, Tensor spans, std::vector<int64_t> keep, std::string pattern,
     int64_t max_height) {
-  const MetadataOutputs out = metadata_of(cu_seqlens, spans, keep, pattern, max_height);
+  MetadataCall call = metadata_of(cu_seqlens, spans, keep, pattern, max_height);
+  const std::vector<Tensor> t = allocate(call.outputs);
+  call.set_outputs(t.data());
   const OnDevice device(cu_seqlens);
   if (device_checks()) {
     constexpr int64_t kAnyRows = int64_t{1} << 31;  // how many there are is not known here
-    cuda::check_layout(out.layout, out.boundary, kAnyRows, device.stream());
+    cuda::check_layout(call.layout, call.boundary, kAnyRows, device.stream());
   }
-  cuda::rebuild_metadata(out.layout, out.boundary, out.stage, device.stream());
-  const std::vector<Tensor>& t = out.tensors;
+  cuda::rebuild_metadata(call.layout, call.boundary, call.stage, device.stream());
   return {t[0], t[1], t[2], t[3], t[4], t[5]};
 }
 

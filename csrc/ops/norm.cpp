@@ -10,8 +10,8 @@
 
 namespace adsc::ops {
 
-NormOutputs norm_of(const Tensor& x, const char* name, const Tensor& residual, const Tensor& weight,
-                    int64_t num_tokens, double eps) {
+RowNorm norm_of(const Tensor& x, const char* name, const Tensor& residual, const Tensor& weight,
+                int64_t num_tokens, double eps) {
   check(x.dim() == 2, name, ": expected shape [rows, hidden], got ", Shape{x});
   const RowLayout x_layout = row_layout(x, name);
   const RowLayout residual_layout = row_layout(residual, "residual");
@@ -26,33 +26,48 @@ NormOutputs norm_of(const Tensor& x, const char* name, const Tensor& residual, c
   check_device(weight, "weight", x, name);
   check(eps >= 0, "eps: expected at least 0, got ", eps);
   check(num_tokens >= 0, "num_tokens: expected at least 0, got ", num_tokens);
-  const Element element = element_of(x, name);
-
-  Tensor normed = empty_rows(x, num_tokens);
-  Tensor residual_out = empty_rows(x, num_tokens);
   const auto width = static_cast<int64_t>(x.element_size());
-  const RowNorm rows{bytes(x),
-                     x_layout.row_stride * width,
-                     bytes(residual),
-                     residual_layout.row_stride * width,
-                     bytes(weight),
-                     mutable_bytes(normed),
-                     mutable_bytes(residual_out),
-                     x_layout.row_size,
-                     eps,
-                     element};
-  return {rows, normed, residual_out};
+  return {bytes(x),
+          x_layout.row_stride * width,
+          bytes(residual),
+          residual_layout.row_stride * width,
+          bytes(weight),
+          nullptr,
+          nullptr,
+          x_layout.row_size,
+          eps,
+          element_of(x, name)};
 }
+
+namespace {
+
+struct Norm {
+  RowMap map;
+  RowNorm rows;
+  Tensor normed, residual_out;
+};
+
+Norm norm_call(const Tensor& x, const Tensor& residual, const Tensor& weight,
+               const OptionalTensor& segments, const OptionalTensor& keep_indices,
+               int64_t num_tokens, double eps) {
+  const RowNorm rows = norm_of(x, "x", residual, weight, num_tokens, eps);
+  const RowMap map = row_map(segments, keep_indices, num_tokens, x.size(0), x, "x");
+  Norm norm{map, rows, empty_rows(x, num_tokens), empty_rows(x, num_tokens)};
+  norm.rows.normed = mutable_bytes(norm.normed);
+  norm.rows.residual_out = mutable_bytes(norm.residual_out);
+  return norm;
+}
+
+}  // namespace
 
 std::tuple<Tensor, Tensor> downsample_add_rms_norm_cpu(Tensor x, Tensor residual, Tensor weight,
                                                        OptionalTensor segments,
                                                        OptionalTensor keep_indices,
                                                        int64_t num_tokens, double eps) {
-  const NormOutputs norm = norm_of(x, "x", residual, weight, num_tokens, eps);
-  const RowMap map = row_map(segments, keep_indices, num_tokens, x.size(0), x, "x");
+  const Norm norm = norm_call(x, residual, weight, segments, keep_indices, num_tokens, eps);
   parallel_rows(num_tokens, 4 * norm.rows.width * static_cast<int64_t>(x.element_size()),
                 [&](int64_t begin, int64_t end) {
-                  cpu::add_rms_norm_rows(map, norm.rows, begin, end);
+                  cpu::add_rms_norm_rows(norm.map, norm.rows, begin, end);
                 });
   return {norm.normed, norm.residual_out};
 }
@@ -63,11 +78,10 @@ std::tuple<Tensor, Tensor> downsample_add_rms_norm_cuda(Tensor x, Tensor residua
                                                         OptionalTensor segments,
                                                         OptionalTensor keep_indices,
                                                         int64_t num_tokens, double eps) {
-  const NormOutputs norm = norm_of(x, "x", residual, weight, num_tokens, eps);
-  const RowMap map = row_map(segments, keep_indices, num_tokens, x.size(0), x, "x");
+  const Norm norm = norm_call(x, residual, weight, segments, keep_indices, num_tokens, eps);
   const OnDevice device(x);
-  if (device_checks()) cuda::check_rows(map, device.stream());
-  cuda::add_rms_norm_rows(map, norm.rows, device.stream());
+  if (device_checks()) cuda::check_rows(norm.map, device.stream());
+  cuda::add_rms_norm_rows(norm.map, norm.rows, device.stream());
   return {norm.normed, norm.residual_out};
 }
 

@@ -5,14 +5,9 @@
 
 namespace adsc::ops {
 
-struct NormOutputs {
-  RowNorm rows;
-  Tensor normed;
-  Tensor residual_out;
-};
-
-// name: what the caller calls x.
-NormOutputs norm_of(const Tensor& x, const char* name, const Tensor& residual, const Tensor& weight,
-                    int64_t num_tokens, double eps);
+// All but the outputs, which are of the shape of x with num_tokens rows. name: what the caller calls
+// x.
+RowNorm norm_of(const Tensor& x, const char* name, const Tensor& residual, const Tensor& weight,
+                int64_t num_tokens, double eps);
 
 }  // namespace adsc::ops
