@@ -86,6 +86,37 @@ def boundary_step(
     Raises TypeError or ValueError naming the argument, before anything is written; what tables and
     layouts hold is checked on CPU, where the host can read it.
     """
+    arguments = check_boundary(hidden, stage, residual, weight, eps, others, keep_indices, layout)
+    op = choose("boundary_step", hidden.device)
+    if op is None:
+        new_hidden, new_residual, moved, metadata = reference.boundary_step(
+            hidden,
+            stage,
+            residual=residual,
+            weight=weight,
+            eps=eps,
+            others=others,
+            keep_indices=keep_indices,
+            layout=layout,
+        )
+        found = None if metadata is None else Metadata(*metadata)
+        return BoundaryStep(new_hidden, new_residual, moved, found)
+    inputs = [x for x in (hidden, residual, weight, *others) if x is not None]
+    outputs = call(op, *arguments, grad=any(x.requires_grad for x in inputs))
+    return step_of(outputs, residual is not None, len(others))
+
+
+def check_boundary(
+    hidden: Tensor,
+    stage: Stage | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    others: Sequence[Tensor],
+    keep_indices: Tensor | None,
+    layout: Layout | None,
+) -> tuple[Any, ...]:
+    """The arguments of the op. Raises as `boundary_step`."""
     if (residual is None) != (weight is None):
         only = "weight" if residual is None else "residual"
         raise ValueError(f"residual, weight: expected both or neither, got only {only}")
@@ -125,23 +156,7 @@ def boundary_step(
                 f"cu_seqlens: expected the device of hidden, {hidden.device}, "
                 f"got {cu_seqlens.device}"
             )
-    op = choose("boundary_step", hidden.device)
-    if op is None:
-        new_hidden, new_residual, moved, metadata = reference.boundary_step(
-            hidden,
-            stage,
-            residual=residual,
-            weight=weight,
-            eps=eps,
-            others=others,
-            keep_indices=keep_indices,
-            layout=layout,
-        )
-        found = None if metadata is None else Metadata(*metadata)
-        return BoundaryStep(new_hidden, new_residual, moved, found)
-    inputs = [x for x in (hidden, residual, weight, *others) if x is not None]
-    outputs = call(
-        op,
+    return (
         hidden,
         residual,
         weight,
@@ -155,22 +170,25 @@ def boundary_step(
         pattern,
         max_height,
         num_tokens,
-        grad=any(x.requires_grad for x in inputs),
     )
-    first = 1 if residual is None else 2
-    last = first + len(others)
+
+
+def step_of(outputs: Sequence[Tensor], has_residual: bool, num_others: int) -> BoundaryStep:
+    """outputs: what the op returns."""
+    first = 1 + has_residual
+    last = first + num_others
     return BoundaryStep(
         outputs[0],
-        None if residual is None else outputs[1],
+        outputs[1] if has_residual else None,
         list(outputs[first:last]),
-        None if layout is None else Metadata(*outputs[last:]),
+        Metadata(*outputs[last:]) if len(outputs) > last else None,
     )
 
 
 # ---- Shapes for tracing, and gradients ----
 
 
-def _fake(
+def empty_outputs(
     hidden: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
@@ -185,6 +203,7 @@ def _fake(
     max_height: int,
     num_tokens: int,
 ) -> list[Tensor]:
+    """What the op returns, uninitialized."""
     moved = [hidden, *([] if residual is None else [residual]), *others]
     outputs = [x.new_empty((num_tokens, *x.shape[1:])) for x in moved]
     if cu_seqlens is not None and spans is not None:
@@ -240,7 +259,7 @@ register(
     "(Tensor hidden, Tensor? residual, Tensor? weight, float eps, Tensor[] others, "
     "Tensor? segments, Tensor? keep_indices, Tensor? cu_seqlens, Tensor? spans, int[] keep, "
     "str pattern, SymInt max_height, SymInt num_tokens) -> Tensor[]",
-    fake=_fake,
+    fake=empty_outputs,
     backward=_backward,
     setup=_setup,
     triton="boundary",

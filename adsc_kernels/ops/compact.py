@@ -1,14 +1,16 @@
 """Shrinking a KV cache that is already written: `compact_kv_` and `compact_paged_kv_`."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from adsc_kernels import reference
-from adsc_kernels.compaction import CompactionResult, Ints, check_pages
+from adsc_kernels.compaction import CompactionResult, Ints, Pages, check_pages
 from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.ops._cache import (
     Caches,
@@ -20,6 +22,36 @@ from adsc_kernels.ops._cache import (
     check_rows_of,
 )
 from adsc_kernels.ops._dispatch import choose, register
+
+
+@dataclass(frozen=True)
+class CompactionCall:
+    """The arguments of one of the two ops, checked, and what the host knows of its results."""
+
+    arguments: tuple[Any, ...]
+    device: torch.device
+    new_lens: tuple[int, ...]
+    block_table: Tensor | None = None  # where the op makes no new one
+    pages: Pages | None = None
+
+    def result(
+        self,
+        lens: Tensor,
+        slots: Tensor,
+        last_page_len: Tensor | None = None,
+        indptr: Tensor | None = None,
+        new_table: Tensor | None = None,
+    ) -> CompactionResult:
+        """lens and on: what the op returned."""
+        return CompactionResult(
+            Ints(self.new_lens, lens),
+            slots,
+            new_table if self.block_table is None else self.block_table,
+            last_page_len,
+            indptr,
+            None if self.pages is None else self.pages.released,
+            None if self.pages is None else self.pages.free,
+        )
 
 
 def compact_kv_(
@@ -80,6 +112,40 @@ def compact_kv_(
     torch.compile). The contents of keep_indices and of segments are checked if they are on the CPU;
     on a device with ADSC_CHECK=1, where the kernel traps before its first write.
     """
+    call = check_dense(
+        k_caches,
+        v_caches,
+        stage,
+        seq_starts,
+        layout=layout,
+        keep_indices=keep_indices,
+        cu_kept=cu_kept,
+        cu_rows=cu_rows,
+        prefix_lens=prefix_lens,
+        seq_lens=seq_lens,
+        k_scales=k_scales,
+        v_scales=v_scales,
+    )
+    op = choose("compact_kv_", call.device) or reference.compact_kv_
+    return call.result(*op(*call.arguments))
+
+
+def check_dense(
+    k_caches: Tensor | Sequence[Tensor],
+    v_caches: Tensor | Sequence[Tensor] | None,
+    stage: CacheStage | None,
+    seq_starts: IntsLike | None,
+    *,
+    layout: str,
+    keep_indices: Tensor | None,
+    cu_kept: IntsLike | None,
+    cu_rows: IntsLike | None,
+    prefix_lens: IntsLike | None,
+    seq_lens: IntsLike | None,
+    k_scales: Tensor | Sequence[Tensor] | None,
+    v_scales: Tensor | Sequence[Tensor] | None,
+) -> CompactionCall:
+    """The arguments of `compact_kv_`. Raises as it does."""
     caches = check_caches(k_caches, v_caches, k_scales, v_scales, layout)
     rows = check_rows_of(caches, stage, keep_indices, cu_kept, cu_rows, prefix_lens, seq_lens)
     first = caches.tensors[0]
@@ -127,9 +193,7 @@ def compact_kv_(
         starts,
         layout,
     )
-    op = choose("compact_kv_", first.device)
-    lens, slots = reference.compact_kv_(*arguments) if op is None else op(*arguments)
-    return CompactionResult(Ints(rows.host.new_lens, lens), slots)
+    return CompactionCall(arguments, first.device, rows.host.new_lens)
 
 
 def compact_paged_kv_(
@@ -184,6 +248,48 @@ def compact_paged_kv_(
     or layer, the host can't know which rows move, and takes every block behind the prefix for
     written. On a device ADSC_CHECK=1 checks that blocks lie in the pool.
     """
+    call = check_paged(
+        k_caches,
+        v_caches,
+        block_table,
+        stage,
+        block_size,
+        layout=layout,
+        keep_indices=keep_indices,
+        cu_kept=cu_kept,
+        cu_rows=cu_rows,
+        prefix_lens=prefix_lens,
+        seq_lens=seq_lens,
+        edit_table=edit_table,
+        block_table_host=block_table_host,
+        pinned=pinned,
+        k_scales=k_scales,
+        v_scales=v_scales,
+    )
+    op = choose("compact_paged_kv_", call.device) or reference.compact_paged_kv_
+    return call.result(*op(*call.arguments))
+
+
+def check_paged(
+    k_caches: Tensor | Sequence[Tensor],
+    v_caches: Tensor | Sequence[Tensor] | None,
+    block_table: Tensor,
+    stage: CacheStage | None,
+    block_size: int | None,
+    *,
+    layout: str,
+    keep_indices: Tensor | None,
+    cu_kept: IntsLike | None,
+    cu_rows: IntsLike | None,
+    prefix_lens: IntsLike | None,
+    seq_lens: IntsLike | None,
+    edit_table: bool,
+    block_table_host: Tensor | np.ndarray | None,
+    pinned: Sequence[int] | Tensor | np.ndarray | None,
+    k_scales: Tensor | Sequence[Tensor] | None,
+    v_scales: Tensor | Sequence[Tensor] | None,
+) -> CompactionCall:
+    """The arguments of `compact_paged_kv_`. Raises as it does."""
     caches = check_caches(k_caches, v_caches, k_scales, v_scales, layout)
     first = caches.tensors[0]
     size, num_blocks = _block_size(caches, block_size, layout)
@@ -244,17 +350,8 @@ def compact_paged_kv_(
         edit_table,
         layout,
     )
-    op = choose("compact_paged_kv_", first.device)
-    outputs = reference.compact_paged_kv_(*arguments) if op is None else op(*arguments)
-    lens, slots, last_page_len, indptr, new_table = outputs
-    return CompactionResult(
-        Ints(rows.host.new_lens, lens),
-        slots,
-        new_table if edit_table else block_table,
-        last_page_len,
-        indptr,
-        None if pages is None else pages.released,
-        None if pages is None else pages.free,
+    return CompactionCall(
+        arguments, first.device, rows.host.new_lens, None if edit_table else block_table, pages
     )
 
 
