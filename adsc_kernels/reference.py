@@ -14,6 +14,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from adsc_kernels.ops._dispatch import Stage
     from adsc_kernels.ops.boundary import Layout
+    from adsc_kernels.ops.compact import CompactionCall
 
 PATTERNS = ("start", "center", "linspace")  # their numbers in a segment table
 
@@ -217,3 +218,35 @@ def boundary_step(
         )
         new_residual = padded(new_residual)
     return padded(new_hidden), new_residual, [padded(x) for x in moved[1:]], metadata
+
+
+def compress_step(
+    hidden: Tensor,
+    compaction: "CompactionCall",
+    stage: "Stage | None" = None,
+    *,
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    others: Sequence[Tensor] = (),
+    keep_indices: Tensor | None = None,
+    layout: "Layout | None" = None,
+) -> tuple[
+    tuple[Tensor, Tensor | None, list[Tensor], tuple[Tensor, ...] | None], tuple[Tensor, ...]
+]:
+    """See `adsc_kernels.ops.compress_step`: `boundary_step`, and one of the compaction ops.
+
+    compaction: its arguments, as that op has checked them.
+    """
+    step = boundary_step(
+        hidden,
+        stage,
+        residual=residual,
+        weight=weight,
+        eps=eps,
+        others=others,
+        keep_indices=keep_indices,
+        layout=layout,
+    )
+    compact = compact_paged_kv_ if compaction.paged else compact_kv_
+    return step, compact(*compaction.arguments)

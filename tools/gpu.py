@@ -37,7 +37,7 @@ SECONDS = 460  # for everything: a call on a lent machine is cut off a little la
 BACKENDS = ("cuda", "triton")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Seconds after which no case begins.
-BENCHES = {"downsample": 90, "boundary": 120, "compact": 110}
+BENCHES = {"downsample": 90, "boundary": 120, "compact": 110, "compress": 60}
 DRY_RUN = os.environ.get("ADSC_GPU_DRY_RUN") == "1"
 
 

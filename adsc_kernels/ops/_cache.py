@@ -183,6 +183,27 @@ def check_overlap(tensors: Sequence[Tensor], names: Sequence[str]) -> None:
             chain, end = [span], span[1]
 
 
+def check_apart(inputs: Sequence[tuple[str, Tensor]], caches: Sequence[Tensor]) -> None:
+    """Raises ValueError where one of the inputs, by name, shares memory with one of the caches."""
+    written = [(*_reach(x), x) for x in caches if x.numel()]
+    for name, x in inputs:
+        if x.numel() == 0:
+            continue
+        begin, end = _reach(x)
+        for first, last, cache in written:
+            if begin < last and first < end:
+                low, high = (x, cache) if begin <= first else (cache, x)
+                if _share_memory(low, high, abs(first - begin)):
+                    raise ValueError(f"{name}: expected memory that no cache of the call lies in")
+
+
+def _reach(x: Tensor) -> tuple[int, int]:
+    """Addresses from its first byte to behind its last."""
+    steps = ((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    begin = x.data_ptr()
+    return begin, begin + (1 + sum(steps)) * x.itemsize
+
+
 def _share_memory(a: Tensor, b: Tensor, offset: int) -> bool:
     """Whether two views meet, where b begins `offset` >= 0 bytes behind a.
 
@@ -219,7 +240,7 @@ def _steps(x: Tensor) -> dict[int, int]:
     sizes = {
         stride * width: size
         for stride, size in zip(x.stride(), x.shape, strict=True)
-        if size > 1 and stride * width > 1
+        if size > 1 and stride > 0
     }
     inner = sizes.pop(width, 1)
     return {**sizes, 1: inner * width}

@@ -16,7 +16,7 @@ from adsc_kernels.ops.metadata import (
     Metadata,
     as_ints,
     check_layout,
-    fake_metadata,
+    empty_metadata,
 )
 from adsc_kernels.ops.norm import check_norm, norm_gradients
 
@@ -207,7 +207,7 @@ def empty_outputs(
     moved = [hidden, *([] if residual is None else [residual]), *others]
     outputs = [x.new_empty((num_tokens, *x.shape[1:])) for x in moved]
     if cu_seqlens is not None and spans is not None:
-        outputs += fake_metadata(cu_seqlens, spans, keep, pattern, max_height)
+        outputs += empty_metadata(cu_seqlens, spans, keep, pattern, max_height)
     return outputs
 
 

@@ -31,6 +31,7 @@ class CompactionCall:
     arguments: tuple[Any, ...]
     device: torch.device
     new_lens: tuple[int, ...]
+    paged: bool
     block_table: Tensor | None = None  # where the op makes no new one
     pages: Pages | None = None
 
@@ -193,7 +194,7 @@ def check_dense(
         starts,
         layout,
     )
-    return CompactionCall(arguments, first.device, rows.host.new_lens)
+    return CompactionCall(arguments, first.device, rows.host.new_lens, paged=False)
 
 
 def compact_paged_kv_(
@@ -351,7 +352,12 @@ def check_paged(
         layout,
     )
     return CompactionCall(
-        arguments, first.device, rows.host.new_lens, None if edit_table else block_table, pages
+        arguments,
+        first.device,
+        rows.host.new_lens,
+        paged=True,
+        block_table=None if edit_table else block_table,
+        pages=pages,
     )
 
 

@@ -146,10 +146,10 @@ def exact_fraction(keep: object) -> Fraction:
     return fraction
 
 
-def fake_metadata(
+def empty_metadata(
     cu_seqlens: Tensor, spans: Tensor, keep: list[int], pattern: str, max_height: int
 ) -> tuple[Tensor, ...]:
-    """The shapes of the metadata, which depend on shapes alone."""
+    """The metadata, uninitialized: its shapes depend on shapes alone."""
     num_sequences, num_spans = cu_seqlens.shape[0] - 1, spans.shape[0]
     grid = pattern == "grid"
     blocks = -((-max_height * keep[0]) // keep[1]) if grid else 1
@@ -168,6 +168,6 @@ register(
     "rebuild_metadata",
     "(Tensor cu_seqlens, Tensor spans, int[] keep, str pattern, SymInt max_height) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=fake_metadata,
+    fake=empty_metadata,
     triton="metadata",
 )

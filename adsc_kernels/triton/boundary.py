@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adsc_kernels.ops.boundary import empty_outputs
 from adsc_kernels.triton.downsample import move_tile, moves_of
 from adsc_kernels.triton.launch import BATCH_ARGUMENTS, RowMap, launch, row_layout, row_map
 from adsc_kernels.triton.metadata import (
@@ -186,7 +187,13 @@ def boundary_step_kernel(
         tile -= tiles
 
 
-def boundary_step(
+def boundary_step(*arguments) -> list[Tensor]:
+    """See `adsc_kernels.ops.boundary_step`."""
+    return write_boundary_step(None, *arguments)
+
+
+def write_boundary_step(
+    outs: list[Tensor] | None,
     hidden: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
@@ -201,7 +208,7 @@ def boundary_step(
     max_height: int,
     num_tokens: int,
 ) -> list[Tensor]:
-    """See `adsc_kernels.ops.boundary_step`."""
+    """The same into outs, which are like those of `empty_outputs`; None: into new ones."""
     if (residual is None) != (weight is None):
         raise ValueError("residual, weight: expected both or neither, got one")
     if (cu_seqlens is None) != (spans is None):
@@ -228,38 +235,40 @@ def boundary_step(
             raise ValueError(f"num_tokens: expected at least 0, got {num_tokens}")
         layout = stage_layout(cu_seqlens, spans, keep, pattern, max_height)
         movement = RowMap((cu_seqlens, 0, 0, num_tokens, hidden.shape[0]), False)
-        described, stage = (*layout.arguments, layout.stage), list(layout.stage)
         by_layout, constants = True, (*layout.constants[:2], 128)
+        described = layout.arguments
     else:
         movement = row_map(segments, keep_indices, num_tokens, hidden.shape[0], device)
         rows = movement.arguments[0]  # in the place of pointers that are not used
-        described, stage = (rows, rows, *(0,) * 9, (rows,) * 6), []
         by_layout, constants = False, (3, False, 128)
-
+        described = (rows, rows, *(0,) * 9)
     if residual is not None and weight is not None:
         check_norm(hidden, residual, weight)
-        normed, residual_out = (hidden.new_empty((num_tokens, hidden.shape[1])) for _ in range(2))
-        norm = norm_of(hidden, residual, weight, normed, residual_out)
-        moved, outputs = others, [normed, residual_out]
-        normalize, pointers, norm_constants = normed.numel() > 0, norm.pointers, norm.constants
+    if outs is None:
+        outs = empty_outputs(
+            hidden, residual, weight, eps, others, segments, keep_indices, cu_seqlens, spans, keep,
+            pattern, max_height, num_tokens,
+        )  # fmt: skip
+
+    moved = [hidden, *others] if residual is None else others
+    first = 0 if residual is None else 2
+    last = first + len(moved)
+    stage = tuple(outs[last:]) or (rows,) * 6
+    normalize, warps = False, 4
+    pointers: tuple = (*(movement.arguments[0],) * 5, 0, 0)
+    norm_constants: tuple = (1, 1, 1)
+    if residual is not None and weight is not None:
+        norm = norm_of(hidden, residual, weight, *outs[:2])
+        normalize, pointers, norm_constants = outs[0].numel() > 0, norm.pointers, norm.constants
         warps = norm.warps
-    else:
-        moved, outputs = [hidden, *others], []
-        normalize, pointers, norm_constants, warps = (
-            False,
-            (*(movement.arguments[0],) * 5, 0, 0),
-            (1, 1, 1),
-            4,
-        )
-    outs = [x.new_empty((num_tokens, *x.shape[1:])) for x in moved]
-    moves = moves_of(moved, outs, *((_LAYOUT_ROWS,) if by_layout else ()))
+    moves = moves_of(moved, outs[first:last], *((_LAYOUT_ROWS,) if by_layout else ()))
 
     programs = by_layout + normalize * num_tokens + moves.programs
     if programs > 0:
         shapes = moves.shapes
         unused = ((hidden,), (hidden,), (0,))
         moving = moves.pointers if moves.programs > 0 else unused
-        arguments = (*pointers, *moving, *movement.arguments, *described)
+        arguments = (*pointers, *moving, *movement.arguments, *described, stage)
         flags = (movement.by_index, by_layout, normalize, *constants)
         launch(
             boundary_step_kernel,
@@ -269,4 +278,4 @@ def boundary_step(
             num_warps=warps,
             **({"maxnreg": 128} if by_layout else {}),  # as for rebuild_metadata
         )
-    return [*outputs, *outs, *stage]
+    return outs

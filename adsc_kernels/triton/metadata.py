@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adsc_kernels.ops.metadata import empty_metadata
 from adsc_kernels.triton.launch import launch
 from adsc_kernels.triton.segment import COLUMNS, START, kept_count, kept_index
 
@@ -243,11 +244,10 @@ _PATTERNS = {"start": 0, "center": 1, "linspace": 2, "grid": 0}
 
 
 class StageLayout(NamedTuple):
-    """A batch and a boundary as kernels take them, and the stage's tensors, unwritten."""
+    """A batch and a boundary as kernels take them."""
 
     arguments: tuple[Any, ...]  # LAYOUT_ARGUMENTS
     constants: tuple[Any, ...]  # SPAN_COLUMNS, GRID, BLOCK
-    stage: tuple[Tensor, ...]
     warps: int
 
 
@@ -285,22 +285,12 @@ def stage_layout(
         blocks = -(-max_height * keep[0] // keep[1])
 
     num_sequences, num_spans = len(cu_seqlens) - 1, len(spans)
-    shapes = (
-        (num_sequences + 1,),
-        (num_spans, 5 if grid else 3),
-        (num_sequences + num_spans * (1 + blocks), 6),
-        (num_sequences,),
-        (),
-        (),
-    )
-    stage = tuple(cu_seqlens.new_empty(shape) for shape in shapes)
     block = 128 if max(num_sequences, num_spans) <= 128 else 512  # two versions of the code
     steps = num_spans.bit_length()
     shares = (*keep, *(0, 1))[:4]
     return StageLayout(
         (cu_seqlens, spans, num_sequences, num_spans, steps, *shares, _PATTERNS[pattern], blocks),
         (spans.shape[1], grid, block),
-        stage,
         4 if block == 128 else 8,
     )
 
@@ -310,8 +300,9 @@ def rebuild_metadata(
 ) -> tuple[Tensor, ...]:
     """See `adsc_kernels.ops.rebuild_metadata`."""
     layout = stage_layout(cu_seqlens, spans, keep, pattern, max_height)
-    arguments = (*layout.arguments, layout.stage, *layout.constants)
+    stage = empty_metadata(cu_seqlens, spans, keep, pattern, max_height)
+    arguments = (*layout.arguments, stage, *layout.constants)
     # With one program there is no reason to save registers, as ptxas else would, down to spilling.
     options = {"num_warps": layout.warps, "maxnreg": 128}
     launch(rebuild_metadata_kernel, 1, cu_seqlens.device, arguments, **options)
-    return layout.stage
+    return stage

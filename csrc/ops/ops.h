@@ -46,6 +46,15 @@ std::vector<Tensor> boundary_step_cpu(Tensor hidden, OptionalTensor residual, Op
                                       OptionalTensor cu_seqlens, OptionalTensor spans,
                                       std::vector<int64_t> keep, std::string pattern,
                                       int64_t max_height, int64_t num_tokens);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compress_step_cpu(
+    Tensor hidden, OptionalTensor residual, OptionalTensor weight, double eps,
+    std::vector<Tensor> others, OptionalTensor segments, OptionalTensor keep_indices,
+    OptionalTensor cu_seqlens, OptionalTensor spans, std::vector<int64_t> keep, std::string pattern,
+    int64_t max_height, int64_t num_tokens, std::vector<Tensor> caches, int64_t num_layers,
+    OptionalTensor block_table, int64_t block_size, OptionalTensor cache_segments,
+    OptionalTensor cache_keep_indices, Tensor cu_kept, OptionalTensor cu_rows,
+    OptionalTensor prefix_lens, OptionalTensor seq_lens, OptionalTensor seq_starts, bool edit_table,
+    std::string layout, std::vector<Tensor> outs);
 
 #if defined(ADSC_WITH_CUDA)
 
@@ -69,6 +78,15 @@ std::vector<Tensor> boundary_step_cuda(Tensor hidden, OptionalTensor residual,
                                        OptionalTensor spans, std::vector<int64_t> keep,
                                        std::string pattern, int64_t max_height,
                                        int64_t num_tokens);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compress_step_cuda(
+    Tensor hidden, OptionalTensor residual, OptionalTensor weight, double eps,
+    std::vector<Tensor> others, OptionalTensor segments, OptionalTensor keep_indices,
+    OptionalTensor cu_seqlens, OptionalTensor spans, std::vector<int64_t> keep, std::string pattern,
+    int64_t max_height, int64_t num_tokens, std::vector<Tensor> caches, int64_t num_layers,
+    OptionalTensor block_table, int64_t block_size, OptionalTensor cache_segments,
+    OptionalTensor cache_keep_indices, Tensor cu_kept, OptionalTensor cu_rows,
+    OptionalTensor prefix_lens, OptionalTensor seq_lens, OptionalTensor seq_starts, bool edit_table,
+    std::string layout, std::vector<Tensor> outs);
 
 #endif
 

@@ -37,6 +37,14 @@ STABLE_TORCH_LIBRARY(adsc_kernels, m) {
       "boundary_step(Tensor hidden, Tensor? residual, Tensor? weight, float eps, Tensor[] others, "
       "Tensor? segments, Tensor? keep_indices, Tensor? cu_seqlens, Tensor? spans, int[] keep, "
       "str pattern, SymInt max_height, SymInt num_tokens) -> Tensor[]");
+  m.def(
+      "compress_step(Tensor hidden, Tensor? residual, Tensor? weight, float eps, "
+      "Tensor[] others, Tensor? segments, Tensor? keep_indices, Tensor? cu_seqlens, "
+      "Tensor? spans, int[] keep, str pattern, SymInt max_height, SymInt num_tokens, "
+      "Tensor(a!)[] caches, int num_layers, Tensor? block_table, SymInt block_size, "
+      "Tensor? cache_segments, Tensor? cache_keep_indices, Tensor cu_kept, Tensor? cu_rows, "
+      "Tensor? prefix_lens, Tensor? seq_lens, Tensor? seq_starts, bool edit_table, str layout, "
+      "Tensor(b!)[] outs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 #if !defined(ADSC_SIMT)
@@ -49,6 +57,7 @@ STABLE_TORCH_LIBRARY_IMPL(adsc_kernels, CPU, m) {
   m.impl("compact_kv_", TORCH_BOX(&adsc::ops::compact_kv_cpu));
   m.impl("compact_paged_kv_", TORCH_BOX(&adsc::ops::compact_paged_kv_cpu));
   m.impl("boundary_step", TORCH_BOX(&adsc::ops::boundary_step_cpu));
+  m.impl("compress_step", TORCH_BOX(&adsc::ops::compress_step_cpu));
 }
 #endif
 
@@ -62,5 +71,6 @@ STABLE_TORCH_LIBRARY_IMPL(adsc_kernels, CUDA, m) {
   m.impl("compact_paged_kv_", TORCH_BOX(&adsc::ops::compact_paged_kv_cuda));
   m.impl("rebuild_metadata", TORCH_BOX(&adsc::ops::rebuild_metadata_cuda));
   m.impl("boundary_step", TORCH_BOX(&adsc::ops::boundary_step_cuda));
+  m.impl("compress_step", TORCH_BOX(&adsc::ops::compress_step_cuda));
 }
 #endif

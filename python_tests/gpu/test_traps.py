@@ -27,6 +27,7 @@ cu_seqlens = torch.tensor([0, 40, 64], dtype=torch.int32)
 def table(*rows, num_tokens=8): return stage_of(list(rows), num_tokens, 64)
 def spans(*rows): return torch.tensor(rows, dtype=torch.int32)
 def indices(*rows): return torch.tensor(rows)
+cache = ops.DenseCache(torch.zeros(1, 10, 1, 4), None, keep_indices=indices(2, 5, 7), cu_kept=[0, 3], seq_lens=[10])
 """
 # What is called, and the argument that the message names. The first three are good.
 CALLS = {
@@ -45,6 +46,10 @@ CALLS = {
     "span leaves": ("ops.rebuild_metadata(cu_seqlens, spans([0, 30, 20]), '1/2')", "spans"),
     "bounds fall": ("ops.rebuild_metadata(torch.tensor([0, 9, 4], dtype=torch.int32), spans([0, 0, 4]), '1/2')", "cu_seqlens"),
     "step, source past x": ("ops.boundary_step(x, table([0, 57, 8, 8, 0, 0]), others=[x])", "segments"),
+    "fused, good": ("ops.compress_step(x, cache, table([0, 0, 64, 8, 0, 0]))", ""),
+    "fused, source past x": ("ops.compress_step(x, cache, table([0, 57, 8, 8, 0, 0]))", "segments"),
+    "fused, span leaves": ("ops.compress_step(x, cache, layout=ops.Layout(cu_seqlens, spans([1, 20, 10]), '1/2', num_tokens=64))", "spans"),
+    "fused, rows of the cache": ("cache.keep_indices[1] = 10; ops.compress_step(x, cache, table([0, 0, 64, 8, 0, 0]))", "keep_indices"),
     "step, span leaves": ("ops.boundary_step(x, layout=ops.Layout(cu_seqlens, spans([1, 20, 10]), '1/2', num_tokens=64))", "spans"),
 }  # fmt: skip
 if DRY_RUN:

@@ -1,0 +1,158 @@
+"""compress_step on the device against the reference on the CPU: rows and caches, every byte."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from cache_cases import Case, dense_cases, paged_cases
+from compress_cases import Rows, boundaries, run, same_boundary
+from gpu_device import BACKEND, DEVICE, DRY_RUN, another_stream, capture, hold_back
+from hypothesis import given
+from hypothesis import strategies as st
+from test_compact import TEXT, VISION, here, image_stage, random, same_results
+from torch import Tensor
+
+from adsc_kernels import backend, ops
+
+HIDDEN = 64 if DRY_RUN else 4096
+
+
+def rows_here(rows: Rows) -> Rows:
+    def moved(value: Any) -> Any:
+        if isinstance(value, ops.Layout):
+            return replace(
+                value, cu_seqlens=value.cu_seqlens.to(DEVICE), spans=value.spans.to(DEVICE)
+            )
+        if isinstance(value, Tensor):
+            return value.to(DEVICE)
+        if isinstance(value, list):
+            return [moved(x) for x in value]
+        return replace(value, segments=value.segments.to(DEVICE))
+
+    return Rows({name: moved(value) for name, value in rows.arguments.items()}, rows.norm)
+
+
+def back(step: ops.BoundaryStep) -> ops.BoundaryStep:
+    residual = None if step.residual is None else step.residual.cpu()
+    metadata = None if step.metadata is None else ops.Metadata(*(x.cpu() for x in step.metadata))
+    return ops.BoundaryStep(step.hidden.cpu(), residual, [x.cpu() for x in step.others], metadata)
+
+
+@given(case=st.one_of(dense_cases(), paged_cases()), rows=boundaries())
+def test_equals_the_reference(case: Case, rows: Rows) -> None:
+    truth, mine = case.build(), here(case.build())
+    with backend("reference"):
+        wanted = run(case, truth, rows)
+    got = run(case, mine, rows_here(rows))
+    same_results(got.compaction, wanted.compaction)
+    for buffer, expected in zip(mine.buffers, truth.buffers, strict=True):
+        assert torch.equal(buffer.cpu(), expected)
+    low = rows.arguments["hidden"].dtype in (torch.bfloat16, torch.float16)
+    if low and rows.norm:  # the last bit of the norm is the backend's own
+        torch.testing.assert_close(got.boundary.hidden.cpu(), wanted.boundary.hidden)
+    same_boundary(back(got.boundary), wanted.boundary, exact=False)
+
+
+# ---- A step of a real size ----
+
+
+class Step:
+    """What a decoder does at its first boundary: rows with norm and positions, caches of layers."""
+
+    def __init__(self, batch: int = 4, layers: int = 8) -> None:
+        self.stage = image_stage(batch, "1/4")
+        count = self.stage.num_tokens_in
+        bf16 = {"device": DEVICE, "dtype": torch.bfloat16}
+        self.rows = {
+            "hidden": torch.randn(count, HIDDEN, **bf16),
+            "residual": torch.randn(count, HIDDEN, **bf16),
+            "weight": torch.rand(HIDDEN, **bf16),
+        }
+        self.positions = torch.arange(count, device=DEVICE)
+        self.caches = [random(batch, TEXT + VISION, 8, 128) for _ in range(2 * layers)]
+
+    def copy(self) -> list[Tensor]:
+        return [cache.clone() for cache in self.caches]
+
+    def fused(self, caches: list[Tensor]) -> ops.CompressStep:
+        half = len(caches) // 2
+        cache = ops.DenseCache(caches[:half], caches[half:])
+        return ops.compress_step(
+            cache=cache, stage=self.stage, **self.rows, others=[self.positions]
+        )
+
+    def pair(self, caches: list[Tensor]) -> ops.BoundaryStep:
+        half = len(caches) // 2
+        ops.compact_kv_(caches[:half], caches[half:], self.stage)
+        return ops.boundary_step(stage=self.stage, **self.rows, others=[self.positions])
+
+
+@pytest.mark.parametrize("layers", [1, 8, 40])
+def test_equals_its_two_ops(layers: int) -> None:
+    step = Step(layers=2 if DRY_RUN else layers)
+    mine, theirs = step.copy(), step.copy()
+    got, wanted = step.fused(mine), step.pair(theirs)
+    assert all(map(torch.equal, mine, theirs))
+    torch.testing.assert_close(got.boundary.hidden, wanted.hidden)
+    assert wanted.residual is not None and torch.equal(got.boundary.residual, wanted.residual)
+    assert torch.equal(got.boundary.others[0], wanted.others[0])
+
+
+def test_is_one_launch() -> None:
+    if DRY_RUN or BACKEND != "cuda":
+        pytest.skip("counts CUDA kernels; in Triton there are several")
+    step = Step()
+    caches = step.copy()
+    step.fused(caches)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step.fused(caches)
+        torch.cuda.synchronize()
+    kernels = [e.name for e in profile.events() if "kernel" in e.name and "Launch" not in e.name]
+    assert len(kernels) == 1 and "compress_step_kernel" in kernels[0], kernels
+
+
+def test_captured_with_other_contents() -> None:
+    step = Step(layers=2)
+    caches = step.copy()
+    replay, (hidden,) = capture(lambda: step.fused(caches).boundary.hidden)
+    for _ in range(2):
+        step.rows["hidden"].normal_()
+        for cache, new in zip(caches, step.caches, strict=True):
+            cache.copy_(new.random_(256))
+        replay()
+        wanted = step.copy()
+        torch.testing.assert_close(hidden, step.pair(wanted).hidden)
+        assert all(map(torch.equal, caches, wanted))
+
+
+def test_current_stream() -> None:
+    step = Step(layers=2)
+    wanted, caches = step.copy(), [torch.zeros_like(x) for x in step.caches]
+    truth = step.pair(wanted)
+    torch.zeros(1, device=DEVICE).item()
+    with another_stream():
+        hold_back(30)
+        for cache, new in zip(caches, step.caches, strict=True):
+            cache.copy_(new)
+        got = step.fused(caches)
+    assert all(map(torch.equal, caches, wanted))
+    torch.testing.assert_close(got.boundary.hidden, truth.hidden)
+
+
+def test_takes_no_memory_but_its_outputs() -> None:
+    if DRY_RUN:
+        pytest.skip("counts CUDA memory")
+    step = Step()
+    caches = step.copy()
+    step.fused(caches)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    done = step.fused(caches)
+    outputs = [done.boundary.hidden, done.boundary.residual, *done.boundary.others]
+    size = sum(x.nbytes for x in outputs if x is not None)
+    assert torch.cuda.max_memory_allocated() - before <= size + (1 << 16)
