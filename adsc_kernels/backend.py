@@ -77,6 +77,9 @@ def native_problem() -> str:
     return ""
 
 
+# Ops verify on the device, before they write, what only contents show (csrc/ reads it once too).
+CHECK: Final = os.environ.get("ADSC_CHECK") == "1"
+
 # Triton reads it when a kernel is defined, so a later change has no effect.
 INTERPRETED: Final = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y")
 _OLDEST_TRITON: Final = (3, 5)

@@ -5,6 +5,7 @@ caches holds K of every layer, then V, then the scales of either.
 """
 
 from collections.abc import Callable
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,9 +30,9 @@ def compact_kv_(
     layout: str,
 ) -> tuple[Tensor, Tensor]:
     """See `adsc_kernels.ops.compact_kv_`. Returns the new lengths and the next tokens' slots."""
-    batched = seq_starts is None
+    rows = _Rows(segments, keep_indices, cu_kept, cu_rows, prefix_lens, seq_lens)
     starts = None if seq_starts is None else seq_starts.tolist()
-    room = caches[0].shape[2 if layout == "HND" else 1] if batched else 0
+    room = caches[0].shape[2 if layout == "HND" else 1] if starts is None else 0
 
     def place(b: int, row: int) -> Place:
         return (b, row) if starts is None else (0, starts[b] + row)
@@ -39,18 +40,15 @@ def compact_kv_(
     def move_to(b: int, row: int, sources: list[int]) -> Place:
         return place(b, row)
 
-    lens = _compact(
-        caches, num_layers, segments, keep_indices, cu_kept, cu_rows, prefix_lens, seq_lens,
-        layout, place, move_to,
-    )  # fmt: skip
+    _move(caches, num_layers, layout, rows, place, move_to)
     slots = []
-    for b, length in enumerate(lens):
+    for b, length in enumerate(rows.new_lens):
         if starts is None:
             slots.append(b * room + length if length < room else -1)
         else:
             slots.append(starts[b] + length if length < starts[b + 1] - starts[b] else -1)
     return (
-        torch.tensor(lens, dtype=torch.int32, device=caches[0].device),
+        torch.tensor(rows.new_lens, dtype=torch.int32, device=caches[0].device),
         torch.tensor(slots, dtype=torch.int64, device=caches[0].device),
     )
 
@@ -67,10 +65,14 @@ def compact_paged_kv_(
     prefix_lens: Tensor | None,
     seq_lens: Tensor | None,
     edit_table: bool,
+    pinned: Tensor | None,
     layout: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `adsc_kernels.ops.compact_paged_kv_`. Returns the new lengths, the next tokens' slots,
-    last_page_len, indptr and the new table (empty unless edit_table)."""
+    last_page_len, indptr and the new table (empty unless edit_table).
+
+    Raises ValueError naming block_table or pinned, as the ops do."""
+    rows = _Rows(segments, keep_indices, cu_kept, cu_rows, prefix_lens, seq_lens)
     table = block_table.tolist()
     new_table = [[-1] * block_table.shape[1] for _ in table]
     slots_only = caches[0].dim() == 3
@@ -80,19 +82,34 @@ def compact_paged_kv_(
         return (0, block * block_size + offset) if slots_only else (block, offset)
 
     def move_to(b: int, row: int, sources: list[int]) -> Place:
-        page, offset = divmod(row, block_size)
         if not edit_table:
             return place(b, row)
+        page, offset = divmod(row, block_size)
         home = sources[page * block_size] // block_size  # the page of this page's first row
         new_table[b][page] = table[b][home]
         return place(b, home * block_size + offset)
 
-    lens = _compact(
-        caches, num_layers, segments, keep_indices, cu_kept, cu_rows, prefix_lens, seq_lens,
-        layout, place, move_to,
-    )  # fmt: skip
+    untouchable = set([] if pinned is None else pinned.tolist())
+    used = [block for b, n in enumerate(rows.lens) for block in table[b][: -(-n // block_size)]]
+    for block in used:
+        if used.count(block) > 1 and block not in untouchable:
+            raise ValueError(
+                f"block_table: expected every block once, or named in pinned, got block {block} "
+                f"{used.count(block)} times"
+            )
+    for b, layer, head in rows.selections:
+        old = rows.old(b, layer, head)
+        for row, source in enumerate(old):
+            at = move_to(b, row, old)
+            block = at[1] // block_size if slots_only else at[0]
+            if at != place(b, source) and block in untouchable:
+                raise ValueError(
+                    f"pinned: expected no move into block {block}, but sequence {b} would write "
+                    "to it"
+                )
+    _move(caches, num_layers, layout, rows, place, move_to)
     slots, last, indptr = [], [], [0]
-    for b, new in enumerate(lens):
+    for b, new in enumerate(rows.new_lens):
         pages = -(-new // block_size)
         if new % block_size:
             block = (new_table if edit_table else table)[b][pages - 1]
@@ -106,7 +123,7 @@ def compact_paged_kv_(
         return torch.tensor(values, dtype=dtype, device=caches[0].device)
 
     return (
-        tensor(lens),
+        tensor(rows.new_lens),
         tensor(slots, torch.int64),
         tensor(last),
         tensor(indptr),
@@ -116,59 +133,73 @@ def compact_paged_kv_(
     )
 
 
-def _compact(
+class _Rows:
+    """Which old row each row of the new cache takes.
+
+    lens, new_lens: rows of each sequence before and after.
+    selections: each sequence with every layer and head that may choose rows of its own.
+    """
+
+    def __init__(
+        self,
+        segments: Tensor | None,
+        keep_indices: Tensor | None,
+        cu_kept: Tensor,
+        cu_rows: Tensor | None,
+        prefix_lens: Tensor | None,
+        seq_lens: Tensor | None,
+    ) -> None:
+        self._kept = cu_kept.tolist()
+        batch = len(self._kept) - 1
+        self._prefixes = [0] * batch if prefix_lens is None else prefix_lens.tolist()
+        if cu_rows is None:
+            assert seq_lens is not None
+            self._rows = [0]
+            for total, prefix in zip(seq_lens.tolist(), self._prefixes, strict=True):
+                self._rows.append(self._rows[-1] + total - prefix)
+        else:
+            self._rows = cu_rows.tolist()
+        self._ends = [self._prefixes[b] + self._rows[b + 1] - self._rows[b] for b in range(batch)]
+        self.lens = self._ends if seq_lens is None else seq_lens.tolist()
+        self._indices = keep_indices
+        if keep_indices is None:
+            stage: Any = SimpleNamespace(segments=segments, num_tokens=self._kept[-1])
+            self._mapping = source_rows(stage)
+        self.new_lens = [len(self.old(b, 0, 0)) for b in range(batch)]
+        layers, heads = (1, 1) if keep_indices is None else keep_indices.shape[:2]
+        self.selections = list(product(range(batch), range(layers), range(heads)))
+
+    def old(self, b: int, layer: int, head: int) -> list[int]:
+        """The old row of every new one of sequence b."""
+        mine = slice(self._kept[b], self._kept[b + 1])
+        if self._indices is None:
+            chosen = [row - self._rows[b] for row in self._mapping[mine]]
+        else:
+            layers, heads, _ = self._indices.shape
+            which = self._indices[layer if layers > 1 else 0, head if heads > 1 else 0]
+            chosen = which[mine].tolist()
+        prefix = self._prefixes[b]
+        behind = range(self._ends[b], self.lens[b])
+        return [*range(prefix), *(prefix + row for row in chosen), *behind]
+
+
+def _move(
     caches: list[Tensor],
     num_layers: int,
-    segments: Tensor | None,
-    keep_indices: Tensor | None,
-    cu_kept: Tensor,
-    cu_rows: Tensor | None,
-    prefix_lens: Tensor | None,
-    seq_lens: Tensor | None,
     layout: str,
+    rows: _Rows,
     place: Callable[[int, int], Place],
     move_to: Callable[[int, int, list[int]], Place],
-) -> list[int]:
-    """Moves all rows, each sequence's read before any is written. Returns the new lengths."""
-    kept = cu_kept.tolist()
-    batch = len(kept) - 1
-    prefixes = [0] * batch if prefix_lens is None else prefix_lens.tolist()
-    if cu_rows is None:
-        assert seq_lens is not None
-        rows = [0]
-        for total, prefix in zip(seq_lens.tolist(), prefixes, strict=True):
-            rows.append(rows[-1] + total - prefix)
-    else:
-        rows = cu_rows.tolist()
-    ends = [prefixes[b] + rows[b + 1] - rows[b] for b in range(batch)]
-    totals = ends if seq_lens is None else seq_lens.tolist()
+) -> None:
+    """Moves all rows, each sequence's read before any is written."""
     views = [_block_token_head(x, caches[0].dim(), layout) for x in caches]
-    if keep_indices is None:
-        stage: Any = SimpleNamespace(segments=segments, num_tokens=kept[-1])
-        mapping = source_rows(stage)
-    lens = []
-    for b in range(batch):
-        prefix, behind, total = prefixes[b], ends[b], totals[b]
-        mine = slice(kept[b], kept[b + 1])
-
-        def old_rows(layer: int, head: int) -> list[int]:
-            """The old row of every new one."""
-            if keep_indices is None:
-                chosen = [row - rows[b] for row in mapping[mine]]  # noqa: B023
-            else:
-                layers, heads, _ = keep_indices.shape
-                which = keep_indices[layer if layers > 1 else 0, head if heads > 1 else 0]
-                chosen = which[mine].tolist()  # noqa: B023
-            return [*range(prefix), *(prefix + row for row in chosen), *range(behind, total)]  # noqa: B023
-
+    for b in range(len(rows.lens)):
         for i, view in enumerate(views):
             for head in range(view.shape[2]):
-                old = old_rows(i % num_layers, head)
+                old = rows.old(b, i % num_layers, head)
                 taken = [view[(*place(b, row), head)].clone() for row in old]
                 for row, value in enumerate(taken):
                     view[(*move_to(b, row, old), head)] = value
-        lens.append(len(old_rows(0, 0)))
-    return lens
 
 
 def _block_token_head(x: Tensor, rank: int, layout: str) -> Tensor:

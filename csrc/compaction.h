@@ -65,6 +65,12 @@ struct Compaction {
   bool edit_table = false;
 };
 
+// Blocks that may not be written: any values, in any order.
+struct BlockList {
+  IntList blocks;
+  int64_t count = 0;
+};
+
 // What is reported, each null where it is not asked for.
 struct CompactionOutputs {
   int32_t* seq_lens = nullptr;       // [batch]
@@ -132,6 +138,15 @@ ADSC_HOST_DEVICE int32_t place_of(const Compaction& c, const SequenceRows& rows,
   const auto size = static_cast<int32_t>(c.num_tokens);
   const int32_t offset = row % size;
   return source_of(c, rows, index, row - offset) / size * size + offset;
+}
+
+// Whether a row is moved into page `page` of the new cache. A row's distance to its source never falls
+// within a sequence: if the last row of a page is in its place already, all of them are.
+ADSC_HOST_DEVICE bool page_is_written(const Compaction& c, const SequenceRows& rows, int64_t index,
+                                      int32_t page) {
+  const int64_t end = (int64_t{page} + 1) * c.num_tokens;
+  const int32_t last = (end < rows.new_total() ? static_cast<int32_t>(end) : rows.new_total()) - 1;
+  return source_of(c, rows, index, last) != place_of(c, rows, index, last);
 }
 
 struct Place {

@@ -11,12 +11,14 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 from strategies import plans
 from torch import Tensor
 
 from adsc_kernels import make_plan, ops
+from adsc_kernels.ops import compact
 
 DTYPES = [
     torch.uint8,
@@ -248,3 +250,54 @@ def paged_cases(draw: st.DrawFn) -> Case:
     layout = draw(st.sampled_from(["NHD", "HND"]))
     num_layers = draw(st.integers(1, 2))
     return Case(lists, together, num_layers, layout, *shape, chosen, extra, seed)
+
+
+class _Recorded(Exception):
+    pass
+
+
+def op_arguments(built: Built) -> list[Any]:
+    """What `torch.ops.*.compact_paged_kv_` is called with for these arguments of the public op."""
+
+    def record(*arguments: Any) -> None:
+        raise _Recorded(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compact, "choose", lambda name, device: record)
+        with pytest.raises(_Recorded) as recorded:
+            compact.compact_paged_kv_(**built.arguments)
+    return list(recorded.value.args)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A case with a table that may hold anything, and blocks that may not be written."""
+
+    case: Case
+    changes: list[tuple[int, int]]
+    pinned: list[int] | None
+
+    def build(self) -> tuple[list[Tensor], list[Any]]:
+        """The buffers, and the arguments of the op."""
+        built = self.case.build()
+        arguments = op_arguments(built)
+        table = arguments[2].clone()
+        for place, block in self.changes:
+            if table.numel():
+                table.view(-1)[place % table.numel()] = block
+        arguments[2] = table
+        arguments[11] = (
+            None if self.pinned is None else torch.tensor(self.pinned, dtype=torch.int64)
+        )
+        return built.buffers, arguments
+
+
+@st.composite
+def blocks(draw: st.DrawFn, outside: bool) -> Blocks:
+    """outside: entries may lie outside of the pool."""
+    case = draw(paged_cases())
+    pool = case.blocks or case.tokens // case.extra["block_size"]
+    entry = st.integers(-2, pool + 1) if outside else st.integers(0, pool - 1)
+    changes = draw(st.lists(st.tuples(st.integers(0, 99), entry), max_size=2))
+    pinned = draw(st.none() | st.lists(st.integers(-1, pool), max_size=pool))
+    return Blocks(case, changes, pinned)

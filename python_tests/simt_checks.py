@@ -4,6 +4,8 @@ on a CPU, trap before they touch memory outside; on valid ones they agree with t
 from fractions import Fraction
 
 import torch
+from cache_cases import Blocks
+from cache_cases import blocks as block_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from segment_tables import FakeStage, stages
@@ -77,8 +79,39 @@ def layout(
     check("boundary_step", arguments, "cu_seqlens spans", schedule)
 
 
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(block_cases(outside=True), schedules)
+def blocks(drawn: Blocks, schedule: Schedule) -> None:
+    """A block outside of the pool, shared, or pinned and written: no byte is written before."""
+    (wanted, arguments), (got, same) = drawn.build(), drawn.build()
+    saved = [buffer.clone() for buffer in got]
+    try:
+        outs = torch.ops.adsc_kernels.compact_paged_kv_(*arguments)
+        name = ""
+    except ValueError as error:
+        name = str(error).split(":")[0]
+    caches, *inputs = same
+    try:
+        with emulated(
+            schedule, *(x for x in inputs if isinstance(x, Tensor)), writable=tuple(caches)
+        ):
+            results = torch.ops.adsc_simt.compact_paged_kv_(*same)
+    except RuntimeError as error:
+        if not name or f"trap: {name}:" not in str(error):
+            raise
+        results = None
+    assert (results is None) == (name != ""), name
+    if results is None:
+        assert all(map(torch.equal, got, saved))
+        seen["trap"] += 1
+        return
+    assert all(map(torch.equal, results, outs))
+    assert all(map(torch.equal, got, wanted))
+    seen["valid"] += 1
+
+
 if __name__ == "__main__":
-    for run in (segments, keep_indices, layout):
+    for run in (segments, keep_indices, layout, blocks):
         seen.update(trap=0, valid=0)
         run()
         assert min(seen.values()) > 10, seen

@@ -184,6 +184,7 @@ def test_the_op_itself_checks_too() -> None:
         None,
         None,
         False,
+        None,
         "NHD",
     ]
     op(*good)
@@ -193,7 +194,8 @@ def test_the_op_itself_checks_too() -> None:
         (4, None, "^segments, keep_indices: "), (4, STAGE.segments.long(), "^segments: "), (4, STAGE.segments[:0], "^segments: "),
         (5, INDICES[None, None], "^segments, keep_indices: .*both"), (6, INDICES[:0], "^cu_kept: "), (6, STAGE.cu_seqlens.float(), "^cu_kept: "),
         (7, None, "^cu_rows: "), (8, INDICES, "^prefix_lens: "), (9, torch.tensor([16, 17]), "^seq_lens: "), (9, torch.tensor([16, 1]), "^seq_lens: "),
-        (11, "NHWC", "^layout: "),
+        (2, table_with(1), "^block_table: .*block 1 again at "), (11, torch.tensor([1]), "^pinned: .*block 1, but sequence 0"), (11, TABLE, "^pinned: "),
+        (12, "NHWC", "^layout: "),
     ]:  # fmt: skip
         bad = list(good)
         bad[place] = value
@@ -229,6 +231,7 @@ def sample(paged: bool, by_index: bool, edit: bool = False) -> tuple[Any, tuple[
             4,
             *rows,
             edit,
+            torch.tensor([8, 77]),
             "NHD",
         )
     caches = [torch.randn(2, 3, 20, 4), torch.randn(2, 3, 20, 4)]

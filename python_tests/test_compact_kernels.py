@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from cache_cases import Built, Case, dense_cases, on_device, paged_cases
+from cache_cases import Blocks, Built, Case, blocks, dense_cases, on_device, paged_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_compact import image_plan
 
-from adsc_kernels import CompressionSchedule, backend, make_plan, ops
+from adsc_kernels import CompressionSchedule, backend, make_plan, ops, reference
 from adsc_kernels.compaction import CompactionResult
+
+CPU_OP = torch.ops.adsc_kernels.compact_paged_kv_
 
 
 def check_same(case: Case, op: Any, name: str, uploaded: bool) -> None:
@@ -55,6 +57,26 @@ def test_cpu_dense(case: Case, uploaded: bool) -> None:
 @given(case=paged_cases(), uploaded=st.booleans())
 def test_cpu_paged(case: Case, uploaded: bool) -> None:
     check_same(case, ops.compact_paged_kv_, "cpu", uploaded)
+
+
+@settings(max_examples=200, deadline=None)
+@given(drawn=blocks(outside=False))
+def test_cpu_refuses_what_the_reference_refuses(drawn: Blocks) -> None:
+    """Shared and pinned blocks, by the op itself; the reference looks at every row."""
+    (wanted, arguments), (got, same) = drawn.build(), drawn.build()
+    saved = [buffer.clone() for buffer in wanted]
+    names = []
+    for op, its in ((reference.compact_paged_kv_, arguments), (CPU_OP, same)):
+        try:
+            op(*its)
+        except ValueError as error:
+            names.append(str(error).split(":")[0])
+        else:
+            names.append("")
+    assert names[0] == names[1]
+    assert all(map(torch.equal, got, wanted))
+    if names[0]:
+        assert all(map(torch.equal, got, saved))
 
 
 LENGTHS = [1, 2, 31, 32, 33, 255, 256, 257]

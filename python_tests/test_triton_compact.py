@@ -34,12 +34,12 @@ LAUNCHES = {
     "batched": (lambda: compact.compact_kv_(BATCHED, 2, *ROWS, None, "NHD"), 80, 128),
     "heads": (lambda: compact.compact_kv_(HEADS, 2, *INDICES, None, "HND"), 90, 128),
     "paged": (
-        lambda: compact.compact_paged_kv_(BLOCKS, 2, TABLE, 16, *ROWS, True, "NHD"),
+        lambda: compact.compact_paged_kv_(BLOCKS, 2, TABLE, 16, *ROWS, True, None, "NHD"),
         90,
         128,
     ),
     "bytes": (
-        lambda: compact.compact_paged_kv_(BYTES, 1, TABLE, 16, *INDICES, False, "NHD"),
+        lambda: compact.compact_paged_kv_(BYTES, 1, TABLE, 16, *INDICES, False, None, "NHD"),
         80,
         8,
     ),

@@ -97,7 +97,6 @@ def ahead_of_time(arch: int) -> Iterator[list[Kernel]]:
     def compile_only(
         self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any
     ) -> None:
-        options["debug"] = options["CHECK"]  # as on a GPU
         kernels.append(read(run(self, *arguments, grid=grid, warmup=True, **options), arch))
 
     with pytest.MonkeyPatch.context() as patch:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adsc_kernels import reference
+from adsc_kernels.backend import CHECK
 from adsc_kernels.compaction import CompactionResult, Ints, Pages, check_pages
 from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.ops._cache import (
@@ -21,7 +22,9 @@ from adsc_kernels.ops._cache import (
     check_ints,
     check_rows_of,
 )
-from adsc_kernels.ops._dispatch import choose, register
+from adsc_kernels.ops._dispatch import check_table, choose, register
+
+Blocks = Sequence[int] | Tensor | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -212,7 +215,7 @@ def compact_paged_kv_(
     seq_lens: IntsLike | None = None,
     edit_table: bool = False,
     block_table_host: Tensor | np.ndarray | None = None,
-    pinned: Sequence[int] | Tensor | np.ndarray | None = None,
+    pinned: Blocks | None = None,
     k_scales: Tensor | Sequence[Tensor] | None = None,
     v_scales: Tensor | Sequence[Tensor] | None = None,
 ) -> CompactionResult:
@@ -234,8 +237,9 @@ def compact_paged_kv_(
       same rows for all heads and layers.
     block_table_host: a copy of block_table in host memory, any integer type; on CPU the table
       itself serves.
-    pinned: blocks that must not be written, in host memory: shared through a prefix cache, or to be
-      copied on write. Rows in them may stay, or be read on their way into another block.
+    pinned: blocks that must not be written: shared through a prefix cache, or to be copied on
+      write. Rows in them may stay, or be read on their way into another block. In host memory; or,
+      where the table is on a device alone, there, contiguous int32 or int64.
     k_scales, v_scales: one for each layer, moved along: [N, block_size, H] (HND:
       [N, H, block_size]), also with a last dimension of groups, or for all heads together
       [N, block_size]; with slots [N * block_size, H] and so on.
@@ -243,11 +247,19 @@ def compact_paged_kv_(
     Returns `CompactionResult`, all of it.
 
     Errors as `compact_kv_`. What a table holds (a block outside the pool, one that two sequences or
-    two pages share and that isn't pinned, a pinned block that a move would write) is checked on the
-    host, without synchronisation, where the table or block_table_host is in host memory, except
-    under torch.compile. pinned needs that table. If keep_indices are on a device, or differ by head
-    or layer, the host can't know which rows move, and takes every block behind the prefix for
-    written. On a device ADSC_CHECK=1 checks that blocks lie in the pool.
+    two pages share and that isn't pinned, a pinned block that a move would write) is checked
+
+    - on the host, without synchronisation, where the table or block_table_host is in host memory:
+      ValueError. If keep_indices are on a device, or differ by head or layer, the host can't know
+      which rows move, and takes every block behind the prefix for written. (Under torch.compile
+      the host looks at no contents; the CPU op still does, itself.)
+    - on a device with ADSC_CHECK=1, by launches in front of the one that moves: they trap, with
+      the message in what the process prints. They know which rows move.
+    - on a device also without ADSC_CHECK where pinned is given and the host has seen no table, in
+      the same way, so that no pinned block is ever written. A trap ends all work of the process
+      on that device; where moves into pinned blocks may be asked for, give block_table_host.
+
+    A table on a device alone, without pinned and without ADSC_CHECK, is taken as it is.
     """
     call = check_paged(
         k_caches,
@@ -286,7 +298,7 @@ def check_paged(
     seq_lens: IntsLike | None,
     edit_table: bool,
     block_table_host: Tensor | np.ndarray | None,
-    pinned: Sequence[int] | Tensor | np.ndarray | None,
+    pinned: Blocks | None,
     k_scales: Tensor | Sequence[Tensor] | None,
     v_scales: Tensor | Sequence[Tensor] | None,
 ) -> CompactionCall:
@@ -335,8 +347,8 @@ def check_paged(
             _host_blocks(pinned),
             "block_table" if block_table_host is None else "block_table_host",
         )
-    elif pinned is not None and not torch.compiler.is_compiling():
-        raise ValueError("pinned: expected block_table_host with it, got a table on a device alone")
+        if first.device.type == "cuda" and not CHECK:
+            pinned = None  # nothing is left to check
     arguments = (
         caches.tensors,
         caches.num_layers,
@@ -349,6 +361,7 @@ def check_paged(
         rows.prefix_lens,
         rows.seq_lens,
         edit_table,
+        None if pinned is None else _op_blocks(pinned, first),
         layout,
     )
     return CompactionCall(
@@ -416,13 +429,33 @@ def _host_table(
     return host
 
 
-def _host_blocks(pinned: Sequence[int] | Tensor | np.ndarray | None) -> np.ndarray:
+def _host_blocks(pinned: Blocks | None) -> np.ndarray:
     if isinstance(pinned, Tensor) and pinned.device.type != "cpu":
-        raise ValueError(f"pinned: expected blocks in host memory, got them on {pinned.device}")
+        raise ValueError(
+            f"pinned: expected blocks in host memory, as the table, got them on {pinned.device}"
+        )
     blocks = np.asarray([] if pinned is None else pinned)
     if blocks.size and blocks.dtype.kind not in "iu":
         raise TypeError(f"pinned: expected integers, got {blocks.dtype}")
     return blocks.astype(np.int64).ravel()
+
+
+def _op_blocks(pinned: Blocks, like: Tensor) -> Tensor:
+    """pinned as the op takes it: where the caches are."""
+    if isinstance(pinned, Tensor) and pinned.device.type != "cpu":
+        check_table(pinned, "pinned", (torch.int32, torch.int64), like, "k_caches[0]")
+        return pinned.view(-1)
+    if torch.compiler.is_compiling():
+        return torch.as_tensor(pinned, dtype=torch.int64, device=like.device).view(-1)
+    blocks = torch.from_numpy(_host_blocks(pinned))
+    if like.device.type != "cuda":
+        return blocks
+    if torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            f"pinned: expected blocks on {like.device} while a graph is captured, since no graph "
+            "keeps what an upload reads, got them in host memory"
+        )
+    return blocks.pin_memory().to(like.device, non_blocking=True)
 
 
 # ---- Schemas and shapes for tracing ----
@@ -459,6 +492,7 @@ def _fake_paged(
     prefix_lens: Tensor | None,
     seq_lens: Tensor | None,
     edit_table: bool,
+    pinned: Tensor | None,
     layout: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch = cu_kept.shape[0] - 1
@@ -485,7 +519,8 @@ register(
 register(
     "compact_paged_kv_",
     "(Tensor(a!)[] caches, int num_layers, Tensor block_table, SymInt block_size, "
-    f"{_ROWS}, bool edit_table, str layout) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{_ROWS}, bool edit_table, Tensor? pinned, str layout) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_paged,
     triton="compact",
 )

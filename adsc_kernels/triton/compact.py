@@ -1,7 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """Compacting a KV cache in place, the twin of csrc/compaction.h and csrc/cuda/compact.cu.
 
-One launch for all tensors of one geometry, up to 64, and one for the lengths and the table.
+One launch for all tensors of one geometry, up to 64, and one for the lengths and the table; before
+them, where something is to be checked, two that read everything and write no cache.
 """
 
 from typing import Any, NamedTuple
@@ -11,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adsc_kernels.triton.launch import launch, pointer, unit_of
+from adsc_kernels.triton import launch
+from adsc_kernels.triton.launch import pointer, start, unit_of
 from adsc_kernels.triton.segment import segment_source
 
 MAX_TENSORS = 64  # of a launch
@@ -19,6 +21,10 @@ _STRIP_WORDS = 64  # of a line, moved by one program: 512 bytes
 _TILE_WORDS = 2048  # 16 words of 8 bytes for each of 128 threads
 _TILE_ROWS = 128
 _ENTRIES = 256  # of the lists of a batch or of a block table, for one program
+
+# What a check knows of a block of the pool, in one word.
+PINNED = tl.constexpr(1)
+IN_TABLE = tl.constexpr(2)
 
 PACKED = tl.constexpr(0)  # row r of sequence b is token seq_starts[b] + r
 BATCHED = tl.constexpr(1)  # token r of block b
@@ -73,10 +79,24 @@ def source_of(
 
 
 @triton.jit
-def place_in_cache(
-    row, inside, b, seq_starts, table, table_stride, size, num_blocks, PLACEMENT: tl.constexpr,
-    CHECK: tl.constexpr,
+def place_of(
+    row, inside, prefix, source, kept, first_kept, first_row, rows, num_segments, steps, index,
+    size, EDIT_TABLE: tl.constexpr, BY_INDEX: tl.constexpr,
 ):  # fmt: skip
+    """The old row in whose place each row of the new cache is put."""
+    new = row
+    if EDIT_TABLE:  # a page takes the block in which its first row lies already
+        offset = row % size
+        home = source_of(
+            row - offset, inside, prefix, source, kept, first_kept, first_row, rows, num_segments,
+            steps, index, BY_INDEX,
+        )  # fmt: skip
+        new = home // size * size + offset
+    return new
+
+
+@triton.jit
+def place_in_cache(row, inside, b, seq_starts, table, table_stride, size, PLACEMENT: tl.constexpr):
     """Block and token of an old row."""
     block = row * 0
     token = row
@@ -88,10 +108,6 @@ def place_in_cache(
         page = row // size
         token = row - page * size
         block = tl.load(table + b * table_stride + page, mask=inside, other=0).to(tl.int64)
-        if CHECK:
-            ok = (block >= 0) & (block < num_blocks)
-            tl.device_assert(ok, "block_table: a block outside of the pool")
-            block = tl.where(ok, block, 0)
     return block, token
 
 
@@ -128,7 +144,6 @@ def compact_kernel(
     PLACEMENT: tl.constexpr,
     EDIT_TABLE: tl.constexpr,
     BY_INDEX: tl.constexpr,
-    CHECK: tl.constexpr,
 ):
     """One program moves one strip of columns of one line of all rows of one sequence in one tensor.
 
@@ -169,24 +184,16 @@ def compact_kernel(
             row, inside, prefix, source, kept, first_kept, first_row, rows, num_segments, steps,
             index, BY_INDEX,
         )  # fmt: skip
-        if CHECK:
-            ok = (old >= row) & (old < total) | ~inside
-            tl.device_assert(ok, "segments, keep_indices: rows that don't rise in the sequence")
-            inside = inside & ok
-        new = row
-        if EDIT_TABLE:
-            place = row % size
-            home = source_of(
-                row - place, inside, prefix, source, kept, first_kept, first_row, rows,
-                num_segments, steps, index, BY_INDEX,
-            )  # fmt: skip
-            new = home // size * size + place
+        new = place_of(
+            row, inside, prefix, source, kept, first_kept, first_row, rows, num_segments, steps,
+            index, size, EDIT_TABLE, BY_INDEX,
+        )  # fmt: skip
         moved = inside & (old != new)
         block, token = place_in_cache(
-            old, moved, b, seq_starts, table, table_stride, size, num_blocks, PLACEMENT, CHECK
+            old, moved, b, seq_starts, table, table_stride, size, PLACEMENT
         )
         to_block, to_token = place_in_cache(
-            new, moved, b, seq_starts, table, table_stride, size, num_blocks, PLACEMENT, CHECK
+            new, moved, b, seq_starts, table, table_stride, size, PLACEMENT
         )
         here = offset + line * line_stride
         source_unit = here + block * block_stride + token * token_stride
@@ -226,7 +233,6 @@ def outputs_kernel(
     PLACEMENT: tl.constexpr,
     EDIT_TABLE: tl.constexpr,
     BY_INDEX: tl.constexpr,
-    CHECK: tl.constexpr,
 ):
     """Program 0 writes lengths, slots and the running sum of pages, the others the new table."""
     program = tl.program_id(0)
@@ -257,15 +263,13 @@ def outputs_kernel(
                 tl.store(out_last + b, last.to(tl.int32), mask=inside)
                 partial = inside & (rest > 0)
                 page = (pages - 1) * size
-                if EDIT_TABLE:
-                    page = source_of(
-                        page, partial, prefix, source, kept, first_kept, first_row, rows,
-                        num_segments, steps, 0, BY_INDEX,
-                    )  # fmt: skip
-                block, _ = place_in_cache(
-                    page, partial, b, seq_starts, table, table_stride, size, num_blocks, PLACEMENT,
-                    CHECK,
+                page = place_of(
+                    page, partial, prefix, source, kept, first_kept, first_row, rows, num_segments,
+                    steps, 0, size, EDIT_TABLE, BY_INDEX,
                 )  # fmt: skip
+                block, _ = place_in_cache(
+                    page, partial, b, seq_starts, table, table_stride, size, PLACEMENT
+                )
                 slot = tl.where(partial, block * size + rest, -1)
             tl.store(out_slots + b, slot, mask=inside)
     elif EDIT_TABLE:
@@ -277,14 +281,130 @@ def outputs_kernel(
             cu_kept, cu_rows, prefix_lens, seq_lens, b, inside, BY_INDEX
         )
         used = inside & (page < total - source + kept)
-        home = source_of(
+        home = place_of(
             page, used, prefix, source, kept, first_kept, first_row, rows, num_segments, steps, 0,
-            BY_INDEX,
+            size, EDIT_TABLE, BY_INDEX,
         )  # fmt: skip
-        block, _ = place_in_cache(
-            home, used, b, seq_starts, table, table_stride, size, num_blocks, PLACEMENT, CHECK
-        )
+        block, _ = place_in_cache(home, used, b, seq_starts, table, table_stride, size, PLACEMENT)
         tl.store(out_table + entry, tl.where(used, block, -1), mask=inside)
+
+
+@triton.jit(do_not_specialize=["count", "num_blocks"])
+def pin_kernel(state, pinned, count, num_blocks, ENTRIES: tl.constexpr):
+    """Marks the blocks that may not be written; those outside of the pool are nobody's."""
+    i = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
+    block = tl.load(pinned + i, mask=i < count, other=-1).to(tl.int64)
+    tl.store(state + block, PINNED, mask=(block >= 0) & (block < num_blocks))
+
+
+@triton.jit(do_not_specialize=BATCH_ARGUMENTS)
+def check_kernel(
+    state,
+    rows,
+    num_segments,
+    steps,
+    num_indices,
+    cu_kept,
+    cu_rows,
+    prefix_lens,
+    seq_lens,
+    seq_starts,
+    table,
+    table_stride,
+    table_width,
+    num_blocks,
+    size,
+    batch,
+    ENTRIES: tl.constexpr,
+    SELECTIONS: tl.constexpr,
+    PLACEMENT: tl.constexpr,
+    EDIT_TABLE: tl.constexpr,
+    BY_INDEX: tl.constexpr,
+):
+    """One program looks at all that one sequence's moves depend on, before anything is written.
+
+    state: of every block of a paged cache. SELECTIONS: of rows, by layer and head.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    prefix, source, kept, total, first_kept, first_row = sequence_rows(
+        cu_kept, cu_rows, prefix_lens, seq_lens, b, True, BY_INDEX
+    )
+    ok = (kept >= 0) & (kept <= source) & (first_kept >= 0)
+    tl.device_assert(ok, "cu_kept: boundaries that don't rise, or more than there are to keep")
+    if cu_rows is not None:
+        ok = (tl.load(cu_rows + b) >= 0) & (source >= 0)
+        tl.device_assert(ok, "cu_rows: boundaries that don't rise from 0")
+    tl.device_assert(prefix >= 0, "prefix_lens: a negative length")
+    room = tl.cast(size, tl.int64)
+    if PLACEMENT == PACKED:
+        begin = tl.load(seq_starts + b).to(tl.int64)
+        end = tl.load(seq_starts + b + 1).to(tl.int64)
+        ok = (begin >= 0) & (end >= begin) & (end <= size)
+        tl.device_assert(ok, "seq_starts: boundaries that don't rise, or past the cache")
+        room = end - begin
+    elif PLACEMENT == PAGED:
+        room = room * table_width
+    ok = (total >= prefix + source) & (total <= room)
+    tl.device_assert(ok, "seq_lens: less than prefix and rows, or more than there is room for")
+    if BY_INDEX:
+        ok = tl.load(cu_kept + batch) <= num_indices
+        tl.device_assert(ok, "keep_indices: fewer than cu_kept says")
+    tl.debug_barrier()  # nothing is looked up by what is wrong
+    if PLACEMENT == PAGED:
+        pages = (total + size - 1) // size
+        for first in tl.range(0, pages, ENTRIES):
+            page = first + tl.arange(0, ENTRIES)
+            block = tl.load(table + b * table_stride + page, mask=page < pages, other=0)
+            block = block.to(tl.int64)
+            ok = (block >= 0) & (block < num_blocks)
+            tl.device_assert(ok, "block_table: a block outside of the pool")
+            before = tl.atomic_or(state + block, IN_TABLE, mask=(page < pages) & ok)
+            ok = (before != IN_TABLE) | (page >= pages)
+            tl.device_assert(ok, "block_table: a block twice that isn't in pinned")
+    for selection in range(SELECTIONS):
+        index = selection * num_indices
+        for first in tl.range(0, kept, ENTRIES):
+            row = prefix + first + tl.arange(0, ENTRIES)
+            inside = row < prefix + kept
+            old = source_of(
+                row, inside, prefix, source, kept, first_kept, first_row, rows, num_segments,
+                steps, index, BY_INDEX,
+            )  # fmt: skip
+            behind = inside & (row > prefix)
+            before = source_of(
+                row - 1, behind, prefix, source, kept, first_kept, first_row, rows, num_segments,
+                steps, index, BY_INDEX,
+            )  # fmt: skip
+            before = tl.where(behind, before, prefix - 1)
+            ok = (old > before) & (old < prefix + source) | ~inside
+            tl.device_assert(ok, "segments, keep_indices: rows that don't rise in the sequence")
+    tl.debug_barrier()
+    if PLACEMENT == PAGED:
+        length = total - source + kept
+        pages = (length + size - 1) // size
+        if source == kept:
+            pages = 0  # nothing moves
+        for selection in range(SELECTIONS):
+            index = selection * num_indices
+            for first in tl.range(0, pages, ENTRIES):
+                page = first + tl.arange(0, ENTRIES)
+                inside = page < pages
+                # If the last row of a page is in its place already, all of them are.
+                row = tl.minimum((page + 1) * size, length) - 1
+                old = source_of(
+                    row, inside, prefix, source, kept, first_kept, first_row, rows, num_segments,
+                    steps, index, BY_INDEX,
+                )  # fmt: skip
+                new = place_of(
+                    row, inside, prefix, source, kept, first_kept, first_row, rows, num_segments,
+                    steps, index, size, EDIT_TABLE, BY_INDEX,
+                )  # fmt: skip
+                block, _ = place_in_cache(
+                    new, inside, b, seq_starts, table, table_stride, size, PLACEMENT
+                )
+                is_pinned = (tl.atomic_or(state + block, 0, mask=inside) & PINNED) != 0
+                ok = ~(is_pinned & inside & (old != new))
+                tl.device_assert(ok, "pinned: a block that a move would write")
 
 
 # ---- Launchers ----
@@ -353,7 +473,7 @@ def _move(
             offsets = [(x.data_ptr() - base.data_ptr()) // unit.size for x, _ in some]
             layers = [layer for _, layer in some]
             fill = [0] * (-len(some) % 8)  # a few sizes of tuples, so that few kernels are compiled
-            launch(
+            start(
                 compact_kernel,
                 len(some) * lines.num_lines * triton.cdiv(width, strip) * batch,
                 device,
@@ -416,6 +536,27 @@ def _movement(
     )
 
 
+def _check(
+    movement: Movement, device: torch.device, index_shape: tuple[int, int], pinned: Tensor | None
+) -> None:
+    """Stops the program with a message where the lists or the table lead outside, rows don't rise,
+    two pages share a block that isn't pinned, or a move would write a pinned one."""
+    *_, num_blocks, _, batch = movement.arguments
+    state = None
+    if movement.options["PLACEMENT"] == PAGED.value:
+        state = torch.zeros(num_blocks, dtype=torch.int32, device=device)
+        if pinned is not None and pinned.numel():
+            count = pinned.numel()
+            start(
+                pin_kernel, triton.cdiv(count, _ENTRIES), device,
+                (state, pinned, count, num_blocks), ENTRIES=_ENTRIES,
+            )  # fmt: skip
+    start(
+        check_kernel, batch, device, (state, *movement.arguments), debug=True, ENTRIES=_ENTRIES,
+        SELECTIONS=index_shape[0] * index_shape[1], **movement.options,
+    )  # fmt: skip
+
+
 def _index_shape(keep_indices: Tensor | None) -> tuple[int, int]:
     return (1, 1) if keep_indices is None else (keep_indices.shape[0], keep_indices.shape[1])
 
@@ -439,12 +580,14 @@ def compact_kv_(
         caches, segments, keep_indices, cu_kept, cu_rows, prefix_lens, seq_lens, seq_starts, None,
         1, tokens, (PACKED if seq_starts is not None else BATCHED).value, False,
     )  # fmt: skip
+    if launch.CHECK:
+        _check(movement, first.device, _index_shape(keep_indices), None)
     _move(caches, num_layers, layout, movement, None, _index_shape(keep_indices))
     batch = cu_kept.shape[0] - 1
     lens = torch.empty(batch, dtype=torch.int32, device=first.device)
     slots = torch.empty(batch, dtype=torch.int64, device=first.device)
     arguments = (lens, slots, None, None, None, *movement.arguments)
-    launch(outputs_kernel, 1, first.device, arguments, ENTRIES=_ENTRIES, **movement.options)
+    start(outputs_kernel, 1, first.device, arguments, ENTRIES=_ENTRIES, **movement.options)
     return lens, slots
 
 
@@ -460,6 +603,7 @@ def compact_paged_kv_(
     prefix_lens: Tensor | None,
     seq_lens: Tensor | None,
     edit_table: bool,
+    pinned: Tensor | None,
     layout: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `adsc_kernels.ops.compact_paged_kv_`, which checks; this is what it calls."""
@@ -471,6 +615,8 @@ def compact_paged_kv_(
         caches, segments, keep_indices, cu_kept, cu_rows, prefix_lens, seq_lens, None, block_table,
         num_blocks, block_size, PAGED.value, edit_table,
     )  # fmt: skip
+    if launch.CHECK or pinned is not None:
+        _check(movement, first.device, _index_shape(keep_indices), pinned)
     _move(caches, num_layers, layout, movement, block_size, _index_shape(keep_indices))
     batch = cu_kept.shape[0] - 1
 
@@ -482,5 +628,5 @@ def compact_paged_kv_(
     table = block_table.new_empty(block_table.shape if edit_table else (0, 0))
     programs = 1 + triton.cdiv(table.numel(), _ENTRIES)
     arguments = (lens, slots, last, indptr, table, *movement.arguments)
-    launch(outputs_kernel, programs, first.device, arguments, ENTRIES=_ENTRIES, **movement.options)
+    start(outputs_kernel, programs, first.device, arguments, ENTRIES=_ENTRIES, **movement.options)
     return lens, slots, last, indptr, table

@@ -1,7 +1,7 @@
 """What the launchers share: which rows move, checks as in csrc/ops, units of access, the launch."""
 
+import contextlib
 import math
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,8 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-# Kernels verify every segment and index before they read through it (csrc/ reads it once too).
-CHECK = os.environ.get("ADSC_CHECK", "") not in ("", "0")
+from adsc_kernels.backend import CHECK
 
 # Arguments that differ from batch to batch: the code is the same for all their values. `steps` is
 # the number of those of a binary search over the segments.
@@ -115,12 +114,25 @@ def unit_of(*byte_counts: int) -> Unit:
 def launch(
     kernel: Any, programs: int, device: torch.device, arguments: Sequence[Any], **options: Any
 ) -> None:
-    """Runs `programs` programs of a kernel on the current stream of `device`."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            kernel[(programs,)](*arguments, CHECK=CHECK, debug=CHECK, **options)
-    else:
-        kernel[(programs,)](*arguments, CHECK=CHECK, **options)
+    """`start`, of a kernel that verifies what it is given where CHECK says so."""
+    start(kernel, programs, device, arguments, debug=CHECK, CHECK=CHECK, **options)
+
+
+def start(
+    kernel: Any,
+    programs: int,
+    device: torch.device,
+    arguments: Sequence[Any],
+    *,
+    debug: bool = False,
+    **options: Any,
+) -> None:
+    """Runs `programs` programs of a kernel on the current stream of `device`.
+
+    debug: with the kernel's assertions.
+    """
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[(programs,)](*arguments, debug=debug, **options)
 
 
 pointer = triton.reinterpret

@@ -95,9 +95,46 @@ std::string find_order_fault(const Compaction& c, int64_t index) {
   return "";
 }
 
+// A block that two pages share and that isn't pinned, or a pinned one that a move would write.
+std::string find_block_fault(const Compaction& c, const BlockList& pinned) {
+  std::vector<bool> is_pinned(pinned.count == 0 ? 0 : c.num_blocks);
+  for (int64_t i = 0; i < pinned.count; ++i) {
+    const int64_t block = pinned.blocks[i];
+    if (block >= 0 && block < c.num_blocks) is_pinned[block] = true;
+  }
+  std::vector<bool> used(c.num_blocks);
+  for (int32_t b = 0; b < c.batch; ++b) {
+    for (int32_t page = 0; page < pages_of(c, sequence_rows(c, b).total); ++page) {
+      const int64_t block = c.table[b * c.table_stride + page];
+      if (used[block] && !(pinned.count > 0 && is_pinned[block])) {
+        return join("block_table: expected every block once, or named in pinned, got block ", block,
+                    " again at [", b, ", ", page, "]");
+      }
+      used[block] = true;
+    }
+  }
+  if (pinned.count == 0) return "";
+  for (int32_t b = 0; b < c.batch; ++b) {
+    const SequenceRows rows = sequence_rows(c, b);
+    if (rows.dropped() == 0) continue;
+    for (int64_t s = 0; s < int64_t{c.index_layers} * c.index_heads; ++s) {
+      for (int32_t page = 0; page < pages_of(c, rows.new_total()); ++page) {
+        const int64_t index = s * c.num_indices;
+        const auto first = static_cast<int32_t>(page * c.num_tokens);
+        const int64_t block = place_in_cache(c, b, place_of(c, rows, index, first)).block;
+        if (is_pinned[block] && page_is_written(c, rows, index, page)) {
+          return join("pinned: expected no move into block ", block, ", but sequence ", b,
+                      " would write to it");
+        }
+      }
+    }
+  }
+  return "";
+}
+
 }  // namespace
 
-std::string find_fault(const Compaction& c) {
+std::string find_fault(const Compaction& c, const BlockList& pinned) {
   if (c.cu_kept[0] != 0) return join("cu_kept: expected the first to be 0, got ", c.cu_kept[0]);
   if (c.cu_rows.data != nullptr && c.cu_rows[0] != 0) {
     return join("cu_rows: expected the first to be 0, got ", c.cu_rows[0]);
@@ -116,20 +153,19 @@ std::string find_fault(const Compaction& c) {
       return join("segments: expected a table for ", c.cu_kept[c.batch],
                   " rows, got an empty one");
     }
-    const std::string fault = find_fault(rows_that_stay(c, 0));
-    return fault.empty() ? find_order_fault(c, 0) : fault;
-  }
-  if (c.cu_kept[c.batch] != c.num_indices) {
+    std::string fault = find_fault(rows_that_stay(c, 0));
+    if (fault.empty()) fault = find_order_fault(c, 0);
+    if (!fault.empty()) return fault;
+  } else if (c.cu_kept[c.batch] != c.num_indices) {
     return join("keep_indices: expected ", c.cu_kept[c.batch], " rows (cu_kept), got ",
                 c.num_indices);
-  }
-  for (int32_t layer = 0; layer < c.index_layers; ++layer) {
-    for (int32_t head = 0; head < c.index_heads; ++head) {
-      const std::string fault = find_order_fault(c, index_of(c, layer, head));
+  } else {
+    for (int64_t s = 0; s < int64_t{c.index_layers} * c.index_heads; ++s) {
+      const std::string fault = find_order_fault(c, s * c.num_indices);
       if (!fault.empty()) return fault;
     }
   }
-  return "";
+  return c.placement == Placement::kPaged ? find_block_fault(c, pinned) : "";
 }
 
 std::vector<Run> find_runs(const Compaction& c, int32_t b, int64_t index) {

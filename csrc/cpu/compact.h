@@ -10,7 +10,7 @@
 namespace adsc::cpu {
 
 // What is wrong with the contents of the lists and tables, in words; empty when nothing is.
-std::string find_fault(const Compaction& compaction);
+std::string find_fault(const Compaction& compaction, const BlockList& pinned);
 
 // Rows of one sequence that move together: places that follow one another on either side.
 struct Run {

@@ -41,9 +41,27 @@ __device__ __forceinline__ void check_list(const IntList& list, int64_t i, const
   }
 }
 
+// What is known of a block of the pool, in one word of scratch.
+constexpr uint32_t kPinned = 1;
+constexpr uint32_t kInTable = 2;
+
+__global__ void __launch_bounds__(kThreads) clear_kernel(uint32_t* block_state, int64_t num_blocks) {
+  const int64_t block = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (block < num_blocks) block_state[block] = 0;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    pin_kernel(const __grid_constant__ BlockList pinned, uint32_t* block_state,
+               int64_t num_blocks) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= pinned.count) return;
+  const int64_t block = pinned.blocks[i];
+  if (block >= 0 && block < num_blocks) atomicOr(&block_state[block], kPinned);
+}
+
 // One block for each sequence.
 __global__ void __launch_bounds__(kThreads)
-    check_kernel(const __grid_constant__ Compaction c) {
+    check_kernel(const __grid_constant__ Compaction c, uint32_t* block_state) {
   const auto b = static_cast<int32_t>(blockIdx.x);
   check_list(c.cu_kept, b, "cu_kept: expected boundaries that rise from 0, got %lld at %lld", true);
   check_list(c.cu_rows, b, "cu_rows: expected boundaries that rise from 0, got %lld at %lld", true);
@@ -79,6 +97,11 @@ __global__ void __launch_bounds__(kThreads)
         trap("block_table: expected blocks in [0, %lld), got %lld at [%lld, %lld]", c.num_blocks,
              entry, b, page);
       }
+      const uint32_t before = atomicOr(&block_state[entry], kInTable);
+      if (before == kInTable) {
+        trap("block_table: expected every block once, or named in pinned, got block %lld again at "
+             "[%lld, %lld]", entry, b, page);
+      }
     }
   }
   if (c.by_segments && c.num_segments == 0 && rows.kept > 0) {
@@ -110,6 +133,23 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   }
+  if (c.placement != Placement::kPaged || rows.dropped() == 0) return;
+  __syncthreads();  // the rows that are looked up now have been checked
+  const int32_t pages = pages_of(c, rows.new_total());
+  for (int32_t layer = 0; layer < c.index_layers; ++layer) {
+    for (int32_t head = 0; head < c.index_heads; ++head) {
+      const int64_t index = index_of(c, layer, head);
+      for (int32_t page = threadIdx.x; page < pages; page += kThreads) {
+        if (!page_is_written(c, rows, index, page)) continue;
+        const int32_t first = page * static_cast<int32_t>(c.num_tokens);
+        const int64_t block = place_in_cache(c, b, place_of(c, rows, index, first)).block;
+        if ((atomicOr(&block_state[block], 0) & kPinned) != 0) {
+          trap("pinned: expected no move into block %lld, but sequence %lld would write to it", block,
+               b);
+        }
+      }
+    }
+  }
 }
 
 }  // namespace
@@ -126,8 +166,16 @@ void compact(const Compaction& compaction, const CacheTensor* tensors, int count
   }
 }
 
-void check_compaction(const Compaction& compaction, Stream stream) {
-  launch(check_kernel, compaction.batch, kThreads, 0, stream, compaction);
+void check_compaction(const Compaction& compaction, const BlockList& pinned, uint32_t* block_state,
+                      Stream stream) {
+  const auto blocks_for = [](int64_t threads) { return (threads + kThreads - 1) / kThreads; };
+  if (compaction.placement == Placement::kPaged) {
+    const int64_t num_blocks = compaction.num_blocks;
+    launch(clear_kernel, blocks_for(num_blocks), kThreads, 0, stream, block_state, num_blocks);
+    launch(pin_kernel, blocks_for(pinned.count), kThreads, 0, stream, pinned, block_state,
+           num_blocks);
+  }
+  launch(check_kernel, compaction.batch, kThreads, 0, stream, compaction, block_state);
 }
 
 }  // namespace adsc::cuda

@@ -149,7 +149,7 @@ CompactionCall compaction_of(const CompactionArguments& a) {
 
 void check_contents(const CompactionCall& call, const Tensor& like) {
   if (!host_can_read(like)) return;
-  const std::string fault = cpu::find_fault(call.compaction);
+  const std::string fault = cpu::find_fault(call.compaction, call.pinned);
   check(fault.empty(), fault);
 }
 
@@ -227,13 +227,17 @@ void run_on_cpu(const CompactionCall& call) {
 
 #if defined(ADSC_WITH_CUDA)
 void check_on_cuda(const CompactionCall& call, cuda::Stream stream) {
-  cuda::check_compaction(call.compaction, stream);
+  if (!device_checks() && call.pinned.count == 0) return;
+  const Compaction& c = call.compaction;
+  const int64_t blocks = c.placement == Placement::kPaged ? c.num_blocks : 0;
+  const Tensor block_state = empty(call.results[0], {blocks}, aoti_torch_dtype_int32());
+  cuda::check_compaction(c, call.pinned, data<uint32_t>(block_state), stream);
 }
 
 namespace {
 void run_on_cuda(const CompactionCall& call, const Tensor& like) {
   const OnDevice device(like);
-  if (device_checks()) check_on_cuda(call, device.stream());
+  check_on_cuda(call, device.stream());
   cuda::compact(call.compaction, call.tensors.data(), static_cast<int>(call.tensors.size()),
                 call.outputs, device.stream());
 }
@@ -260,7 +264,7 @@ CompactionCall dense_compaction(const CompactionArguments& a, const OptionalTens
 }
 
 CompactionCall paged_compaction(const CompactionArguments& a, const Tensor& block_table,
-                                int64_t block_size, bool edit_table) {
+                                int64_t block_size, bool edit_table, const OptionalTensor& pinned) {
   CompactionCall call = compaction_of(a);
   Compaction& c = call.compaction;
   const Tensor& first = a.caches[0];
@@ -291,6 +295,10 @@ CompactionCall paged_compaction(const CompactionArguments& a, const Tensor& bloc
   c.table = {block_table.const_data_ptr(), wide};
   c.table_stride = block_table.stride(0);
   c.table_width = block_table.size(1);
+  if (pinned.has_value()) {
+    call.pinned = {int_list(*pinned, "pinned", pinned->dim() == 1 ? pinned->size(0) : 0, first),
+                   pinned->size(0)};
+  }
   check_contents(call, first);
   add_results(call, first);
   const int64_t batch = c.batch;
@@ -320,11 +328,12 @@ std::tuple<Tensor, Tensor> compact_kv_cpu(std::vector<Tensor> caches, int64_t nu
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compact_paged_kv_cpu(
     std::vector<Tensor> caches, int64_t num_layers, Tensor block_table, int64_t block_size,
     OptionalTensor segments, OptionalTensor keep_indices, Tensor cu_kept, OptionalTensor cu_rows,
-    OptionalTensor prefix_lens, OptionalTensor seq_lens, bool edit_table, std::string layout) {
+    OptionalTensor prefix_lens, OptionalTensor seq_lens, bool edit_table,
+    OptionalTensor pinned, std::string layout) {
   const CompactionCall call =
       paged_compaction({caches, num_layers, segments, keep_indices, cu_kept, cu_rows, prefix_lens,
                         seq_lens, layout},
-                       block_table, block_size, edit_table);
+                       block_table, block_size, edit_table, pinned);
   run_on_cpu(call);
   return {call.results[0], call.results[1], call.results[2], call.results[3], call.results[4]};
 }
@@ -347,11 +356,12 @@ std::tuple<Tensor, Tensor> compact_kv_cuda(std::vector<Tensor> caches, int64_t n
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compact_paged_kv_cuda(
     std::vector<Tensor> caches, int64_t num_layers, Tensor block_table, int64_t block_size,
     OptionalTensor segments, OptionalTensor keep_indices, Tensor cu_kept, OptionalTensor cu_rows,
-    OptionalTensor prefix_lens, OptionalTensor seq_lens, bool edit_table, std::string layout) {
+    OptionalTensor prefix_lens, OptionalTensor seq_lens, bool edit_table,
+    OptionalTensor pinned, std::string layout) {
   const CompactionCall call =
       paged_compaction({caches, num_layers, segments, keep_indices, cu_kept, cu_rows, prefix_lens,
                         seq_lens, layout},
-                       block_table, block_size, edit_table);
+                       block_table, block_size, edit_table, pinned);
   run_on_cuda(call, caches[0]);
   return {call.results[0], call.results[1], call.results[2], call.results[3], call.results[4]};
 }

@@ -25,6 +25,7 @@ struct CompactionArguments {
 
 struct CompactionCall {
   Compaction compaction;
+  BlockList pinned;
   std::vector<CacheTensor> tensors;
   CompactionOutputs outputs;
   // seq_lens, slots; of a paged cache also last_page_len, indptr, table
@@ -34,12 +35,12 @@ struct CompactionCall {
 CompactionCall dense_compaction(const CompactionArguments& arguments,
                                 const OptionalTensor& seq_starts);
 CompactionCall paged_compaction(const CompactionArguments& arguments, const Tensor& block_table,
-                                int64_t block_size, bool edit_table);
+                                int64_t block_size, bool edit_table, const OptionalTensor& pinned);
 
 void run_on_cpu(const CompactionCall& call);
 
 #if defined(ADSC_WITH_CUDA)
-// ADSC_CHECK=1
+// With ADSC_CHECK=1, or where blocks are pinned: they are never written.
 void check_on_cuda(const CompactionCall& call, cuda::Stream stream);
 #endif
 

@@ -30,7 +30,8 @@ std::tuple<Tensor, Tensor> compact_kv_cpu(std::vector<Tensor> caches, int64_t nu
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compact_paged_kv_cpu(
     std::vector<Tensor> caches, int64_t num_layers, Tensor block_table, int64_t block_size,
     OptionalTensor segments, OptionalTensor keep_indices, Tensor cu_kept, OptionalTensor cu_rows,
-    OptionalTensor prefix_lens, OptionalTensor seq_lens, bool edit_table, std::string layout);
+    OptionalTensor prefix_lens, OptionalTensor seq_lens, bool edit_table, OptionalTensor pinned,
+    std::string layout);
 std::tuple<Tensor, Tensor> compact_kv_cuda(std::vector<Tensor> caches, int64_t num_layers,
                                            OptionalTensor segments, OptionalTensor keep_indices,
                                            Tensor cu_kept, OptionalTensor cu_rows,
@@ -39,7 +40,8 @@ std::tuple<Tensor, Tensor> compact_kv_cuda(std::vector<Tensor> caches, int64_t n
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compact_paged_kv_cuda(
     std::vector<Tensor> caches, int64_t num_layers, Tensor block_table, int64_t block_size,
     OptionalTensor segments, OptionalTensor keep_indices, Tensor cu_kept, OptionalTensor cu_rows,
-    OptionalTensor prefix_lens, OptionalTensor seq_lens, bool edit_table, std::string layout);
+    OptionalTensor prefix_lens, OptionalTensor seq_lens, bool edit_table, OptionalTensor pinned,
+    std::string layout);
 std::vector<Tensor> boundary_step_cpu(Tensor hidden, OptionalTensor residual, OptionalTensor weight,
                                       double eps, std::vector<Tensor> others,
                                       OptionalTensor segments, OptionalTensor keep_indices,

@@ -31,8 +31,8 @@ STABLE_TORCH_LIBRARY(adsc_kernels, m) {
   m.def(
       "compact_paged_kv_(Tensor(a!)[] caches, int num_layers, Tensor block_table, "
       "SymInt block_size, Tensor? segments, Tensor? keep_indices, Tensor cu_kept, "
-      "Tensor? cu_rows, Tensor? prefix_lens, Tensor? seq_lens, bool edit_table, str layout) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? cu_rows, Tensor? prefix_lens, Tensor? seq_lens, bool edit_table, "
+      "Tensor? pinned, str layout) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "boundary_step(Tensor hidden, Tensor? residual, Tensor? weight, float eps, Tensor[] others, "
       "Tensor? segments, Tensor? keep_indices, Tensor? cu_seqlens, Tensor? spans, int[] keep, "

@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+from cache_cases import Blocks, blocks
+from hypothesis import given, settings
 from segment_tables import stage_of
 from test_rebuild_metadata import int32
 from triton.runtime import interpreter
@@ -24,6 +26,37 @@ def checking(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
     with backend("triton"):
         yield
+
+
+LISTS = (None, torch.tensor([[[0, 3, 1, 2]]]), torch.tensor([0, 2, 4]), torch.tensor([0, 4, 8]))
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (1, torch.tensor([[[3, 0, 1, 2]]]), "segments, keep_indices: rows that don't rise"),
+        (1, torch.tensor([[[0, 4, 1, 2]]]), "segments, keep_indices: rows that don't rise"),
+        (1, torch.tensor([[[0, 3, 1]]]), "keep_indices: fewer"),
+        (2, torch.tensor([0, 5, 4]), "cu_kept: "),
+        (3, torch.tensor([0, 1, 8]), "cu_kept: "),
+        (4, torch.tensor([0, -1]), "prefix_lens: "),
+        (5, torch.tensor([4, 7]), "seq_lens: less"),
+        (5, torch.tensor([4, 3]), "seq_lens: less"),
+        (6, torch.tensor([0, 3, 12]), "seq_lens: .*room"),
+        (6, torch.tensor([0, 6, 13]), "seq_starts: "),
+    ],
+)
+def test_lists_of_a_compaction(place: int, value: torch.Tensor, message: str) -> None:
+    rows = [*LISTS, torch.tensor([0, 0]), torch.tensor([4, 5]), torch.tensor([0, 6, 12])]
+    cache = torch.arange(12.0).reshape(12, 1, 1)
+    before = cache.clone()
+    wrong = list(rows)
+    wrong[place] = value
+    with pytest.raises(Exception, match=message):
+        torch.ops.adsc_triton.compact_kv_([cache], 1, *wrong, "NHD")
+    assert torch.equal(cache, before)
+    torch.ops.adsc_triton.compact_kv_([cache], 1, *rows, "NHD")
+    assert cache[:9].flatten().tolist() == [0, 3, 2, 3, 4, 5, 7, 8, 10]
 
 
 @pytest.mark.parametrize("rows", [[0, 10], [-1], [1 << 40]])
@@ -70,6 +103,24 @@ def test_layouts(cu_seqlens: torch.Tensor, spans: list[list[int]], message: str)
     arguments = ((1, 1), "grid", 3) if len(spans[0]) == 5 else ("1/2",)
     with pytest.raises(Exception, match=message):
         ops.rebuild_metadata(cu_seqlens, table, *arguments)
+
+
+@settings(max_examples=60, deadline=None)
+@given(drawn=blocks(outside=True))
+def test_block_tables(drawn: Blocks) -> None:
+    """Refused exactly where the CPU op refuses, with no byte written."""
+    (wanted, arguments), (got, same) = drawn.build(), drawn.build()
+    saved = [buffer.clone() for buffer in got]
+    try:
+        torch.ops.adsc_kernels.compact_paged_kv_(*arguments)
+    except ValueError as error:
+        name = str(error).split(":")[0]
+        with pytest.raises(Exception, match=f"{name}: a block"):
+            torch.ops.adsc_triton.compact_paged_kv_(*same)
+        assert all(map(torch.equal, got, saved))
+    else:
+        torch.ops.adsc_triton.compact_paged_kv_(*same)
+        assert all(map(torch.equal, got, wanted))
 
 
 def test_what_is_right_passes() -> None:

@@ -18,7 +18,8 @@ namespace {
 struct Byte {
   Touch writer;
   Touch reader;
-  bool atomic = false;  // the last write was
+  bool atomic = false;   // the last write was
+  bool settled = false;  // an earlier launch wrote it
 };
 
 constexpr uintptr_t kGranule = 16;
@@ -101,7 +102,7 @@ void check_bytes(Shadow& shadow, uintptr_t begin, uintptr_t end, Kind kind, cons
     for (; at < stop; ++at) {
       Byte& byte = bytes[at % kGranule];
       const bool written = byte.writer.block != Touch::kNobody;
-      if (kind != Kind::kWrite && !written && !initialized) {
+      if (kind != Kind::kWrite && !written && !byte.settled && !initialized) {
         fail("%s of %s %p, which nothing has written", name(kind), space,
              reinterpret_cast<void*>(at));
       }
@@ -191,11 +192,27 @@ void allow(const void* begin, size_t bytes, bool writable, bool initialized) {
   if (bytes == 0) return;
   const auto address = reinterpret_cast<uintptr_t>(begin);
   checks().ranges[address] = {address + bytes, writable, initialized};
+  if (initialized) return;
+  for (uintptr_t at = address; at < address + bytes; ++at) {  // it may have been another output's
+    const auto found = checks().global.find(at / kGranule);
+    if (found != checks().global.end()) found->second[at % kGranule] = {};
+  }
 }
 
-void allow_anything() { checks().ranges.clear(); }
+void allow_anything() {
+  checks().ranges.clear();
+  checks().global.clear();
+}
 
-void forget_global() { checks().global.clear(); }
+void settle_global() {
+  for (auto& [granule, bytes] : checks().global) {
+    for (Byte& byte : bytes) {
+      const bool written = byte.settled || byte.writer.block != Touch::kNobody;
+      byte = {};
+      byte.settled = written;
+    }
+  }
+}
 
 void forget_shared(int slot) {
   auto& shared = checks().shared;

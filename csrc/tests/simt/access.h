@@ -12,7 +12,7 @@ void allow(const void* begin, size_t bytes, bool writable, bool initialized);
 void allow_anything();
 
 // Forgets who touched what: a new launch; a new block in a slot.
-void forget_global();
+void settle_global();
 void forget_shared(int slot);
 
 }  // namespace adsc::simt

@@ -577,7 +577,7 @@ void run_grid(dim3 grid, dim3 size, size_t dynamic_bytes, void (*entry)(const vo
   running.all_stacks_end = running.all_stacks_begin + kMaxFibers * kStackBytes;
   running.arguments_begin = reinterpret_cast<uintptr_t>(arguments);
   running.arguments_end = running.arguments_begin + argument_bytes;
-  forget_global();
+  settle_global();
 
   std::vector<unsigned char> before(static_bytes());
   std::memcpy(before.data(), static_memory(), before.size());
