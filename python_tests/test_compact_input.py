@@ -133,6 +133,7 @@ BAD_CALLS = {
     "host table elsewhere": (paged(block_table_host=TABLE.to("meta")), ValueError, "^block_table_host: .*meta"),
     "host table shape": (paged(block_table_host=TABLE[:, :2]), ValueError, "^block_table_host: expected 4 blocks"),
     "pinned written": (paged(pinned=[1]), ValueError, "^pinned: .*block 1, but sequence 0"),
+    "pinned elsewhere than the table": (paged(pinned=torch.zeros(1, dtype=torch.int32, device="meta")), ValueError, "^pinned: expected blocks in host memory.*meta"),
     "pinned floats": (paged(pinned=[0.5]), TypeError, "^pinned: expected integers"),
     "edited by heads": (paged(edit_table=True, stage=None, **{**BY_INDEX, "keep_indices": INDICES.expand(3, 4).contiguous()}), UnsupportedError, "^edit_table: "),
 }  # fmt: skip
@@ -259,3 +260,20 @@ def test_fullgraph() -> None:
     assert torch.equal(both, other)
     for a, b in zip(got, wanted, strict=True):
         assert torch.equal(a, b)
+
+
+def test_pinned_is_heeded_in_a_compiled_graph() -> None:
+    """The host doesn't look at the table there; the op does."""
+
+    def run(pool: Tensor, pinned: Tensor) -> Tensor:
+        ops.compact_paged_kv_(pool, None, TABLE, STAGE, pinned=pinned)
+        return pool.sum()
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    pool = torch.randn(9, 4, 3, 5)
+    before = pool.clone()
+    with pytest.raises(ValueError, match=r"^pinned: .*block 1, but sequence 0"):
+        compiled(pool, torch.tensor([1]))
+    assert torch.equal(pool, before)
+    compiled(pool, torch.tensor([0]))
+    assert not torch.equal(pool, before)

@@ -65,3 +65,13 @@ def test_compact(name: str) -> None:
     assert "bar.sync" in order[: stores[0]]
     between = order[max(i for i in range(stores[0]) if order[i] == "bar.sync") : stores[-1]]
     assert not any(word.startswith("ld") for word in between)
+
+
+def test_check() -> None:
+    pinned = torch.tensor([0, 1])
+    with ahead_of_time(80) as kernels:
+        compact.compact_paged_kv_(BLOCKS, 2, TABLE, 16, *ROWS, True, pinned, "NHD")
+    names = ["pin_kernel", "check_kernel", "compact_kernel", "outputs_kernel"]
+    assert [kernel.name for kernel in kernels] == names
+    assert "__assertfail" in kernels[1].ptx
+    assert not any("__assertfail" in kernel.ptx for kernel in kernels if kernel is not kernels[1])

@@ -20,7 +20,7 @@ from adsc_kernels.ops.boundary import (
     empty_outputs,
     step_of,
 )
-from adsc_kernels.ops.compact import CompactionCall, check_dense, check_paged
+from adsc_kernels.ops.compact import Blocks, CompactionCall, check_dense, check_paged
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +66,7 @@ class PagedCache:
     seq_lens: IntsLike | None = None
     edit_table: bool = False
     block_table_host: Tensor | np.ndarray | None = None
-    pinned: Sequence[int] | Tensor | np.ndarray | None = None
+    pinned: Blocks | None = None
     k_scales: Tensor | Sequence[Tensor] | None = None
     v_scales: Tensor | Sequence[Tensor] | None = None
 
@@ -212,10 +212,10 @@ def _check_cache(
 def _op_arguments(call: CompactionCall) -> tuple[Any, ...]:
     """Those of one of the compaction ops as this op's."""
     if call.paged:
-        caches, layers, table, size, *rows, edit_table, layout = call.arguments
-        return (caches, layers, table, size, *rows, None, edit_table, layout)
+        caches, layers, table, size, *rows, edit_table, pinned, layout = call.arguments
+        return (caches, layers, table, size, *rows, None, edit_table, pinned, layout)
     caches, layers, *rows, seq_starts, layout = call.arguments
-    return (caches, layers, None, 0, *rows, seq_starts, False, layout)
+    return (caches, layers, None, 0, *rows, seq_starts, False, None, layout)
 
 
 # ---- Schema and shapes for tracing ----
@@ -247,6 +247,7 @@ def _fake(
     seq_lens: Tensor | None,
     seq_starts: Tensor | None,
     edit_table: bool,
+    pinned: Tensor | None,
     layout: str,
     outs: list[Tensor],
 ) -> tuple[Tensor, ...]:
@@ -271,7 +272,8 @@ register(
     "str pattern, SymInt max_height, SymInt num_tokens, Tensor(a!)[] caches, int num_layers, "
     "Tensor? block_table, SymInt block_size, Tensor? cache_segments, Tensor? cache_keep_indices, "
     "Tensor cu_kept, Tensor? cu_rows, Tensor? prefix_lens, Tensor? seq_lens, Tensor? seq_starts, "
-    "bool edit_table, str layout, Tensor(b!)[] outs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool edit_table, Tensor? pinned, str layout, Tensor(b!)[] outs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
     triton="compress_step",
 )

@@ -356,11 +356,11 @@ def check_kernel(
             page = first + tl.arange(0, ENTRIES)
             block = tl.load(table + b * table_stride + page, mask=page < pages, other=0)
             block = block.to(tl.int64)
-            ok = (block >= 0) & (block < num_blocks)
-            tl.device_assert(ok, "block_table: a block outside of the pool")
-            before = tl.atomic_or(state + block, IN_TABLE, mask=(page < pages) & ok)
-            ok = (before != IN_TABLE) | (page >= pages)
-            tl.device_assert(ok, "block_table: a block twice that isn't in pinned")
+            inside = (block >= 0) & (block < num_blocks)
+            tl.device_assert(inside, "block_table: a block outside of the pool")
+            before = tl.atomic_or(state + block, IN_TABLE, mask=(page < pages) & inside)
+            once = (before != IN_TABLE) | (page >= pages)
+            tl.device_assert(once, "block_table: a block twice that isn't in pinned")
     for selection in range(SELECTIONS):
         index = selection * num_indices
         for first in tl.range(0, kept, ENTRIES):
@@ -376,14 +376,13 @@ def check_kernel(
                 steps, index, BY_INDEX,
             )  # fmt: skip
             before = tl.where(behind, before, prefix - 1)
-            ok = (old > before) & (old < prefix + source) | ~inside
-            tl.device_assert(ok, "segments, keep_indices: rows that don't rise in the sequence")
+            rising = (old > before) & (old < prefix + source) | ~inside
+            tl.device_assert(rising, "segments, keep_indices: rows that don't rise in the sequence")
     tl.debug_barrier()
     if PLACEMENT == PAGED:
         length = total - source + kept
         pages = (length + size - 1) // size
-        if source == kept:
-            pages = 0  # nothing moves
+        pages = tl.where(source == kept, 0, pages)  # all stay: nothing moves
         for selection in range(SELECTIONS):
             index = selection * num_indices
             for first in tl.range(0, pages, ENTRIES):
@@ -403,8 +402,8 @@ def check_kernel(
                     new, inside, b, seq_starts, table, table_stride, size, PLACEMENT
                 )
                 is_pinned = (tl.atomic_or(state + block, 0, mask=inside) & PINNED) != 0
-                ok = ~(is_pinned & inside & (old != new))
-                tl.device_assert(ok, "pinned: a block that a move would write")
+                written = inside & (old != new)
+                tl.device_assert(~(is_pinned & written), "pinned: a block that a move would write")
 
 
 # ---- Launchers ----

@@ -19,7 +19,7 @@ struct StepCall {
 StepCall step_call(const BoundaryArguments& a, const CompactionArguments& c,
                    const OptionalTensor& block_table, int64_t block_size,
                    const OptionalTensor& seq_starts, bool edit_table,
-                   const std::vector<Tensor>& outs) {
+                   const OptionalTensor& pinned, const std::vector<Tensor>& outs) {
   BoundaryCall boundary = boundary_call(a);
   check_outputs(outs, boundary.outputs, "outs");
   boundary.set_outputs(outs);
@@ -28,8 +28,9 @@ StepCall step_call(const BoundaryArguments& a, const CompactionArguments& c,
         "block_table, seq_starts: expected at most one of them, got both");
   check(block_table.has_value() || !edit_table, "edit_table: expected false without block_table");
   return {std::move(boundary),
-          block_table.has_value() ? paged_compaction(c, *block_table, block_size, edit_table)
-                                  : dense_compaction(c, seq_starts)};
+          block_table.has_value()
+              ? paged_compaction(c, *block_table, block_size, edit_table, pinned)
+              : dense_compaction(c, seq_starts)};
 }
 
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -52,13 +53,13 @@ Results compress_step_cpu(Tensor hidden, OptionalTensor residual, OptionalTensor
                           OptionalTensor cache_segments, OptionalTensor cache_keep_indices,
                           Tensor cu_kept, OptionalTensor cu_rows, OptionalTensor prefix_lens,
                           OptionalTensor seq_lens, OptionalTensor seq_starts, bool edit_table,
-                          std::string layout, std::vector<Tensor> outs) {
+                          OptionalTensor pinned, std::string layout, std::vector<Tensor> outs) {
   const StepCall call = step_call(
       {hidden, residual, weight, eps, others, segments, keep_indices, cu_seqlens, spans, keep,
        pattern, max_height, num_tokens},
       {caches, num_layers, cache_segments, cache_keep_indices, cu_kept, cu_rows, prefix_lens,
        seq_lens, layout},
-      block_table, block_size, seq_starts, edit_table, outs);
+      block_table, block_size, seq_starts, edit_table, pinned, outs);
   run_on_cpu(call.boundary);  // first: it may still find fault with a layout
   run_on_cpu(call.compaction);
   return results_of(call.compaction, hidden);
@@ -75,20 +76,18 @@ Results compress_step_cuda(Tensor hidden, OptionalTensor residual, OptionalTenso
                            OptionalTensor cache_segments, OptionalTensor cache_keep_indices,
                            Tensor cu_kept, OptionalTensor cu_rows, OptionalTensor prefix_lens,
                            OptionalTensor seq_lens, OptionalTensor seq_starts, bool edit_table,
-                           std::string layout, std::vector<Tensor> outs) {
+                           OptionalTensor pinned, std::string layout, std::vector<Tensor> outs) {
   const StepCall call = step_call(
       {hidden, residual, weight, eps, others, segments, keep_indices, cu_seqlens, spans, keep,
        pattern, max_height, num_tokens},
       {caches, num_layers, cache_segments, cache_keep_indices, cu_kept, cu_rows, prefix_lens,
        seq_lens, layout},
-      block_table, block_size, seq_starts, edit_table, outs);
+      block_table, block_size, seq_starts, edit_table, pinned, outs);
   const BoundaryCall& boundary = call.boundary;
   const CompactionCall& compaction = call.compaction;
   const OnDevice device(hidden);
-  if (device_checks()) {
-    check_on_cuda(boundary, device.stream());
-    check_on_cuda(compaction, device.stream());
-  }
+  if (device_checks()) check_on_cuda(boundary, device.stream());
+  check_on_cuda(compaction, device.stream());
   const std::optional<cuda::LayoutStep> layout_given = layout_step(boundary);
   cuda::compress_step(boundary.map, layout_given.has_value() ? &*layout_given : nullptr,
                       boundary.norm.has_value() ? &*boundary.norm : nullptr,

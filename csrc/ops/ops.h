@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compress_step_cpu(
     OptionalTensor block_table, int64_t block_size, OptionalTensor cache_segments,
     OptionalTensor cache_keep_indices, Tensor cu_kept, OptionalTensor cu_rows,
     OptionalTensor prefix_lens, OptionalTensor seq_lens, OptionalTensor seq_starts, bool edit_table,
-    std::string layout, std::vector<Tensor> outs);
+    OptionalTensor pinned, std::string layout, std::vector<Tensor> outs);
 
 #if defined(ADSC_WITH_CUDA)
 
@@ -88,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compress_step_cuda(
     OptionalTensor block_table, int64_t block_size, OptionalTensor cache_segments,
     OptionalTensor cache_keep_indices, Tensor cu_kept, OptionalTensor cu_rows,
     OptionalTensor prefix_lens, OptionalTensor seq_lens, OptionalTensor seq_starts, bool edit_table,
-    std::string layout, std::vector<Tensor> outs);
+    OptionalTensor pinned, std::string layout, std::vector<Tensor> outs);
 
 #endif
 

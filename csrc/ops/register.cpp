@@ -43,8 +43,8 @@ STABLE_TORCH_LIBRARY(adsc_kernels, m) {
       "Tensor? spans, int[] keep, str pattern, SymInt max_height, SymInt num_tokens, "
       "Tensor(a!)[] caches, int num_layers, Tensor? block_table, SymInt block_size, "
       "Tensor? cache_segments, Tensor? cache_keep_indices, Tensor cu_kept, Tensor? cu_rows, "
-      "Tensor? prefix_lens, Tensor? seq_lens, Tensor? seq_starts, bool edit_table, str layout, "
-      "Tensor(b!)[] outs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? prefix_lens, Tensor? seq_lens, Tensor? seq_starts, bool edit_table, "
+      "Tensor? pinned, str layout, Tensor(b!)[] outs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 #if !defined(ADSC_SIMT)
