@@ -185,9 +185,9 @@ def sample(kind: str) -> tuple[Any, ...]:
         outs = [outs[0], outs[0].clone(), *(torch.empty_like(x) for x in metadata)]
     if kind == "paged":
         pools = [torch.randn(30, 4, 2, 3) for _ in range(2)]
-        return (*boundary, pools, 1, TABLE, 4, *OWN, None, True, "NHD", outs)
+        return (*boundary, pools, 1, TABLE, 4, *OWN, None, True, torch.tensor([99]), "NHD", outs)
     cache = torch.randn(ROWS[0], 2, 3)
-    return (*boundary, [cache], 1, None, 0, *OWN, S.cu_seqlens_in, False, "NHD", outs)
+    return (*boundary, [cache], 1, None, 0, *OWN, S.cu_seqlens_in, False, None, "NHD", outs)
 
 
 @pytest.mark.parametrize("kind", ["dense", "paged", "layout"])
@@ -202,8 +202,10 @@ def test_the_op_itself_checks_too() -> None:
         ("paged", 15, TABLE + 25, "^block_table: expected"),
         ("paged", 23, S.cu_seqlens_in, "^block_table, seq_starts: .*both"),
         ("dense", 24, True, "^edit_table: "),
-        ("dense", 26, [], "^outs: expected 2 tensors, got 0"),
-        ("dense", 26, [HIDDEN[: S.num_tokens], HIDDEN], r"^outs\[1\]: .*\[60, 8\]"),
+        ("dense", 25, torch.tensor([0]), "^pinned: "),
+        ("paged", 25, TABLE[0, :9], "^pinned: .*no move into block"),
+        ("dense", 27, [], "^outs: expected 2 tensors, got 0"),
+        ("dense", 27, [HIDDEN[: S.num_tokens], HIDDEN], r"^outs\[1\]: .*\[60, 8\]"),
         ("layout", 12, 5, r"^outs\[0\]: "),
     ]:
         arguments = list(sample(kind))

@@ -27,6 +27,7 @@ StepCall step_call(const BoundaryArguments& a, const CompactionArguments& c,
   check(!block_table.has_value() || !seq_starts.has_value(),
         "block_table, seq_starts: expected at most one of them, got both");
   check(block_table.has_value() || !edit_table, "edit_table: expected false without block_table");
+  check(block_table.has_value() || !pinned.has_value(), "pinned: expected none without block_table");
   return {std::move(boundary),
           block_table.has_value()
               ? paged_compaction(c, *block_table, block_size, edit_table, pinned)
