@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from adsc_kernels.backend import CHECK
+from adsc_kernels.backend import CHECK as CHECK
 
 # Arguments that differ from batch to batch: the code is the same for all their values. `steps` is
 # the number of those of a binary search over the segments.
