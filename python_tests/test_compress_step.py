@@ -141,8 +141,8 @@ FORMS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "device": (lambda: ops.compress_step(HIDDEN.to("meta"), own_cache(), keep_indices=torch.arange(3, device="meta")), ValueError, "device of hidden, meta, got cpu"),
     "a gradient": (lambda: ops.compress_step(HIDDEN.clone().requires_grad_(), own_cache(), PLAN.stages[1]), ValueError, "^hidden: .*no gradient"),
     "a gradient of others": (lambda: ops.compress_step(HIDDEN, own_cache(), PLAN.stages[1], others=[HIDDEN, HIDDEN.clone().requires_grad_()]), ValueError, r"^others\[1\]: .*no gradient"),
-    "hidden in the cache": (lambda: ops.compress_step(SHARED[:, 1], ops.DenseCache(SHARED[:, 1:], None), PLAN.stages[1]), ValueError, "^hidden: .*memory"),
-    "others in the cache": (lambda: ops.compress_step(HIDDEN, ops.DenseCache(SHARED.view(torch.uint8), None), PLAN.stages[1], others=[SHARED[:, 2, 7:]]), ValueError, r"^others\[0\]: .*memory"),
+    "hidden in the cache": (lambda: ops.compress_step(SHARED[:, 1], ops.DenseCache(SHARED[:, 1:], None), PLAN.stages[1]), ValueError, r"^k_caches\[0\], hidden: .*memory|^hidden, k_caches\[0\]: .*memory"),
+    "others in the cache": (lambda: ops.compress_step(HIDDEN, ops.DenseCache(SHARED.view(torch.uint8), None), PLAN.stages[1], others=[SHARED[:, 2, 7:]]), ValueError, r"^k_caches\[0\], others\[0\]: .*memory"),
 }  # fmt: skip
 
 

@@ -5,13 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from simt import ROOT, needs_simt
 
 pytestmark = needs_simt
 
 
-def test_wrong_entries_trap_before_anything_outside_is_touched() -> None:
-    script = Path(__file__).with_name("simt_checks.py")
+@pytest.mark.parametrize("name", ["simt_checks.py", "simt_checks_compress.py"])
+def test_wrong_entries_trap_before_anything_outside_is_touched(name: str) -> None:
+    script = Path(__file__).with_name(name)
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
         [sys.executable, script],

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, combinations, pairwise
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -40,6 +40,15 @@ class CacheStage(Stage, Protocol):
 # ---- Caches ----
 
 
+class Reach(NamedTuple):
+    """A tensor, from its first byte to behind its last."""
+
+    begin: int
+    end: int
+    tensor: Tensor
+    name: str
+
+
 @dataclass(frozen=True)
 class Caches:
     """All tensors that move together, and what they have in common."""
@@ -50,6 +59,7 @@ class Caches:
     per_token: bool  # some scales have no heads
     blocks: int  # 1 for caches without that dimension
     tokens: int
+    reaches: list[Reach]  # empty while a graph is traced
 
 
 def axis(rank: int, layout: str, name: str) -> int:
@@ -125,8 +135,9 @@ def check_caches(
                 raise ValueError(f"{name}[{i}]: expected a tensor that needs no gradient")
     tensors = [x for group, _ in lists for x in group]
     names = [f"{name}[{i}]" for group, name in lists for i in range(len(group))]
+    reaches: list[Reach] = []
     if not torch.compiler.is_compiling() and first.device.type != "meta":
-        check_overlap(tensors, names)
+        reaches = check_overlap(tensors, names)
     return Caches(
         tensors,
         len(k),
@@ -134,6 +145,7 @@ def check_caches(
         per_token,
         1 if places[0] is None else first.shape[places[0]],
         first.shape[places[1]],
+        reaches,
     )
 
 
@@ -150,8 +162,11 @@ def _tensors(x: Tensor | Sequence[Tensor], name: str, count: int | None) -> list
     return tensors
 
 
-def check_overlap(tensors: Sequence[Tensor], names: Sequence[str]) -> None:
-    """Raises ValueError where two tensors, or two elements of one, share memory."""
+def check_overlap(tensors: Sequence[Tensor], names: Sequence[str]) -> list[Reach]:
+    """Where the tensors lie that hold anything.
+
+    Raises ValueError where two tensors, or two elements of one, share memory.
+    """
     spans = []
     for x, name in zip(tensors, names, strict=True):
         if x.numel() == 0:
@@ -166,42 +181,39 @@ def check_overlap(tensors: Sequence[Tensor], names: Sequence[str]) -> None:
                     )
                 extent += (size - 1) * stride
         begin = x.data_ptr()
-        spans.append((begin, begin + extent * x.itemsize, x, name))
+        spans.append(Reach(begin, begin + extent * x.itemsize, x, name))
     spans.sort(key=lambda span: span[:2])
     # Extents in a chain of overlaps: views into one another's gaps, such as K and V of one storage.
-    chain: list[tuple[int, int, Tensor, str]] = []
+    chain: list[Reach] = []
     end = 0
     for span in [*spans, None]:
-        if span is not None and chain and span[0] < end:
+        if span is not None and chain and span.begin < end:
             chain.append(span)
-            end = max(end, span[1])
+            end = max(end, span.end)
             continue
         for a, b in combinations(chain, 2):
-            if a[1] > b[0] and _share_memory(a[2], b[2], b[0] - a[0]):
-                raise ValueError(f"{a[3]}, {b[3]}: expected tensors that don't share memory")
+            _check_pair(a, b)
         if span is not None:
-            chain, end = [span], span[1]
+            chain, end = [span], span.end
+    return spans
 
 
-def check_apart(inputs: Sequence[tuple[str, Tensor]], caches: Sequence[Tensor]) -> None:
+def _check_pair(a: Reach, b: Reach) -> None:
+    """b begins where a does, or later."""
+    if a.end > b.begin and _share_memory(a.tensor, b.tensor, b.begin - a.begin):
+        raise ValueError(f"{a.name}, {b.name}: expected tensors that don't share memory")
+
+
+def check_apart(inputs: Sequence[tuple[str, Tensor]], caches: Sequence[Reach]) -> None:
     """Raises ValueError where one of the inputs, by name, shares memory with one of the caches."""
-    written = [(*_reach(x), x) for x in caches if x.numel()]
     for name, x in inputs:
-        if x.numel() == 0:
-            continue
-        begin, end = _reach(x)
-        for first, last, cache in written:
-            if begin < last and first < end:
-                low, high = (x, cache) if begin <= first else (cache, x)
-                if _share_memory(low, high, abs(first - begin)):
-                    raise ValueError(f"{name}: expected memory that no cache of the call lies in")
-
-
-def _reach(x: Tensor) -> tuple[int, int]:
-    """Addresses from its first byte to behind its last."""
-    steps = ((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    begin = x.data_ptr()
-    return begin, begin + (1 + sum(steps)) * x.itemsize
+        if caches and x.numel():  # none while a graph is traced
+            steps = ((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+            begin = x.data_ptr()
+            reach = Reach(begin, begin + (1 + sum(steps)) * x.itemsize, x, name)
+            for cache in caches:
+                if reach.begin < cache.end and cache.begin < reach.end:
+                    _check_pair(*sorted((reach, cache), key=lambda r: r.begin))
 
 
 def _share_memory(a: Tensor, b: Tensor, offset: int) -> bool:

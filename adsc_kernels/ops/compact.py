@@ -32,11 +32,15 @@ class CompactionCall:
     """The arguments of one of the two ops, checked, and what the host knows of its results."""
 
     arguments: tuple[Any, ...]
-    device: torch.device
+    caches: Caches
     new_lens: tuple[int, ...]
     paged: bool
     block_table: Tensor | None = None  # where the op makes no new one
     pages: Pages | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.caches.tensors[0].device
 
     def result(
         self,
@@ -197,7 +201,7 @@ def check_dense(
         starts,
         layout,
     )
-    return CompactionCall(arguments, first.device, rows.host.new_lens, paged=False)
+    return CompactionCall(arguments, caches, rows.host.new_lens, paged=False)
 
 
 def compact_paged_kv_(
@@ -366,7 +370,7 @@ def check_paged(
     )
     return CompactionCall(
         arguments,
-        first.device,
+        caches,
         rows.host.new_lens,
         paged=True,
         block_table=None if edit_table else block_table,

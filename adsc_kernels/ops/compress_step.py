@@ -126,9 +126,7 @@ def compress_step(
         raise ValueError(
             f"k_caches[0]: expected the device of hidden, {hidden.device}, got {compaction.device}"
         )
-    caches = compaction.arguments[0]
-    if not torch.compiler.is_compiling() and hidden.device.type != "meta":
-        check_apart(inputs, caches)
+    check_apart(inputs, compaction.caches.reaches)
     op = choose("compress_step", hidden.device)
     if op is None:
         step, results = reference.compress_step(

@@ -127,6 +127,7 @@ __device__ __forceinline__ void norm_tile(const RowNorm& norm, int group, int64_
       if (live && column < columns) store(sum_out + column, sums[k]);
     }
     if (live) {
+#pragma unroll 1  // few rows are that long, and the code for it holds registers of all
       for (int64_t column = lane + kKept * group; column < columns; column += group) {
         Access a{}, b{};
         if (source >= 0) {
@@ -159,6 +160,7 @@ __device__ __forceinline__ void norm_tile(const RowNorm& norm, int group, int64_
                     : scale_access<T>(packed(sums[k]), packed(weights[k]), scale));
       }
     }
+#pragma unroll 1
     for (int64_t column = lane + kKept * group; column < columns; column += group) {
       store(normed_out + column,
             zeros ? Access{} : scale_access<T>(sum_out[column], load(weight + column), scale));
