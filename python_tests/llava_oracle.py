@@ -75,8 +75,12 @@ def decode(
     pattern: str = "start",
     positions: str = "original",
     lost: dict[int, dict[int, int]] | None = None,
+    rope: Tensor | None = None,
 ) -> tuple[Tensor, list[list[int]]]:
-    """The same from embeddings [1, T, hidden]; images: for each its rows of token indices."""
+    """The same from embeddings [1, T, hidden]; images: for each its rows of token indices.
+
+    rope: [3, T], for M-RoPE: in place of the tokens' numbers.
+    """
     llama = hf.model.language_model
     vision = {i for image in images for row in image for i in row}
     text = [i for i in range(x.shape[1]) if i not in vision]
@@ -95,7 +99,7 @@ def decode(
             if key in alive:
                 late = torch.tensor([token >= query for token in alive])
                 mask[0, 0, late, alive.index(key)] = -torch.inf
-        position_ids = torch.tensor([where])
+        position_ids = torch.tensor([where]) if rope is None else rope[:, None, alive]
         out = layer(
             x,
             attention_mask=mask,

@@ -78,12 +78,8 @@ MIXED = (
 )
 
 
-@contextmanager
-def engine(checkpoint: Checkpoint, schedule: str | None, **options: Any) -> Iterator[Any]:
-    """An LLM in this process unless told otherwise; schedule None is vLLM's own LLaVA."""
-    from vllm import LLM
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
+def arguments(checkpoint: Checkpoint, schedule: str | None, **options: Any) -> dict[str, Any]:
+    """Of a small engine; schedule None is vLLM's own LLaVA."""
     if schedule is not None:
         options.setdefault("hf_overrides", {"architectures": ["AdscLlavaForConditionalGeneration"]})
         options["additional_config"] = {
@@ -91,6 +87,7 @@ def engine(checkpoint: Checkpoint, schedule: str | None, **options: Any) -> Iter
             **options.get("additional_config", {}),
         }
     defaults: dict[str, Any] = dict(
+        model=str(checkpoint.folder),
         dtype="float32",
         block_size=BLOCK,
         enforce_eager=True,
@@ -101,7 +98,16 @@ def engine(checkpoint: Checkpoint, schedule: str | None, **options: Any) -> Iter
         limit_mm_per_prompt={"image": 4},
         disable_log_stats=False,
     )
-    llm = LLM(str(checkpoint.folder), **defaults | options)
+    return defaults | options
+
+
+@contextmanager
+def engine(checkpoint: Checkpoint, schedule: str | None, **options: Any) -> Iterator[Any]:
+    """An LLM in this process unless told otherwise."""
+    from vllm import LLM
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    llm = LLM(**arguments(checkpoint, schedule, **options))
     try:
         yield llm
     finally:

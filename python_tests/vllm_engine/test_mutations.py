@@ -24,10 +24,10 @@ def wrong(llava, asks=MIXED, schedule=SCHEDULE, **options) -> bool:
 
 
 def test_positions_of_survivors_renumbered(llava, monkeypatch):
-    from adsc_kernels.integrations.vllm.model import AdscLlamaModel
+    from adsc_kernels.integrations.vllm.model import StagedDecoder
 
     always = property(lambda self: True, lambda self, value: None)
-    monkeypatch.setattr(AdscLlamaModel, "_renumbers", always, raising=False)
+    monkeypatch.setattr(StagedDecoder, "_renumbers", always, raising=False)
     assert wrong(llava)
 
 

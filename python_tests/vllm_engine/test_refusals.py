@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from functools import reduce
+from types import SimpleNamespace
+
 import pytest
-from engines import MIXED, Ask, answer, check, engine
+from engines import MIXED, Ask, answer, arguments, check, engine
 
 SCHEDULE = "2:1/3,4:1/2"
 
@@ -33,11 +37,130 @@ SCHEDULE = "2:1/3,4:1/2"
             "expected a schedule for 6 layers, got 8",
         ),
         (dict(additional_config={"adsc_schedule": None}), "got none"),
+        (dict(enable_prompt_embeds=True), "prompt embeddings"),
+        (dict(kv_events_config=dict(enable_kv_cache_events=True)), "KV events"),
+        (
+            dict(hf_overrides={"architectures": ["AdscFuyuForCausalLM"]}),
+            r"\['AdscFuyuForCausalLM'\] are not supported",
+        ),
     ],
 )
 def test_engine_configuration(llava, options, reason):
     with pytest.raises(ValueError, match="(?s)" + reason), engine(llava, SCHEDULE, **options):
         pass
+
+
+@pytest.fixture(scope="module")
+def config(llava):
+    """What vLLM makes of the arguments, without an engine."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(**arguments(llava, SCHEDULE)).create_engine_config()
+
+
+SOME = SimpleNamespace()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [
+        ("lora_config", SOME, "LoRA: its token map counts every prompt token"),
+        (
+            "parallel_config.pipeline_parallel_size",
+            2,
+            "pipeline parallel: ranks pass on every token",
+        ),
+        (
+            "parallel_config.decode_context_parallel_size",
+            2,
+            "decode context parallel: shards by position",
+        ),
+        (
+            "parallel_config.prefill_context_parallel_size",
+            2,
+            "prefill context parallel: as the former",
+        ),
+        (
+            "parallel_config.enable_dbo",
+            True,
+            "dual-batch overlap: splits a batch in the middle of a request",
+        ),
+        (
+            "parallel_config.worker_cls",
+            "a.Worker",
+            "worker_cls 'a.Worker': the plug-in brings its own",
+        ),
+        ("kv_transfer_config", SOME, "KV connectors: they take position for index"),
+        ("ec_transfer_config", SOME, "encoder-cache connectors: not tried"),
+        (
+            "kv_events_config",
+            SimpleNamespace(enable_kv_cache_events=True),
+            "KV events: they publish blocks by position",
+        ),
+        *(
+            (
+                "speculative_config",
+                SimpleNamespace(method=method),
+                f"speculative method '{method}': expected 'ngram'; "
+                "a draft model would need dense KV",
+            )
+            for method in ("eagle", "eagle3", "mtp", "draft_model", "medusa")
+        ),
+        (
+            "cache_config.kv_sharing_fast_prefill",
+            True,
+            "kv_sharing_fast_prefill: it drops rows by another rule",
+        ),
+        ("model_config.runner_type", "pooling", "runner 'pooling': expected 'generate'"),
+        (
+            "model_config.enable_prompt_embeds",
+            True,
+            "prompt embeddings: images can't be found in them",
+        ),
+        (
+            "model_config.hf_config.text_config.model_type",
+            "gpt2",
+            "text model 'gpt2': expected llama",
+        ),
+        (
+            "model_config.hf_config.vision_config.model_type",
+            "siglip_vision_model",
+            "vision tower 'siglip_vision_model': expected clip_vision_model",
+        ),
+        (
+            "model_config.hf_text_config.sliding_window",
+            128,
+            "sliding-window attention: it counts positions",
+        ),
+        (
+            "model_config.multimodal_config.video_pruning_rate",
+            0.5,
+            "video pruning: it drops tokens by another rule",
+        ),
+    ],
+)
+def test_configuration(config, monkeypatch, option, value, reason):
+    """Also what vLLM itself would refuse on a CPU, or with this model: the reason, in one line."""
+    from adsc_kernels.integrations.vllm.config import AdscConfig
+
+    *path, name = option.split(".")
+    monkeypatch.setattr(reduce(getattr, path, config), name, value, raising=False)
+    line = re.escape(f"adsc_kernels doesn't go together with {reason}")
+    with pytest.raises(ValueError, match=f"^{line}$"):
+        AdscConfig.verify_and_update_config(config)
+
+
+def test_configuration_for_a_gpu(config, monkeypatch):
+    from vllm.platforms import current_platform
+
+    from adsc_kernels.integrations.vllm.config import AdscConfig
+
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    monkeypatch.setitem(config.additional_config, "adsc_schedule", f"{SCHEDULE}@renumber")
+    with pytest.raises(
+        ValueError, match=r"model runner V1 on a GPU.*; renumbered positions on a GPU"
+    ):
+        AdscConfig.verify_and_update_config(config)
 
 
 def test_schedule_in_the_checkpoint(llava):
@@ -66,7 +189,36 @@ def test_requests(llava):
             answer(llm, [Ask("<image> " * 5 + "w1", (1, 2, 3, 4, 5))])
         with pytest.raises(bad, match="maximum context length is 512"):
             answer(llm, [Ask("w1 " * 600)])
+        # Those that only the scheduler sees finish as errors: streaming input, and parameters
+        # under speculation or on a GPU, where vLLM asks no plug-in about them.
+        for refused in (dict(resumable=True), dict(prompt_logprobs=1)):
+            assert finish_reason(llm, **refused) == "error", refused
+        assert finish_reason(llm) == "length"
         check(llava, SCHEDULE, MIXED, answer(llm, MIXED, 3))
+
+
+def finish_reason(llm, *, prompt_logprobs: int | None = None, **options) -> str | None:
+    """Of a request that reaches the engine as it is."""
+    from vllm import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+
+    request = EngineCoreRequest(
+        request_id="raw",
+        prompt_token_ids=[1, 5, 6, 7],
+        mm_features=None,
+        sampling_params=SamplingParams(max_tokens=2, prompt_logprobs=prompt_logprobs),
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+        **options,
+    )
+    llm.llm_engine.add_request("raw", request, request.sampling_params)
+    while True:
+        for output in llm.llm_engine.step():
+            if output.finished:
+                return output.outputs[0].finish_reason
 
 
 def test_other_vllm(monkeypatch):

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from ...schedule import CompressionSchedule
+from .families import FAMILIES, Family
 from .layout import Layouts, Span
-from .spans import SPAN_READERS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -55,8 +55,7 @@ def schedule_of(vllm_config: VllmConfig) -> CompressionSchedule:
 
 def layouts_of(vllm_config: VllmConfig) -> Layouts:
     """What finds the survivors of this model's requests, under its schedule."""
-    model_config = vllm_config.model_config
-    reader = SPAN_READERS[model_config.architecture](model_config.hf_config)
+    reader = family_of(vllm_config).spans(vllm_config.model_config.hf_config)
     aligned = _option(vllm_config, ALIGN_KEY) == "block"
     block = vllm_config.cache_config.block_size if aligned else None
     return Layouts(schedule_of(vllm_config), reader, block)
@@ -68,19 +67,23 @@ def _option(vllm_config: VllmConfig, key: str) -> Any:
     return getattr(vllm_config.model_config.hf_config, key, None) if given is None else given
 
 
+def family_of(vllm_config: VllmConfig) -> Family:
+    """That of the model's architecture."""
+    return FAMILIES[vllm_config.model_config.architecture]
+
+
 def image_span(vllm_config: VllmConfig) -> Span:
-    """An image of the model's own size at the start of a prompt, for reports and estimates."""
-    vision = vllm_config.model_config.hf_config.vision_config
-    side = vision.image_size // vision.patch_size
-    return (0, side * side, side, side)
+    """An image of common size at the start of a prompt, for reports and estimates."""
+    return family_of(vllm_config).image(vllm_config.model_config.hf_config)
 
 
-def problems(vllm_config: VllmConfig) -> list[str]:
+def problems(vllm_config: VllmConfig, schedule: CompressionSchedule) -> list[str]:
     """What is configured and does not go together with dropping tokens between layers."""
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
     scheduler, speculative = vllm_config.scheduler_config, vllm_config.speculative_config
     model = vllm_config.model_config
-    text = model.hf_config.text_config
+    family, mm = family_of(vllm_config), model.get_multimodal_config()
+    text, tower = model.hf_config.text_config, model.hf_config.vision_config.model_type
     method = None if speculative is None else speculative.method
     align = _option(vllm_config, ALIGN_KEY)
     checks = (
@@ -113,12 +116,22 @@ def problems(vllm_config: VllmConfig) -> list[str]:
         (model.runner_type != "generate", f"runner {model.runner_type!r}: expected 'generate'"),
         (model.enable_prompt_embeds, "prompt embeddings: images can't be found in them"),
         (
-            text.model_type != "llama",
-            f"text model {text.model_type!r}: expected 'llama', the one there is an adapter for",
+            text.model_type not in family.text,
+            f"text model {text.model_type!r}: expected {' or '.join(family.text)}",
         ),
         (
-            model.hf_config.vision_config.model_type not in ("clip_vision_model",),
-            f"vision tower {model.hf_config.vision_config.model_type!r}: expected CLIP",
+            tower not in family.tower,
+            f"vision tower {tower!r}: expected {' or '.join(family.tower)}",
+        ),
+        (model.get_sliding_window() is not None, "sliding-window attention: it counts positions"),
+        (mm.is_multimodal_pruning_enabled(), "video pruning: it drops tokens by another rule"),
+        (
+            family.reads_data and mm.mm_processor_cache_type == "shm",
+            "mm_processor_cache_type 'shm': the scheduler doesn't see the size of an image",
+        ),
+        (
+            model.uses_mrope and schedule.positions == "renumber",
+            "renumbered positions with M-RoPE: height and width can't be renumbered",
         ),
     )
     return [why for wrong, why in checks if wrong]
@@ -132,7 +145,7 @@ class AdscConfig(VerifyAndUpdateConfig):
         from vllm.platforms import current_platform
 
         schedule = schedule_of(vllm_config)
-        wrong = problems(vllm_config)
+        wrong = problems(vllm_config, schedule)
         cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
         if current_platform.is_cpu():
             block = cache.block_size

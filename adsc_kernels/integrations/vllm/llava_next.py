@@ -17,7 +17,8 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing import PromptReplacement, PromptUpdate
 
-from .llava import FLAT_TOWER, AdscLanguageModel, TextBehindDummies, TextBehindImage
+from .adapter import InStages, TextBehindDummies, TextBehindImage
+from .llava import FLAT_TOWER
 from .spans import newline_token_id
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class AdscLlavaNextDummyInputs(TextBehindDummies, LlavaDummyInputsBuilder):
 @MULTIMODAL_REGISTRY.register_processor(
     AdscLlavaNextProcessor, info=LlavaNextProcessingInfo, dummy_inputs=AdscLlavaNextDummyInputs
 )
-class AdscLlavaNextForConditionalGeneration(AdscLanguageModel, LlavaNextForConditionalGeneration):
+class AdscLlavaNextForConditionalGeneration(InStages, LlavaNextForConditionalGeneration):
     """LlavaNextForConditionalGeneration that drops vision tokens between the decoder's stages."""
 
     hf_to_vllm_mapper = LlavaNextForConditionalGeneration.hf_to_vllm_mapper | FLAT_TOWER

@@ -1,18 +1,17 @@
-"""The Llama decoder in stages: one compiled unit for each, and the survivors gathered between."""
+"""A decoder in stages: one compiled unit for each, and the survivors gathered between."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from vllm.compilation.backends import set_model_tag
-from vllm.compilation.decorators import ignore_torch_compile, support_torch_compile
+from vllm.compilation.decorators import support_torch_compile
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 from vllm.v1.attention.backend import subclass_attention_backend
 from vllm.v1.kv_cache_interface import AttentionSpec
 
@@ -49,7 +48,7 @@ class StageAttention(Attention):
         )
 
 
-@support_torch_compile(dynamic_arg_dims={"positions": 0, "hidden_states": 0, "residual": 0})
+@support_torch_compile(dynamic_arg_dims={"positions": -1, "hidden_states": 0, "residual": 0})
 class StageLayers(nn.Module):
     """The layers of one stage.
 
@@ -58,7 +57,7 @@ class StageLayers(nn.Module):
     """
 
     def __init__(
-        self, *, vllm_config: VllmConfig, prefix: str = "", layers: Sequence[LlamaDecoderLayer]
+        self, *, vllm_config: VllmConfig, prefix: str = "", layers: Sequence[nn.Module]
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
@@ -74,9 +73,16 @@ class StageLayers(nn.Module):
         return hidden_states, residual
 
 
-@ignore_torch_compile
-class AdscLlamaModel(LlamaModel):
-    """LlamaModel that drops vision tokens between its stages."""
+class StagedDecoder(nn.Module):
+    """Mixed into one of vLLM's decoders by `cut_into_stages`: drops vision tokens between stages.
+
+    The decoder: `embed_input_ids`, `norm`, and `layers` that take positions, hidden states and
+    residual, and return the latter two, as those of Llama and Qwen2.
+    """
+
+    layers: Any
+    embed_input_ids: Callable[[Tensor | None], Tensor]
+    norm: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
     def set_stages(self, vllm_config: VllmConfig) -> Batch:
         """Cut the layers into stages. Returns what has to be told of each batch.
@@ -118,7 +124,10 @@ class AdscLlamaModel(LlamaModel):
         intermediate_tensors: Any = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states of every row [T, hidden]; zeros where a token was dropped."""
+        """Hidden states of every row [T, hidden]; zeros where a token was dropped.
+
+        positions: [T], or [3, T] for M-RoPE.
+        """
         hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         residual: Tensor | None = None
         num_rows, step = len(hidden), self._step()
@@ -129,11 +138,7 @@ class AdscLlamaModel(LlamaModel):
                 if stage.num_tokens == 0:
                     return hidden.new_zeros(num_rows, hidden.shape[1])
                 if not stage.is_identity:
-                    some = [x for x in (hidden, positions, residual) if x is not None]
-                    # Rows behind num_tokens_in are padding.
-                    some = [x[: stage.num_tokens_in] for x in some]
-                    hidden, positions, *rest = ops.downsample_many(some, stage)
-                    residual = rest[0] if rest else None
+                    hidden, positions, residual = gather(hidden, positions, residual, stage)
             if s and self._renumbers and step is not None and not step.untouched(s):
                 positions = step.rows(s).positions
             if self._has_layers[s]:
@@ -152,6 +157,34 @@ class AdscLlamaModel(LlamaModel):
         return metadata[self._last_layer].adsc
 
 
+def cut_into_stages(decoder: Any, vllm_config: VllmConfig) -> Batch:
+    """Make a StagedDecoder of a decoder that vLLM built, and cut it.
+
+    In place, since some of vLLM's multimodal models name their decoder's class themselves.
+    """
+    base = type(decoder)
+    decoder.__class__ = type(f"Staged{base.__name__}", (StagedDecoder, base), {})
+    decoder.do_not_compile = True  # as a whole: each stage is a unit
+    return decoder.set_stages(vllm_config)
+
+
+def gather(
+    hidden: Tensor, positions: Tensor, residual: Tensor | None, stage: StagePlan
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The rows of a batch that survive into a stage."""
+    one = positions.dim() == 1
+    parts: Sequence[Tensor] = [positions] if one else positions.unbind()
+    some = [x for x in (hidden, *parts, residual) if x is not None]
+    # Rows behind num_tokens_in are padding.
+    hidden, *rest = ops.downsample_many([x[: stage.num_tokens_in] for x in some], stage)
+    parts, residual = rest[: len(parts)], None if residual is None else rest[-1]
+    if one:
+        return hidden, parts[0], residual
+    # M-RoPE's rows as far apart as they were: a compiled stage has the distance built in.
+    apart = positions.new_empty_strided((len(parts), len(hidden)), positions.stride())
+    return hidden, torch.stack(parts, out=apart), residual
+
+
 def spread(rows: Tensor, stage: StagePlan, num_rows: int) -> Tensor:
     """The inverse of `downsample`: [num_rows, ...] with zeros where a row was dropped. That is also
     its gradient, hence the op's name."""
@@ -160,15 +193,3 @@ def spread(rows: Tensor, stage: StagePlan, num_rows: int) -> Tensor:
         whole = rows.new_zeros(num_rows, *rows.shape[1:])
         return whole.index_copy_(0, stage.keep_indices(), rows)
     return op(rows, stage.segments, None, num_rows)
-
-
-class AdscLlamaForCausalLM(LlamaForCausalLM):
-    """LlamaForCausalLM around AdscLlamaModel."""
-
-    def _init_model(
-        self,
-        vllm_config: VllmConfig,
-        prefix: str = "",
-        layer_type: type[nn.Module] = LlamaDecoderLayer,
-    ) -> AdscLlamaModel:
-        return AdscLlamaModel(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)

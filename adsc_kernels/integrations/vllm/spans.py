@@ -64,10 +64,35 @@ def newline_token_id(hf_config: Any) -> int:
     return 1 if hf_config.image_token_index == 0 else 0
 
 
-SPAN_READERS: dict[str, Callable[[Any], SpanReader]] = {
-    "AdscLlavaForConditionalGeneration": llava_spans,
-    "AdscLlavaNextForConditionalGeneration": llava_next_spans,
-}
+def qwen_vl_spans(hf_config: Any) -> SpanReader:
+    """Qwen2.5-VL: an image is a grid of its own size, a video one for each of its frames.
+
+    The prompt tells how long they are, but not how wide: that is with what the processor made of
+    them.
+    """
+    merge = hf_config.vision_config.spatial_merge_size
+
+    def read(
+        prompt_token_ids: Sequence[int], features: Sequence[MultiModalFeatureSpec]
+    ) -> tuple[Span, ...]:
+        spans: list[Span] = []
+        for feature in sorted(features, key=lambda feature: feature.mm_position.offset):
+            start, data = feature.mm_position.offset, feature.data
+            frames, rows, columns = data[f"{feature.modality}_grid_thw"].data.tolist()
+            height, width = rows // merge, columns // merge
+            for _ in range(frames):
+                spans.append((start, height * width, height, width))
+                start += height * width
+        return tuple(spans)
+
+    return read
+
+
+def square_image(hf_config: Any) -> Span:
+    """The one size that a CLIP tower takes."""
+    vision = hf_config.vision_config
+    side = vision.image_size // vision.patch_size
+    return (0, side * side, side, side)
 
 
 def placeholders(features: Sequence[MultiModalFeatureSpec]) -> list[tuple[int, int]]:

@@ -1,0 +1,56 @@
+"""What the module of a family is made of, beside vLLM's own classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from vllm.exceptions import VLLMValidationError
+
+from .metadata import Batch
+from .model import cut_into_stages
+from .request_check import ENDS_IN_IMAGE
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.multimodal.processing import ProcessorInputs
+
+
+class TextBehindImage:
+    """For a multimodal processor: refuses a prompt that ends in an image.
+
+    Before anything is processed: the caches of processed images, on both sides of the engine, take
+    every image that was processed for one that arrived.
+    """
+
+    def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
+        config = self.info.get_hf_config()  # type: ignore[attr-defined]
+        vision = {config.image_token_id, getattr(config, "video_token_id", None)}
+        if vision.intersection(inputs.prompt[-1:]):
+            raise VLLMValidationError(ENDS_IN_IMAGE, parameter="prompt")
+        return super().apply(inputs, timing_ctx)  # type: ignore[misc]
+
+
+class TextBehindDummies:
+    """For a builder of dummy inputs: some text behind the images of a profiling run."""
+
+    def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
+        return super().get_dummy_text(mm_counts) + "\n."  # type: ignore[misc]
+
+
+class InStages:
+    """For a multimodal model: its decoder in stages, of which vLLM built the layers."""
+
+    adsc_batch: Batch
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        decoder = self.language_model.model  # type: ignore[attr-defined]
+        self.adsc_batch = cut_into_stages(decoder, vllm_config)
+
+    @staticmethod
+    def get_model_state_cls() -> type:
+        """Model Runner V2 asks for it."""
+        from .model_state import AdscModelState
+
+        return AdscModelState
