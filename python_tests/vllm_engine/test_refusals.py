@@ -214,11 +214,15 @@ def finish_reason(llm, *, prompt_logprobs: int | None = None, **options) -> str 
         data_parallel_rank=None,
         **options,
     )
-    llm.llm_engine.add_request("raw", request, request.sampling_params)
-    while True:
-        for output in llm.llm_engine.step():
-            if output.finished:
-                return output.outputs[0].finish_reason
+    engine = llm.llm_engine
+    name, reason = engine.add_request("raw", request, request.sampling_params), None
+    for _ in range(10):
+        for output in engine.step():
+            reason = output.outputs[0].finish_reason
+        if reason:
+            break
+    engine.abort_request([name], internal=True)  # a streaming one waits for more
+    return reason
 
 
 def test_other_vllm(monkeypatch):
