@@ -73,7 +73,7 @@ class HostRows:
     """How long the parts of each sequence are: prefix | rows to choose from | suffix.
 
     sources: the rows that are kept, counted within the second part, one array for each sequence;
-      None where they are on a device, or differ from head to head.
+      None where they are on a device, or differ from head to head, or nobody asks.
     """
 
     prefix_lens: tuple[int, ...]
@@ -86,6 +86,10 @@ class HostRows:
     def new_lens(self) -> tuple[int, ...]:
         parts = zip(self.seq_lens, self.source_lens, self.kept_lens, strict=True)
         return tuple(total - source + kept for total, source, kept in parts)
+
+    def moves(self, b: int) -> bool:
+        """Whether any row of sequence b may move."""
+        return self.kept_lens[b] < self.source_lens[b]
 
     def source_of(self, b: int, rows: np.ndarray) -> np.ndarray:
         """The rows of the old cache that `rows` of the new one take."""
@@ -130,26 +134,30 @@ def check_pages(
             raise ValueError(
                 f"{name}: expected blocks in [0, {num_blocks}), got {blocks[page]} at [{b}, {page}]"
             )
-    flat = np.concatenate([*used, np.empty(0, np.int64)])
-    blocks, counts = np.unique(flat, return_counts=True)
-    shared = blocks[(counts > 1) & ~np.isin(blocks, pinned)]
-    if shared.size:
+    every = np.sort(_joined(used))
+    shared = every[1:][every[1:] == every[:-1]]  # the pinned ones too
+    if shared.size and not np.isin(shared, pinned).all():
+        block = shared[~np.isin(shared, pinned)][0]
         raise ValueError(
-            f"{name}: expected every block once, or named in pinned, got block {shared[0]} "
-            f"{counts[blocks == shared[0]][0]} times"
+            f"{name}: expected every block once, or named in pinned, got block {block} "
+            f"{(every == block).sum()} times"
         )
     kept, released = [], []
     for b, pages in enumerate(new_pages):
-        homes, written = _pages_of(rows, b, pages, block_size, edit_table)
-        if homes is None:
-            touched = used[b][written.argmax() if written.any() else old_pages[b] :]
-        else:
-            touched = used[b][homes[written]]
-        if pinned.size and np.isin(touched, pinned).any():
-            block = touched[np.isin(touched, pinned)][0]
-            raise ValueError(
-                f"pinned: expected no move into block {block}, but sequence {b} would write to it"
-            )
+        known = not edit_table or rows.sources is not None
+        homes = _homes(rows, b, pages, block_size, edit_table) if known else None
+        if pinned.size:
+            if homes is None:
+                first = rows.prefix_lens[b] // block_size
+                touched = used[b][first:] if rows.moves(b) and first < pages else used[b][:0]
+            else:
+                touched = used[b][homes[_written(rows, b, homes, block_size)]]
+            hit = np.isin(touched, pinned)
+            if hit.any():
+                raise ValueError(
+                    f"pinned: expected no move into block {touched[hit][0]}, but sequence {b} "
+                    "would write to it"
+                )
         if homes is not None:
             stays = np.zeros(old_pages[b], bool)
             stays[homes] = True
@@ -157,25 +165,32 @@ def check_pages(
             released.append(used[b][~stays].astype(np.int64))
     if len(kept) < len(used):
         return None
-    flat = np.concatenate([*released, np.empty(0, np.int64)])
-    still = np.concatenate([*kept, pinned])
-    return Pages(tuple(released), np.unique(flat[~np.isin(flat, still)]))
+    free = np.sort(_joined(released))
+    if shared.size or pinned.size:
+        free = np.unique(free[~np.isin(free, _joined([*kept, pinned]))])
+    return Pages(tuple(released), free)
 
 
-def _pages_of(
-    rows: HostRows, b: int, num_pages: int, block_size: int, edit_table: bool
-) -> tuple[np.ndarray | None, np.ndarray]:
-    """For each page of sequence b's new cache: the old page whose block it takes (None where only
-    the device knows), and whether a row is moved into it."""
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+def _homes(rows: HostRows, b: int, num_pages: int, block_size: int, edit_table: bool) -> np.ndarray:
+    """For each page of sequence b's new cache the old page whose block it takes."""
     pages = np.arange(num_pages)
+    if not edit_table:
+        return pages
+    return rows.source_of(b, pages * block_size) // block_size
+
+
+def _written(rows: HostRows, b: int, homes: np.ndarray, block_size: int) -> np.ndarray:
+    """Whether a row is moved into each page of sequence b's new cache."""
+    pages = np.arange(len(homes))
     if rows.sources is None:
         # Any page from the first that could move on, since nobody here knows which rows are kept.
-        moves = rows.kept_lens[b] < rows.source_lens[b]
-        written = pages >= (rows.prefix_lens[b] // block_size if moves else num_pages)
-        return (None if edit_table else pages), written
+        return pages >= (rows.prefix_lens[b] // block_size if rows.moves(b) else len(pages))
     first = pages * block_size
     last = np.minimum(first + block_size, rows.new_lens[b]) - 1
-    homes = rows.source_of(b, first) // block_size if edit_table else pages
     # A row's distance to its source never falls within a sequence: if the last row of a page is in
     # its place already, all of them are.
-    return homes, rows.source_of(b, last) - homes * block_size != last - first
+    return rows.source_of(b, last) - homes * block_size != last - first

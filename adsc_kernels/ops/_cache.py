@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, combinations, pairwise
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -94,7 +94,12 @@ def check_caches(
     for tensors, name in lists:
         is_scale = name.endswith("scales")
         like = tensors[0] if is_scale else first
+        of = v if name[0] == "v" else k
+        checked: Any = None
         for i, x in enumerate(tensors):
+            alike = (x.dtype, x.device, x.shape, x.stride(), x.requires_grad, of[i].shape)
+            if alike == checked:
+                continue
             if x.dtype != like.dtype:
                 whose = f"{name}[0]" if is_scale else "k_caches[0]"
                 raise TypeError(f"{name}[{i}]: expected {like.dtype}, as {whose}, got {x.dtype}")
@@ -121,7 +126,6 @@ def check_caches(
                     f"k_caches[0], in layout {layout}, got shape {tuple(x.shape)}"
                 )
             heads = axis(rank, layout, "head")
-            of = v if name[0] == "v" else k
             if is_scale and not headless and x.shape[heads] != of[i].shape[heads]:
                 raise ValueError(
                     f"{name}[{i}]: expected {of[i].shape[heads]} heads, got shape {tuple(x.shape)}"
@@ -133,6 +137,7 @@ def check_caches(
                 )
             if x.requires_grad and torch.is_grad_enabled():
                 raise ValueError(f"{name}[{i}]: expected a tensor that needs no gradient")
+            checked = alike
     tensors = [x for group, _ in lists for x in group]
     names = [f"{name}[{i}]" for group, name in lists for i in range(len(group))]
     reaches: list[Reach] = []
@@ -168,18 +173,14 @@ def check_overlap(tensors: Sequence[Tensor], names: Sequence[str]) -> list[Reach
     Raises ValueError where two tensors, or two elements of one, share memory.
     """
     spans = []
+    extents: dict[Any, int] = {}
     for x, name in zip(tensors, names, strict=True):
-        if x.numel() == 0:
-            continue
-        extent = 1
-        for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-            if size > 1:
-                if stride < extent:
-                    raise ValueError(
-                        f"{name}: expected elements that don't share memory, got shape "
-                        f"{tuple(x.shape)} with strides {tuple(x.stride())}"
-                    )
-                extent += (size - 1) * stride
+        form = (x.shape, x.stride())
+        extent = extents.get(form, 0)
+        if extent == 0:
+            if x.numel() == 0:
+                continue
+            extent = extents[form] = _extent(x, name)
         begin = x.data_ptr()
         spans.append(Reach(begin, begin + extent * x.itemsize, x, name))
     spans.sort(key=lambda span: span[:2])
@@ -214,6 +215,20 @@ def check_apart(inputs: Sequence[tuple[str, Tensor]], caches: Sequence[Reach]) -
             for cache in caches:
                 if reach.begin < cache.end and cache.begin < reach.end:
                     _check_pair(*sorted((reach, cache), key=lambda r: r.begin))
+
+
+def _extent(x: Tensor, name: str) -> int:
+    """Elements from the first to the last of x."""
+    extent = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                raise ValueError(
+                    f"{name}: expected elements that don't share memory, got shape "
+                    f"{tuple(x.shape)} with strides {tuple(x.stride())}"
+                )
+            extent += (size - 1) * stride
+    return extent
 
 
 def _share_memory(a: Tensor, b: Tensor, offset: int) -> bool:
@@ -289,7 +304,9 @@ def check_rows_of(
     cu_rows: IntsLike | None,
     prefix_lens: IntsLike | None,
     seq_lens: IntsLike | None,
+    with_sources: bool,
 ) -> Rows:
+    """with_sources: with those of a stage in `host`."""
     if (stage is None) == (keep_indices is None):
         both = "both" if stage is not None else "neither"
         raise ValueError(f"stage, keep_indices: expected exactly one of them, got {both}")
@@ -347,7 +364,7 @@ def check_rows_of(
     if stage is not None:
         segments, indices = stage.segments, None
         kept_bounds, row_bounds = stage.cu_seqlens, stage.cu_seqlens_in
-        sources = _stage_sources(stage)
+        sources = _stage_sources(stage) if with_sources else None
     else:
         assert keep_indices is not None
         segments, indices = None, _check_indices(keep_indices, kept.host[-1], caches)

@@ -155,7 +155,9 @@ def check_dense(
 ) -> CompactionCall:
     """The arguments of `compact_kv_`. Raises as it does."""
     caches = check_caches(k_caches, v_caches, k_scales, v_scales, layout)
-    rows = check_rows_of(caches, stage, keep_indices, cu_kept, cu_rows, prefix_lens, seq_lens)
+    rows = check_rows_of(
+        caches, stage, keep_indices, cu_kept, cu_rows, prefix_lens, seq_lens, False
+    )
     first = caches.tensors[0]
     starts: Tensor | None = None
     if first.dim() == 4:
@@ -310,7 +312,10 @@ def check_paged(
     caches = check_caches(k_caches, v_caches, k_scales, v_scales, layout)
     first = caches.tensors[0]
     size, num_blocks = _block_size(caches, block_size, layout)
-    rows = check_rows_of(caches, stage, keep_indices, cu_kept, cu_rows, prefix_lens, seq_lens)
+    with_sources = edit_table or pinned is not None
+    rows = check_rows_of(
+        caches, stage, keep_indices, cu_kept, cu_rows, prefix_lens, seq_lens, with_sources
+    )
     if not isinstance(block_table, Tensor):
         raise TypeError(f"block_table: expected a torch.Tensor, got {type(block_table).__name__}")
     if block_table.dtype not in (torch.int32, torch.int64):

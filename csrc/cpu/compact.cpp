@@ -13,8 +13,8 @@
 namespace adsc::cpu {
 namespace {
 
-constexpr size_t kRunsAhead = 4;
-constexpr int64_t kBytesAhead = 2048;
+constexpr size_t kRunsAhead = 8;
+constexpr int64_t kBytesAhead = 512;
 constexpr int64_t kCacheLine = 64;
 
 RowMap rows_that_stay(const Compaction& c, int64_t index) {

@@ -166,9 +166,10 @@ void add_results(CompactionCall& call, const Tensor& like) {
   call.outputs.slots = data<int64_t>(call.results[1]);
 }
 
-// Where there are fewer lines than this, they are cut into columns, so that a single sequence in few
-// tensors keeps all threads busy; but not into smaller ones than that.
-constexpr int64_t kManyParts = 64;
+// Where there are fewer lines than this for each thread, they are cut into columns, so that a single
+// sequence in few tensors keeps all threads busy; but not into smaller ones than that, and no more than
+// need be: a row that is moved whole is faster than its parts (by a fifth at 8 KiB).
+constexpr int64_t kPartsPerThread = 4;
 constexpr int64_t kColumnBytes = 1 << 10;
 
 struct Part {
@@ -198,8 +199,10 @@ void run_on_cpu(const CompactionCall& call) {
   int64_t bytes = 0;
   int64_t lines = 0;
   for (const CacheTensor& tensor : call.tensors) lines += int64_t{tensor.num_lines} * c.batch;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t wanted = threads == 1 ? 1 : threads * kPartsPerThread;
   for (const CacheTensor& tensor : call.tensors) {
-    const int64_t cuts = std::max<int64_t>(1, kManyParts / std::max<int64_t>(1, lines));
+    const int64_t cuts = std::max<int64_t>(1, wanted / std::max<int64_t>(1, lines));
     const int64_t column = std::max(kColumnBytes, tensor.line_bytes / cuts);
     for (int32_t line = 0; line < tensor.num_lines; ++line) {
       for (int64_t begin = 0; begin < tensor.line_bytes; begin += column) {
