@@ -20,6 +20,9 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
+from adsc_kernels import CompressionSchedule, make_plan
+from adsc_kernels.integrations.vllm.model import gather
+
 SPECIAL = ["<unk>", "<s>", "</s>", "<|vision_start|>", "<|vision_end|>"]
 PADS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
 VOCAB = {word: n for n, word in enumerate([*SPECIAL, *PADS.values(), *WORDS])}
@@ -66,7 +69,7 @@ def qwen(tmp_path_factory):
     hf = Qwen2_5_VLForConditionalGeneration(config).eval()
     with torch.no_grad():
         for name, weight in hf.named_parameters():
-            weight.normal_(std=0.6 if "embed_tokens" in name else 0.2)
+            weight.normal_(std=0.6 if "embed_tokens" in name else 0.15)
             if "norm" in name or "ln_q" in name:
                 weight.add_(1)
     hf.save_pretrained(folder)
@@ -229,6 +232,31 @@ def test_chunks_and_prefix_hits(qwen):
         assert not any(answer_and_check(llm, qwen, schedule))
         assert answer_and_check(llm, qwen, schedule)[0] == 2 * BLOCK
         assert_pool_free(llm)
+
+
+def test_separate_process(qwen, monkeypatch):
+    """Where an image that comes again is sent by name, without its data."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    schedule = "2:1/2x1/3@grid"
+    with qwen_engine(qwen, schedule) as llm:
+        for asks in (ASKS, ASKS[1:]):
+            answer_and_check(llm, qwen, schedule, asks)
+
+
+def test_gather():
+    """Positions move with their rows, and lie in memory as before."""
+    schedule = CompressionSchedule.parse("1:1/3", 2)
+    stage = make_plan(schedule, [0, 12], [(0, 2, 9)]).stages[1]
+    hidden, everything = torch.randn(14, 4), torch.arange(3 * 20).view(3, 20)
+    kept = stage.keep_indices()
+    for residual in (None, torch.randn(14, 4)):
+        for positions in (everything[0, :14], everything[:, :14]):
+            got, moved, rest = gather(hidden, positions, residual, stage)
+            assert torch.equal(got, hidden[kept])
+            assert torch.equal(moved, positions[..., kept])
+            assert moved.stride() == positions.stride()
+            assert rest is None if residual is None else torch.equal(rest, residual[kept])
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,11 @@ SCHEDULE = "2:1/3,4:1/2"
             dict(speculative_config=dict(method="ngram_gpu", num_speculative_tokens=2)),
             "speculative method",
         ),
-        (dict(additional_config={"adsc_align": "page"}), "adsc_align"),
+        (dict(additional_config={"adsc_align": "page"}), "adsc_align 'page': expected 'block'"),
+        (
+            dict(additional_config={"adsc_align": "block", "adsc_schedule": "2:1x1/2@grid"}),
+            "adsc_align with the pattern 'grid'",
+        ),
         (dict(additional_config={"adsc_schedule": "9:1/2"}), "expected 0 to 5"),
         (dict(additional_config={"adsc_schedule": "2:x"}), "at character 3"),
         (dict(additional_config={"adsc_schedule": 3}), "expected text or a mapping"),

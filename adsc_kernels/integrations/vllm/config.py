@@ -88,6 +88,10 @@ def problems(vllm_config: VllmConfig, schedule: CompressionSchedule) -> list[str
     align = _option(vllm_config, ALIGN_KEY)
     checks = (
         (align not in (None, "block"), f"{ALIGN_KEY} {align!r}: expected 'block'"),
+        (
+            align is not None and schedule.pattern == "grid",
+            f"{ALIGN_KEY} with the pattern 'grid': whole rows and columns can't be rounded",
+        ),
         (vllm_config.lora_config is not None, "LoRA: its token map counts every prompt token"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallel: ranks pass on every token"),
         (parallel.decode_context_parallel_size > 1, "decode context parallel: shards by position"),

@@ -180,7 +180,7 @@ def gather(
     parts, residual = rest[: len(parts)], None if residual is None else rest[-1]
     if one:
         return hidden, parts[0], residual
-    # M-RoPE's rows as far apart as they were: a compiled stage has the distance built in.
+    # M-RoPE's three rows lie as far apart as vLLM's own, which is what a stage is compiled for.
     apart = positions.new_empty_strided((len(parts), len(hidden)), positions.stride())
     return hidden, torch.stack(parts, out=apart), residual
 
