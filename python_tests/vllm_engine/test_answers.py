@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from operator import mul
+
 import pytest
 from engines import (
     BLOCK,
@@ -119,22 +122,29 @@ def test_async_scheduler(llava):
     run(llava, "2:1/3,4:1/2", scheduler_cls=name, enable_prefix_caching=True)
 
 
+def blocks_held(llm) -> dict[str, list[tuple[int, ...]]]:
+    """Filled with the blocks that each request, by its number, held in each group after a step."""
+    manager, held = scheduler_of(llm).kv_cache_manager, defaultdict(list)
+    allocate = manager.allocate_slots
+
+    def watched(request, *args, **kwargs):
+        blocks = allocate(request, *args, **kwargs)
+        number = request.request_id.split("-")[0]
+        held[number].append(tuple(map(len, manager.get_block_ids(request.request_id))))
+        return blocks
+
+    manager.allocate_slots = watched
+    return held
+
+
 def test_blocks_of_each_group(llava):
     """Each stage's group holds blocks for its own survivors, and no more."""
     schedule, ask = "2:1/4,4:1/2", MIXED[2]  # 1 + 1 + 64 + 2 + 64 + 3 tokens
     with engine(llava, schedule) as llm:
-        manager = scheduler_of(llm).kv_cache_manager
-        seen = set()
-        allocate = manager.allocate_slots
-
-        def watched(request, *args, **kwargs):
-            blocks = allocate(request, *args, **kwargs)
-            seen.add(tuple(map(len, manager.get_block_ids(request.request_id))))
-            return blocks
-
-        manager.allocate_slots = watched
+        held = blocks_held(llm)
         check(llava, schedule, [ask], answer(llm, [ask], 2))
         text, kept = 1 + 1 + 2 + 3, (64, 16, 8)
+        [seen] = map(set, held.values())
         assert seen == {tuple(-(-(text + 2 * n + 1) // BLOCK) for n in kept)} | (
             seen & {tuple(-(-(text + 2 * n) // BLOCK) for n in kept)}
         )
@@ -144,13 +154,26 @@ def test_blocks_of_each_group(llava):
 def test_empty_schedule_and_text_equal_stock(llava):
     """Without boundaries, and for text, ADSC's engine is vLLM's: same tokens, same blocks."""
     text = [ask for ask in MIXED if not ask.seeds]
-    answers = []
+    made = []
     for schedule, asks in ((None, MIXED), ("", MIXED), ("2:1/3,4:1/2", text)):
         with engine(llava, schedule) as llm:
+            held = blocks_held(llm)
             outputs = answer(llm, asks)
-            answers.append({o.prompt: (o.outputs[0].token_ids, logprobs(o)) for o in outputs})
-    stock, empty, compressed = answers
+            groups = scheduler_of(llm).kv_cache_config.kv_cache_groups
+            layers = [len(group.layer_names) for group in groups]
+            made.append(
+                {
+                    o.prompt: (
+                        o.outputs[0].token_ids,
+                        logprobs(o),
+                        [sum(map(mul, layers, blocks)) for blocks in held[o.request_id]],
+                    )
+                    for o in outputs
+                }
+            )
+    stock, empty, compressed = made
     assert empty == stock
+    assert all(blocks for *_, blocks in stock.values())
     assert compressed == {prompt: stock[prompt] for prompt in compressed}
 
 

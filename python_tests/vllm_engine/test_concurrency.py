@@ -1,15 +1,22 @@
-"""How many requests fit, by vLLM's own grouping, coordinator and managers; no model runs."""
+"""How many requests fit: by vLLM's own grouping, coordinator and managers, where no model runs; and
+in a running engine."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from engines import engine, scheduler_of
+from PIL import Image
+from vllm import SamplingParams
 from vllm.v1.core.kv_cache_coordinator import get_kv_cache_coordinator
 from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 
+import adsc_kernels
 from adsc_kernels import CompressionSchedule
 from adsc_kernels.integrations.vllm.groups import choose_grouping
 from adsc_kernels.integrations.vllm.layout import Layouts
@@ -82,3 +89,46 @@ def concurrent(text: str) -> int:
 )
 def test_requests_in_20_gib(schedule, requests):
     assert concurrent(schedule) == requests
+
+
+DIGITS = Path(adsc_kernels.__file__).parent / "checkpoints" / "tiny-llava-digits"
+
+
+def most_running(schedule: str, blocks: int) -> tuple[int, int]:
+    """The most requests, of 48 about pictures of 576 tokens with answers of 32, that the engine
+    decodes in one step; and the bytes of its KV cache."""
+    folder = DIGITS / "pictures"
+    asked = json.loads((folder / "questions.json").read_text())
+    requests = [
+        {
+            "prompt": f"USER: <image>\n{question['question']} ASSISTANT:",
+            "multi_modal_data": {"image": Image.open(folder / name)},
+        }
+        for name, questions in asked.items()
+        for question in questions
+    ]
+    options = dict(max_model_len=704, max_num_seqs=48, num_gpu_blocks_override=blocks)
+    with engine(SimpleNamespace(folder=DIGITS), schedule, **options) as llm:
+        scheduler, running = scheduler_of(llm), []
+        step = scheduler.schedule
+
+        def watched(*args, **kwargs):
+            output = step(*args, **kwargs)
+            done = (r.num_computed_tokens >= r.num_prompt_tokens for r in scheduler.running)
+            running.append(sum(done))
+            return output
+
+        scheduler.schedule = watched
+        greedy = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
+        llm.generate((requests * 48)[:48], greedy, use_tqdm=False)
+        # One allocation, in which the groups' tensors lie over one another.
+        [size] = {tensor.size for tensor in scheduler.kv_cache_config.kv_cache_tensors}
+        return max(running), size
+
+
+def test_running_at_once():
+    """At equal bytes of KV cache, with the bundled model (16 layers, two KV heads of 32)."""
+    dense, dense_bytes = most_running("", 161)  # of 16 layers
+    compressed, compressed_bytes = most_running("4:1/4,8:1/4,12:1/4", 4 * 161)  # of 4
+    assert compressed_bytes == dense_bytes
+    assert (dense, compressed) == (8, 23)

@@ -35,6 +35,8 @@ def test_compiled(llava):
 
 def test_ngram_speculation(llava):
     """Drafts from the prompt: a step then has several rows of a request."""
+    from vllm import SamplingParams
+
     repeated = f"{words(3, 8)} {words(3, 8)} {words(3, 4)}"
     asks = [*MIXED, Ask(f"<image> {repeated}", (1,)), Ask(repeated)]
     ngram = dict(method="ngram", num_speculative_tokens=3, prompt_lookup_max=3, prompt_lookup_min=1)
@@ -43,3 +45,7 @@ def test_ngram_speculation(llava):
         check(llava, SCHEDULE, asks, answer(llm, asks, 24), tolerance=2e-5)
         accepted = "vllm:spec_decode_num_accepted_tokens"
         assert sum(metric.value for metric in llm.get_metrics() if metric.name == accepted)
+        # vLLM asks no plug-in about parameters then: the scheduler finishes this one as an error.
+        options = SamplingParams(max_tokens=2, prompt_logprobs=1)
+        [refused] = llm.generate(["w1 w2"], options, use_tqdm=False)
+        assert refused.outputs[0].finish_reason == "error"
