@@ -180,7 +180,11 @@ def _homes(rows: HostRows, b: int, num_pages: int, block_size: int, edit_table: 
     pages = np.arange(num_pages)
     if not edit_table:
         return pages
-    return rows.source_of(b, pages * block_size) // block_size
+    first = pages * block_size
+    last = np.minimum(first + block_size, rows.new_lens[b]) - 1
+    sources = rows.source_of(b, last)
+    in_place = sources % block_size == last % block_size
+    return np.where(in_place, sources, rows.source_of(b, first)) // block_size
 
 
 def _written(rows: HostRows, b: int, homes: np.ndarray, block_size: int) -> np.ndarray:
@@ -191,6 +195,7 @@ def _written(rows: HostRows, b: int, homes: np.ndarray, block_size: int) -> np.n
         return pages >= (rows.prefix_lens[b] // block_size if rows.moves(b) else len(pages))
     first = pages * block_size
     last = np.minimum(first + block_size, rows.new_lens[b]) - 1
-    # A row's distance to its source never falls within a sequence: if the last row of a page is in
-    # its place already, all of them are.
-    return rows.source_of(b, last) - homes * block_size != last - first
+    # A row's distance to its source never falls within a sequence: if the first and the last row of
+    # a page are in their places, all are.
+    moved = rows.source_of(b, first) != homes * block_size
+    return moved | (rows.source_of(b, last) != homes * block_size + (last - first))

@@ -85,7 +85,10 @@ def compact_paged_kv_(
         if not edit_table:
             return place(b, row)
         page, offset = divmod(row, block_size)
-        home = sources[page * block_size] // block_size  # the page of this page's first row
+        last = min((page + 1) * block_size, len(sources)) - 1
+        # The page of this page's last row if that lies right in it, else of its first row.
+        in_place = sources[last] % block_size == last % block_size
+        home = sources[last if in_place else page * block_size] // block_size
         new_table[b][page] = table[b][home]
         return place(b, home * block_size + offset)
 

@@ -128,25 +128,69 @@ ADSC_HOST_DEVICE int32_t source_of(const Compaction& c, const SequenceRows& rows
   return rows.prefix + static_cast<int32_t>(source_row(segment, number)) - rows.first_row;
 }
 
-// The old row in whose place row `row` of the new cache is put: with edit_table a page takes the block
-// in which its first row lies already. Never behind source_of(row), and rising with row:
-//   source(row) >= source(first of the page) + (row - first) >= home * size + (row - first),
-// and the first rows of two pages have sources at least `size` apart, hence different homes.
+// With edit_table: a page of the new cache, its rows, and the page of the old one whose block it takes.
+struct Page {
+  int32_t first, last;
+  int32_t home;
+  bool backwards;  // rows move to later places
+};
+
+// A page takes the block of its last row if that lies right in it: text behind a picture that lost whole
+// blocks then stays where it is. Else the block of its first row.
+//
+// Homes rise from page to page. The sources of two pages' first rows are at least `size` apart. A page
+// that takes its last row's block and isn't the last of all ends with the last place of that block, so
+// later rows have sources in later blocks; and its first row's source is no later than that.
+//
+// Backwards: place(row) = source(last) - (last - row) >= source(row), since sources rise. What lies at
+// the places from place(first) to place(last) is needed by no row but the page's own: a row with a
+// source there is at most `last`, and at most last - first rows in front of it.
+// Otherwise: place(row) = home * size + (row - first) <= source(first) + (row - first) <= source(row).
+ADSC_HOST_DEVICE Page page_of(const Compaction& c, const SequenceRows& rows, int64_t index,
+                              int32_t row) {
+  const auto size = static_cast<int32_t>(c.num_tokens);
+  Page page{};
+  page.first = row / size * size;
+  const int32_t rest = rows.new_total() - page.first;
+  page.last = page.first + (rest < size ? rest : size) - 1;
+  const int32_t source = source_of(c, rows, index, page.last);
+  page.backwards = source % size == page.last % size;
+  page.home = (page.backwards ? source : source_of(c, rows, index, page.first)) / size;
+  return page;
+}
+
+// The old row in whose place row `row` of the new cache is put.
 ADSC_HOST_DEVICE int32_t place_of(const Compaction& c, const SequenceRows& rows, int64_t index,
                                   int32_t row) {
   if (!c.edit_table) return row;
-  const auto size = static_cast<int32_t>(c.num_tokens);
-  const int32_t offset = row % size;
-  return source_of(c, rows, index, row - offset) / size * size + offset;
+  const Page page = page_of(c, rows, index, row);
+  return page.home * static_cast<int32_t>(c.num_tokens) + (row - page.first);
+}
+
+struct RowMove {
+  int32_t from, to;  // old rows: the one that is taken, and the one in whose place it is put
+};
+
+// The move that comes at `position`, in an order in which a row is read before its place is: rising,
+// and falling inside of a page whose rows move backwards.
+ADSC_HOST_DEVICE RowMove move_at(const Compaction& c, const SequenceRows& rows, int64_t index,
+                                 int32_t position) {
+  if (!c.edit_table) return {source_of(c, rows, index, position), position};
+  const Page page = page_of(c, rows, index, position);
+  const int32_t row = page.backwards ? page.first + (page.last - position) : position;
+  return {source_of(c, rows, index, row),
+          page.home * static_cast<int32_t>(c.num_tokens) + (row - page.first)};
 }
 
 // Whether a row is moved into page `page` of the new cache. A row's distance to its source never falls
-// within a sequence: if the last row of a page is in its place already, all of them are.
+// within a sequence: if the first and the last row of a page are in their places, all are.
 ADSC_HOST_DEVICE bool page_is_written(const Compaction& c, const SequenceRows& rows, int64_t index,
                                       int32_t page) {
   const int64_t end = (int64_t{page} + 1) * c.num_tokens;
+  const auto first = static_cast<int32_t>(page * c.num_tokens);
   const int32_t last = (end < rows.new_total() ? static_cast<int32_t>(end) : rows.new_total()) - 1;
-  return source_of(c, rows, index, last) != place_of(c, rows, index, last);
+  return source_of(c, rows, index, first) != place_of(c, rows, index, first) ||
+         source_of(c, rows, index, last) != place_of(c, rows, index, last);
 }
 
 struct Place {

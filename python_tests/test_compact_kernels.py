@@ -104,6 +104,25 @@ def test_lengths_around_tiles(vision: int, paged: bool) -> None:
             assert torch.equal(k, wanted)
 
 
+@pytest.mark.parametrize("pattern", ["start", "center", "linspace"])
+@pytest.mark.parametrize("size", [16, 64, 512])
+def test_aligned_pictures(size: int, pattern: str) -> None:
+    """Pages in which a picture ends are moved backwards, also from a page into itself."""
+    schedule = CompressionSchedule.parse(f"1:15/16@{pattern}", num_layers=2)
+    for text in range(0, size, max(size // 8, 3)):
+        total = text + 576 + 13 + 600 + 30
+        spans = [(0, text, 576), (0, text + 589, 600)]
+        stage = make_plan(schedule, [0, total], spans, block_size=size, align="block").stages[1]
+        pages = -(-total // size)
+        pool = torch.randint(0, 256, (pages, size, 2, 3), dtype=torch.uint8)
+        table = torch.randperm(pages)[None]
+        wanted = pool.clone()
+        with backend("reference"):
+            ops.compact_paged_kv_(wanted, None, table, stage, edit_table=True)
+        ops.compact_paged_kv_(pool, None, table, stage, edit_table=True)
+        assert torch.equal(pool, wanted)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
 def test_100k_tokens(layout: str, threads: int) -> None:

@@ -16,7 +16,7 @@ from test_compact import image_plan
 from test_compact_kernels import check_buffers, check_results
 from torch import Tensor
 
-from adsc_kernels import backend, ops
+from adsc_kernels import CompressionSchedule, backend, make_plan, ops
 from adsc_kernels.compaction import Ints
 
 pytestmark = needs_simt
@@ -82,3 +82,25 @@ def test_many_tiles(
     with serving(), emulated(schedule, *inputs, writable=(k,)):
         ops.compact_kv_(k, None, stage, seq_lens=total)
     assert torch.equal(k, wanted)
+
+
+@pytest.mark.parametrize("schedule", [(0, 1, 1), (1, 3, 2000), (2, 0, 132 * 1024)])
+@pytest.mark.parametrize(("last", "dtype"), [(600, torch.bfloat16), (1, torch.float32)])
+@pytest.mark.parametrize("pattern", ["start", "linspace"])
+def test_a_page_that_is_moved_backwards(
+    pattern: str, last: int, dtype: torch.dtype, schedule: Schedule
+) -> None:
+    """493 rows, several tiles of them, move to later places of the page that a text ends."""
+    plan = CompressionSchedule.parse(f"1:488/1000@{pattern}", num_layers=2)
+    stage = make_plan(plan, [0, 1045], [(0, 5, 1000)]).stages[1]
+    pool = torch.randint(0, 100, (3, 512, 1, last), dtype=torch.int32).to(dtype)
+    table = torch.tensor([[2, 0, 1]])
+    wanted = pool.clone()
+    with backend("reference"):
+        result = ops.compact_paged_kv_(wanted, None, table, stage, edit_table=True)
+    assert result.block_table is not None
+    assert result.block_table.tolist() == [[0, 1, -1]]
+    inputs = [stage.segments, stage.cu_seqlens, stage.cu_seqlens_in, table]
+    with serving(), emulated(schedule, *inputs, writable=(pool,)):
+        ops.compact_paged_kv_(pool, None, table, stage, edit_table=True)
+    assert torch.equal(pool, wanted)

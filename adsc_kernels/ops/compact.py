@@ -236,11 +236,11 @@ def compact_paged_kv_(
       rows. Entries behind a sequence's last block aren't read.
     block_size: None: that of the blocks.
     edit_table: False: the table stays as it is, and rows move to the front of each sequence's
-      blocks. True: each page of the new cache takes the block of its first row, the result holds
-      the new table, and rows that lie right in that block don't move: of a page whose rows lay in
-      one block, in the same places, none does. So where what is dropped in front of the suffix is a
-      multiple of block_size, the suffix doesn't move; with block_size 1 nothing does. Needs the
-      same rows for all heads and layers.
+      blocks. True: each page of the new cache takes the block of its last row if that lies right
+      in it, else that of its first row; rows that lie right in that block don't move, and the
+      result holds the new table. So where what is dropped in front of the suffix is a multiple of
+      block_size, no row of the suffix moves, nor, with block_size 1, any row. Needs the same rows
+      for all heads and layers.
     block_table_host: a copy of block_table in host memory, any integer type; on CPU the table
       itself serves.
     pinned: blocks that must not be written: shared through a prefix cache, or to be copied on

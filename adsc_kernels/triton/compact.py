@@ -79,20 +79,33 @@ def source_of(
 
 
 @triton.jit
-def place_of(
-    row, inside, prefix, source, kept, first_kept, first_row, rows, num_segments, steps, index,
-    size, EDIT_TABLE: tl.constexpr, BY_INDEX: tl.constexpr,
+def move_at(
+    position, inside, prefix, source, kept, total, first_kept, first_row, rows, num_segments, steps,
+    index, size, EDIT_TABLE: tl.constexpr, BY_INDEX: tl.constexpr,
 ):  # fmt: skip
-    """The old row in whose place each row of the new cache is put."""
-    new = row
-    if EDIT_TABLE:  # a page takes the block in which its first row lies already
-        offset = row % size
-        home = source_of(
-            row - offset, inside, prefix, source, kept, first_kept, first_row, rows, num_segments,
-            steps, index, BY_INDEX,
+    """The old row that is taken at each position, and the one in whose place it is put, in an order
+    in which a row is read before its place is: see csrc/compaction.h."""
+    row = position
+    new = position
+    if EDIT_TABLE:
+        first = position // size * size
+        last = tl.minimum(first + size, total - source + kept) - 1
+        ending = source_of(
+            last, inside, prefix, source, kept, first_kept, first_row, rows, num_segments, steps,
+            index, BY_INDEX,
         )  # fmt: skip
-        new = home // size * size + offset
-    return new
+        beginning = source_of(
+            first, inside, prefix, source, kept, first_kept, first_row, rows, num_segments, steps,
+            index, BY_INDEX,
+        )  # fmt: skip
+        backwards = ending % size == last % size
+        row = tl.where(backwards, first + (last - position), position)
+        new = tl.where(backwards, ending, beginning) // size * size + (row - first)
+    old = source_of(
+        row, inside, prefix, source, kept, first_kept, first_row, rows, num_segments, steps, index,
+        BY_INDEX,
+    )  # fmt: skip
+    return old, new
 
 
 @triton.jit
@@ -177,16 +190,15 @@ def compact_kernel(
     if source == kept:
         end = prefix  # all stay: nothing moves
     column = strip * STRIP + tl.arange(0, STRIP)
-    for first in tl.range(prefix, end, TILE_ROWS):
-        row = first + tl.arange(0, TILE_ROWS)
-        inside = row < end
-        old = source_of(
-            row, inside, prefix, source, kept, first_kept, first_row, rows, num_segments, steps,
-            index, BY_INDEX,
-        )  # fmt: skip
-        new = place_of(
-            row, inside, prefix, source, kept, first_kept, first_row, rows, num_segments, steps,
-            index, size, EDIT_TABLE, BY_INDEX,
+    begin = prefix
+    if EDIT_TABLE:
+        begin = prefix // size * size  # whole pages
+    for first in tl.range(begin, end, TILE_ROWS):
+        position = first + tl.arange(0, TILE_ROWS)
+        inside = position < end
+        old, new = move_at(
+            position, inside, prefix, source, kept, total, first_kept, first_row, rows,
+            num_segments, steps, index, size, EDIT_TABLE, BY_INDEX,
         )  # fmt: skip
         moved = inside & (old != new)
         block, token = place_in_cache(
@@ -200,9 +212,9 @@ def compact_kernel(
         target_unit = here + to_block * block_stride + to_token * token_stride
         mask = moved[:, None] & (column < WIDTH)[None, :]
         values = tl.load(base + (source_unit * WORDS)[:, None] + column[None, :], mask=mask)
-        # Safe in place for the reason given at store_tile in csrc/cuda/compact.cu: targets rise and
-        # never pass their sources, all of a tile is read before any of it is written, and nobody
-        # else touches this strip.
+        # Safe in place for the reason given at store_tile in csrc/cuda/compact.cuh: what lies at a
+        # place is taken in an earlier tile or in this one, all of a tile is read before any of it
+        # is written, and nobody else touches this strip.
         tl.debug_barrier()
         tl.store(base + (target_unit * WORDS)[:, None] + column[None, :], values, mask=mask)
 
@@ -263,12 +275,12 @@ def outputs_kernel(
                 tl.store(out_last + b, last.to(tl.int32), mask=inside)
                 partial = inside & (rest > 0)
                 page = (pages - 1) * size
-                page = place_of(
-                    page, partial, prefix, source, kept, first_kept, first_row, rows, num_segments,
-                    steps, 0, size, EDIT_TABLE, BY_INDEX,
+                _, home = move_at(
+                    page, partial, prefix, source, kept, total, first_kept, first_row, rows,
+                    num_segments, steps, 0, size, EDIT_TABLE, BY_INDEX,
                 )  # fmt: skip
                 block, _ = place_in_cache(
-                    page, partial, b, seq_starts, table, table_stride, size, PLACEMENT
+                    home, partial, b, seq_starts, table, table_stride, size, PLACEMENT
                 )
                 slot = tl.where(partial, block * size + rest, -1)
             tl.store(out_slots + b, slot, mask=inside)
@@ -281,9 +293,9 @@ def outputs_kernel(
             cu_kept, cu_rows, prefix_lens, seq_lens, b, inside, BY_INDEX
         )
         used = inside & (page < total - source + kept)
-        home = place_of(
-            page, used, prefix, source, kept, first_kept, first_row, rows, num_segments, steps, 0,
-            size, EDIT_TABLE, BY_INDEX,
+        _, home = move_at(
+            page, used, prefix, source, kept, total, first_kept, first_row, rows, num_segments,
+            steps, 0, size, EDIT_TABLE, BY_INDEX,
         )  # fmt: skip
         block, _ = place_in_cache(home, used, b, seq_starts, table, table_stride, size, PLACEMENT)
         tl.store(out_table + entry, tl.where(used, block, -1), mask=inside)
@@ -388,21 +400,21 @@ def check_kernel(
             for first in tl.range(0, pages, ENTRIES):
                 page = first + tl.arange(0, ENTRIES)
                 inside = page < pages
-                # If the last row of a page is in its place already, all of them are.
-                row = tl.minimum((page + 1) * size, length) - 1
-                old = source_of(
-                    row, inside, prefix, source, kept, first_kept, first_row, rows, num_segments,
-                    steps, index, BY_INDEX,
+                # If the first and the last row of a page are in their places, all are.
+                old, new = move_at(
+                    page * size, inside, prefix, source, kept, total, first_kept, first_row, rows,
+                    num_segments, steps, index, size, EDIT_TABLE, BY_INDEX,
                 )  # fmt: skip
-                new = place_of(
-                    row, inside, prefix, source, kept, first_kept, first_row, rows, num_segments,
-                    steps, index, size, EDIT_TABLE, BY_INDEX,
+                old_last, new_last = move_at(
+                    tl.minimum((page + 1) * size, length) - 1, inside, prefix, source, kept, total,
+                    first_kept, first_row, rows, num_segments, steps, index, size, EDIT_TABLE,
+                    BY_INDEX,
                 )  # fmt: skip
                 block, _ = place_in_cache(
                     new, inside, b, seq_starts, table, table_stride, size, PLACEMENT
                 )
                 is_pinned = (tl.atomic_or(state + block, 0, mask=inside) & PINNED) != 0
-                written = inside & (old != new)
+                written = inside & ((old != new) | (old_last != new_last))
                 tl.device_assert(~(is_pinned & written), "pinned: a block that a move would write")
 
 

@@ -168,26 +168,50 @@ std::string find_fault(const Compaction& c, const BlockList& pinned) {
   return c.placement == Placement::kPaged ? find_block_fault(c, pinned) : "";
 }
 
+namespace {
+
+// With edit_table: in the order of move_at; only rows that move forwards are joined.
+std::vector<Run> find_runs_by_page(const Compaction& c, int32_t b, int64_t index) {
+  const SequenceRows rows = sequence_rows(c, b);
+  const auto size = static_cast<int32_t>(c.num_tokens);
+  std::vector<Run> runs;
+  if (rows.dropped() == 0) return runs;
+  Page page{};
+  page.last = -1;
+  for (int32_t i = rows.prefix / size * size; i < rows.new_total(); ++i) {
+    const bool begins = i % size == 0;
+    if (begins) page = page_of(c, rows, index, i);
+    const int32_t row = page.backwards ? page.first + (page.last - i) : i;
+    const int32_t source = source_of(c, rows, index, row);
+    const int32_t target = page.home * size + (row - page.first);
+    if (source == target) continue;
+    const Place to = place_in_cache(c, b, target);
+    const Place from = place_in_cache(c, b, source);
+    Run* last = begins || page.backwards || runs.empty() ? nullptr : &runs.back();
+    if (last != nullptr && last->from.block == from.block && last->to.block == to.block &&
+        last->from.token + last->count == from.token && last->to.token + last->count == to.token) {
+      ++last->count;
+    } else {
+      runs.push_back({to, from, 1});
+    }
+  }
+  return runs;
+}
+
+}  // namespace
+
 std::vector<Run> find_runs(const Compaction& c, int32_t b, int64_t index) {
+  if (c.edit_table) return find_runs_by_page(c, b, index);
   const SequenceRows rows = sequence_rows(c, b);
   const bool paged = c.placement == Placement::kPaged;
   const int64_t size = c.num_tokens;
-  int64_t home = paged ? rows.prefix / size : 0;  // the page whose block the current page takes
   std::vector<Run> runs;
   const auto add = [&](int64_t row, int64_t source, int64_t count) {
-    while (count > 0) {
-      int64_t to = row;
-      int64_t part = count;
-      if (paged) {
-        const int64_t offset = row % size;
-        if (c.edit_table && offset == 0) home = source / size;
-        if (c.edit_table) to = home * size + offset;
-        part = std::min({count, size - offset, size - source % size});
-      }
-      if (to != source) {
-        runs.push_back({place_in_cache(c, b, static_cast<int32_t>(to)),
-                        place_in_cache(c, b, static_cast<int32_t>(source)), part});
-      }
+    while (count > 0 && row != source) {
+      const int64_t part =
+          paged ? std::min({count, size - row % size, size - source % size}) : count;
+      runs.push_back({place_in_cache(c, b, static_cast<int32_t>(row)),
+                      place_in_cache(c, b, static_cast<int32_t>(source)), part});
       row += part;
       source += part;
       count -= part;
@@ -225,8 +249,8 @@ void move_runs(const std::vector<Run>& runs, const CacheTensor& tensor, std::byt
       std::memmove(to, from, run.count * tensor.token_stride);
       continue;
     }
-    // Row after row from the first: a row's place is never behind where it comes from, so what it
-    // covers has been moved already.
+    // Row after row from the first: of a run of more than one the places aren't behind where the rows
+    // come from, so what they cover has been moved already.
     for (int64_t i = 0; i < run.count; ++i) {
       copy_bytes(to + i * tensor.token_stride, from + i * tensor.token_stride, end - begin);
     }

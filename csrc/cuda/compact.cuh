@@ -110,15 +110,13 @@ struct Strip {
 __device__ __forceinline__ void find_moves(const Compaction& c, const Strip& strip, int32_t begin,
                                            int32_t end, Moves& moves) {
   const int32_t i = threadIdx.x;
-  const int32_t row = begin + i;
   if (i >= strip.tile_rows) return;
   int64_t from = -1;
-  if (row < end) {
-    const int32_t source = source_of(c, strip.rows, strip.index, row);
-    const int32_t target = place_of(c, strip.rows, strip.index, row);
-    if (source != target) {
-      from = offset_in(strip.task, place_in_cache(c, strip.sequence, source));
-      moves.to[i] = offset_in(strip.task, place_in_cache(c, strip.sequence, target));
+  if (begin + i < end) {
+    const RowMove move = move_at(c, strip.rows, strip.index, begin + i);
+    if (move.from != move.to) {
+      from = offset_in(strip.task, place_in_cache(c, strip.sequence, move.from));
+      moves.to[i] = offset_in(strip.task, place_in_cache(c, strip.sequence, move.to));
     }
   }
   moves.from[i] = from;
@@ -153,13 +151,14 @@ __device__ __forceinline__ void load_tile(const std::byte* base, const Moves& mo
 }
 
 // Why moving in place is safe. Let from(r) and to(r) be the old rows that row r of the new cache takes
-// and replaces; from rises with r (checked, or a plan's), to rises, and to(r) <= from(r)
-// (place_of). So what replaces an old row is either that row itself, which stays, or a row r with
-// to(r) < from(r), and the one that still has to read row to(r), if any, is an r' with
-// from(r') = to(r) < from(r), hence r' < r: in an earlier tile, or in this one. All loads of a tile
-// come before the barrier that its stores come after; the next tile's loads may come before or after
-// these stores, as they read from(r') >= to(r') > to(r). Nobody else reads or writes this strip: it
-// belongs to one block, and other sequences to other blocks of the cache (sharing is checked).
+// and replaces; from rises with r (checked, or a plan's), and so does to (page_of). When row r is put in
+// its place, the one that still has to read that place, if any, is an r' with from(r') = to(r). Where
+// to(r) < from(r), that is < from(r), hence r' < r. Where to(r) > from(r), in a page that is moved
+// backwards, r' > r, and r' is of the same page. Either way r' comes before r in the order of move_at: in
+// an earlier tile, or in this one. All loads of a tile come before the barrier that its stores come
+// after; the next tile's loads may come before or after these stores, as no row of a later tile takes
+// what one of this tile replaces. Nobody else reads or writes this strip: it belongs to one block, and
+// other sequences to other blocks of the cache (sharing is checked).
 template <class Access>
 __device__ __forceinline__ void store_tile(std::byte* base, const Moves& moves, int32_t row,
                                            int32_t row_step, int32_t tile_rows,
@@ -282,7 +281,8 @@ __device__ __forceinline__ void compact_block(const Compaction& c, const Compact
   const auto line = static_cast<int32_t>(number / c.batch / task.line_strips);
 
   const SequenceRows rows = sequence_rows(c, b);
-  const int32_t begin = first_row(c, rows);
+  int32_t begin = first_row(c, rows);
+  if (c.edit_table) begin -= begin % static_cast<int32_t>(c.num_tokens);  // whole pages
   const int32_t end = rows.new_total();
   if (rows.dropped() == 0 || begin >= end) return;
   const int32_t most = kInFlight * (kThreads / task.lanes);
