@@ -86,6 +86,7 @@ def boundary_step(
     Raises TypeError or ValueError naming the argument, before anything is written; what tables and
     layouts hold is checked on CPU, where the host can read it.
     """
+    others = list(others)
     arguments = check_boundary(hidden, stage, residual, weight, eps, others, keep_indices, layout)
     op = choose("boundary_step", hidden.device)
     if op is None:
@@ -112,7 +113,7 @@ def check_boundary(
     residual: Tensor | None,
     weight: Tensor | None,
     eps: float,
-    others: Sequence[Tensor],
+    others: list[Tensor],
     keep_indices: Tensor | None,
     layout: Layout | None,
 ) -> tuple[Any, ...]:
@@ -124,7 +125,6 @@ def check_boundary(
         check_norm(hidden, "hidden", residual, weight, eps)
     else:
         check_rows(hidden, "hidden")
-    others = list(others)
     for i, x in enumerate(others):
         check_rows(x, f"others[{i}]")
         if x.device != hidden.device:

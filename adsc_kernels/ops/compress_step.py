@@ -99,7 +99,8 @@ def compress_step(
       layers of stage 0 at boundary s. Where it names neither a stage nor keep_indices, it takes the
       boundary's stage, which then must be a StagePlan. (The boundary's keep_indices count in the
       batch, a cache's within its sequences, so they never stand for one another.) None of its
-      tensors may share memory with hidden, residual, weight or others.
+      tensors may share memory with hidden, residual, weight or others (not checked under
+      torch.compile).
     Returns `CompressStep`: .boundary and .compaction.
 
     For inference: no gradient flows through it, and an input that needs one is refused.
@@ -109,6 +110,7 @@ def compress_step(
     known on the host and a layout isn't. What the two check on a device with ADSC_CHECK=1 is
     checked in front of the one launch.
     """
+    others = list(others)
     arguments = check_boundary(hidden, stage, residual, weight, eps, others, keep_indices, layout)
     compaction = _check_cache(cache, stage, layout)
     names = ["hidden", "residual", "weight", *(f"others[{i}]" for i in range(len(others)))]

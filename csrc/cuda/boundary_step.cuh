@@ -66,28 +66,34 @@ __device__ __forceinline__ void boundary_block(const BoundaryWork& work, int64_t
     write_metadata(work.step.layout, work.step.boundary, work.step.stage, space.scan.warp_sums);
     return;
   }
-  const auto find = [&](int64_t begin, int count) {
-    if (work.has_layout) {
-      find_rows(work.step.layout, work.step.boundary, begin, count, space.rows, space.scan);
-    } else {
-      find_rows(work.map, begin, count, space.rows);
-    }
-  };
+  const bool norms = number < work.shape.num_tiles;
+  int64_t begin;
+  int count;
+  const CopyTask* task = nullptr;
+  Tile tile;
+  if (norms) {
+    begin = number * work.shape.tile_rows;
+    const int64_t left = work.map.num_tokens - begin;
+    count = static_cast<int>(left < work.shape.tile_rows ? left : work.shape.tile_rows);
+  } else {
+    number -= work.shape.num_tiles;
+    task = &task_of(work.copies, number);
+    tile = tile_of(*task, number, work.map.num_tokens);
+    begin = tile.begin;
+    count = tile.count;
+  }
+  if (work.has_layout) {
+    find_rows(work.step.layout, work.step.boundary, begin, count, space.rows, space.scan);
+  } else {
+    find_rows(work.map, begin, count, space.rows);
+  }
   if constexpr (!std::is_void_v<T>) {
-    if (number < work.shape.num_tiles) {
-      const int64_t begin = number * work.shape.tile_rows;
-      const int64_t left = work.map.num_tokens - begin;
-      const int count = static_cast<int>(left < work.shape.tile_rows ? left : work.shape.tile_rows);
-      find(begin, count);
+    if (norms) {
       norm_tile<T, Access>(work.norm, work.shape.group, begin, count, space.rows, space.partial);
       return;
     }
-    number -= work.shape.num_tiles;
   }
-  const CopyTask& task = task_of(work.copies, number);
-  const Tile tile = tile_of(task, number, work.map.num_tokens);
-  find(tile.begin, tile.count);
-  copy_tile(task, tile, space.rows);
+  copy_tile(*task, tile, space.rows);
 }
 
 // Calls body<T, Access>() with what boundary_block takes.
