@@ -244,6 +244,9 @@ def test_bad_run(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         (["--schedule", "8:1/4", "--chunk", "5-9"], "--chunk"),
         (["--schedule", "8:1/4", "--chunk", "9:5"], "chunk"),
         (["--schedule", "8:1/4", "--block-size", "0"], "block_size"),
+        (["--schedule", "8:1/4", "--align", "block"], "block_size"),
+        (["--schedule", "8:1/4", "--align", "page"], "--align"),
+        (["--schedule", "8:1/2x1/2@grid", "--align", "block", "--block-size", "64"], "grid"),
         ([], "--schedule"),
     ],
 )
@@ -348,6 +351,20 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *schedule]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert " ".join(last.split()) == "3 24-31 110 9 0 110 110"
+
+
+def test_plan_in_whole_blocks(capsys: pytest.CaptureFixture[str]) -> None:
+    schedule = ["--schedule", "8:1/4,16:1/4", "--block-size", "16", "--align", "block"]
+    assert main(["plan", *schedule, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [s["vision_tokens"] for s in report["stages"]] == [[576], [144], [48]]
+    assert [s["rows"] for s in report["stages"]] == [677, 245, 149]
+    assert report["rounded"] == [{"span": [0, 5, 576], "stage": 2, "wanted": 36, "kept": 48}]
+    assert main(["plan", *schedule]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert " ".join(last.split()) == "576 tokens at 5 of prompt 0 2 36 48"
+    assert main(["plan", "--schedule", "8:1/4", *schedule[2:]]) == 0
+    assert "rounded: nothing" in capsys.readouterr().out
 
 
 def test_plan_of_a_chunk_of_a_ragged_batch(capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,6 +67,12 @@ def add_parser(commands: Any) -> None:
         help="run these positions only, with all before cached; once for each prompt",
     )
     parser.add_argument("--block-size", type=count, metavar="N", help="tokens in a cache block")
+    parser.add_argument(
+        "--align",
+        choices=["block"],
+        help="block: keep a few tokens more, so that every picture loses whole cache blocks "
+        "(needs --block-size)",
+    )
     parser.add_argument("--segments", action="store_true", help="print the segment tables too")
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.set_defaults(execute=execute)
@@ -84,9 +90,10 @@ def execute(args: argparse.Namespace) -> None:
         [0, *accumulate(args.prompt_tokens)],
         spans,
         block_size=args.block_size,
+        align=args.align,
         chunks=args.chunk or None,
     )
-    report = describe(plan, schedule, spans, args.segments)
+    report = describe(plan, schedule, spans, args.segments, args.align is not None)
     print(json.dumps(report, indent=1) if args.json else _as_text(report))
 
 
@@ -95,10 +102,19 @@ def describe(
     schedule: CompressionSchedule,
     spans: list[tuple[int, ...]],
     segments: bool,
+    aligned: bool,
 ) -> dict[str, Any]:
     """The plan as plain JSON types. ``vision_tokens`` are those of whole prompts, for each span."""
-    sizes = [(length, *rest) for _, _, length, *rest in spans]
-    kept = [schedule.kept(*size) for size in sizes]
+    more: dict[tuple[int, ...], int] = {
+        (*rounded.span, rounded.stage): rounded.kept for rounded in plan.rounded
+    }
+    kept = [
+        [
+            more.get((*span[:3], stage), count)
+            for stage, count in enumerate(schedule.kept(*span[2:]))
+        ]
+        for span in spans
+    ]
     stages = []
     for index, stage in enumerate(plan.stages):
         layers = schedule.layers_of_stage(index)
@@ -119,7 +135,10 @@ def describe(
         if segments:
             entry["segments"] = stage.segments.tolist()
         stages.append(entry)
-    return {"schedule": schedule.to_dict(), "text": str(schedule), "stages": stages}
+    report = {"schedule": schedule.to_dict(), "text": str(schedule), "stages": stages}
+    if aligned:
+        report["rounded"] = [rounded._asdict() for rounded in plan.rounded]
+    return report
 
 
 def _as_text(report: dict[str, Any]) -> str:
@@ -142,12 +161,28 @@ def _as_text(report: dict[str, Any]) -> str:
     ]
     parts = [f"schedule {report['text'] or 'dense'}, {report['schedule']['num_layers']} layers"]
     parts.append(table(header + ["blocks"] * with_blocks, rows, left=2))
+    if "rounded" in report:
+        parts.append(_rounded(report["rounded"]))
     for stage in stages:
         if "segments" in stage:
             name = f"segments of stage {stage['stage']}"
             entries = [[str(n) for n in segment] for segment in stage["segments"]]
             parts.append(f"{name}\n{table(SEGMENT_COLUMNS, entries, left=0)}")
     return "\n\n".join(parts)
+
+
+def _rounded(roundings: list[dict[str, Any]]) -> str:
+    if not roundings:
+        return "rounded: nothing, every picture loses whole blocks as it is"
+    header = ["rounded picture", "stage", "asked for", "kept"]
+    rows = [
+        [
+            "{} tokens at {} of prompt {}".format(*reversed(entry["span"])),
+            *(str(entry[name]) for name in ("stage", "wanted", "kept")),
+        ]
+        for entry in roundings
+    ]
+    return table(header, rows, left=1)
 
 
 def _numbers(values: list[int], most: int = 6) -> str:
