@@ -435,6 +435,93 @@ def test_refusals(call, error, match):
         call()
 
 
+# ---- Scales of tokens ----
+
+
+def octets(*shape: int) -> Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
+
+
+def vllm_inline_scales(size: int):
+    """K, its float32 scale, V, its own, of each head and token."""
+    kv = octets(BLOCKS, HEADS, size, 2 * (DIM + 4))
+    cache = layouts.from_vllm(
+        [kv], TABLE, block_size=size, num_kv_heads=HEADS, head_dim=DIM, packing="content"
+    )
+    assert cache.k_scales is None
+    return cache, lambda block, offset: [kv[block, :, offset]]
+
+
+def flashinfer_nvfp4(layout: str):
+    def make(size: int):
+        inner = (size, HEADS) if layout == "NHD" else (HEADS, size)
+        pair = (octets(BLOCKS, *inner, DIM), octets(BLOCKS, *inner, DIM))
+        scales = (octets(BLOCKS, *inner, 2), octets(BLOCKS, *inner, 2))
+        cache = layouts.from_flashinfer(
+            [pair], TABLE, page_size=size, kv_layout=layout, kv_scales=[scales]
+        )
+        planes = [x if layout == "NHD" else x.transpose(1, 2) for x in (*pair, *scales)]
+        return cache, lambda block, offset: [x[block, offset] for x in planes]
+
+    return make
+
+
+def sglang_fp4(size: int):
+    k, v = octets(BLOCKS * size, HEADS, DIM), octets(BLOCKS * size, HEADS, DIM)
+    scales = [octets(BLOCKS * size, HEADS * 2) for _ in range(2)]
+    cache = layouts.from_sglang(
+        [k], [v], TABLE, page_size=size, k_scale_buffer=scales[:1], v_scale_buffer=scales[1:]
+    )
+    return cache, lambda block, offset: [x[block * size + offset] for x in (k, v, *scales)]
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize(
+    "make", [vllm_inline_scales, flashinfer_nvfp4("NHD"), flashinfer_nvfp4("HND"), sglang_fp4]
+)
+def test_scales_move_with_their_rows(make, size):
+    cache, row = make(size)
+    table = block_table(size)
+    stage = adsc.make_plan(SCHEDULE, *LAYOUT).stages[1]
+
+    def read(b: int, r: int) -> list[Tensor]:
+        return [x.clone() for x in row(int(table[b, r // size]), r % size)]
+
+    before = [[read(b, r) for r in range(n)] for b, n in enumerate(SEQ_LENS)]
+    adsc.ops.compact_paged_kv_(
+        cache.k_caches,
+        cache.v_caches,
+        table,
+        stage,
+        cache.block_size,
+        layout=cache.layout,
+        seq_lens=SEQ_LENS,
+        k_scales=cache.k_scales,
+        v_scales=cache.v_scales,
+    )
+    for b, own in enumerate(survivors(stage)):
+        for i, source in enumerate(own):
+            assert all(map(torch.equal, read(b, i), before[b][source]))
+
+
+SCALES = {
+    "planes of another layout": [(octets(9, HEADS, 4), octets(9, 4, HEADS))],
+    "of a whole tensor": [(octets(1), octets(1))],
+}
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_scales_of_other_shapes(name):
+    kv = [octets(9, 2, 4, HEADS, DIM)]
+    with pytest.raises(adsc.UnsupportedError, match=r"^kv_scales\[0\]: "):
+        layouts.from_flashinfer(kv, TABLE, page_size=4, kv_scales=SCALES[name])
+    with pytest.raises(ValueError, match=r"^kv_scales: expected 1 layers"):
+        layouts.from_flashinfer(kv, TABLE, page_size=4, kv_scales=[])
+    cache = [octets(8, HEADS, DIM)]
+    with pytest.raises(adsc.UnsupportedError, match=r"^k_scale_buffer\[0\]: "):
+        layouts.from_sglang(cache, cache, TABLE, k_scale_buffer=[octets(8, HEADS + 1)])
+
+
 # ---- transformers ----
 
 

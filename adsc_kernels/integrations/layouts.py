@@ -13,7 +13,7 @@ form, the functions at the end convert it; they copy, and belong where the engin
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Layers = Sequence[Tensor] | Mapping[Any, Tensor]
 KVLayers = Sequence[Tensor | tuple[Tensor, Tensor]]
+_SCALE_BYTES = 4  # of a head's K or V in vLLM's caches with a scale for each
 SLOT_OF_PADDING = 0  # SGLang writes the K and V of padding there
 
 
@@ -37,6 +38,9 @@ class PagedCache:
     k_caches, v_caches: for each layer a view, [blocks, block_size, H, D] in layout "NHD" or
       [blocks, H, block_size, D] in "HND", with the engine's own strides.
     block_table: [B, max_blocks], int32 or int64 as the engine has it.
+    k_scales, v_scales: where the engine keeps scales of each token in tensors of their own: for each
+      layer [blocks, block_size, H] or [blocks, H, block_size], as the layout says, or with groups
+      behind. A scale of a whole tensor moves nowhere, and isn't given.
     """
 
     k_caches: list[Tensor]
@@ -44,6 +48,8 @@ class PagedCache:
     block_table: Tensor
     block_size: int
     layout: str
+    k_scales: list[Tensor] | None = None
+    v_scales: list[Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +86,10 @@ def from_vllm(
             vLLM's CPU backend). Their shapes don't differ. None takes "content" for a cache on
             a GPU, and asks for a cache on the CPU.
 
+    Scales of each token and head (vLLM's int8_per_token_head and fp8_per_token_head) are a float32
+    behind the D bytes of a head's K and V, in a packed content of `2 * (D + 4)`: the views hold
+    them as part of each row, D + 4 long, and they move with it. Other scales are of whole tensors.
+
     Raises UnsupportedError for other shapes (MLA, NVFP4, two blocks in all, which leave open which
     axis is K and V), and ValueError for a packing that isn't one.
     """
@@ -90,6 +100,10 @@ def from_vllm(
     row = (block_size, num_kv_heads, head_dim)
     pairs = []
     packed = bool(tensors) and tensors[0].dim() == 4
+    if packed and tensors[0].element_size() == 1 and head_dim == head_dim_v:
+        with_scale = head_dim + _SCALE_BYTES
+        if tensors[0].shape[3] == 2 * with_scale:
+            head_dim = head_dim_v = with_scale
     for i, x in enumerate(tensors):
         name, shape = f"kv_caches[{i}]", tuple(x.shape)
         if packed and len(shape) == 4:
@@ -127,7 +141,12 @@ def _unpack(
 
 
 def from_flashinfer(
-    kv_caches: KVLayers, block_table: Tensor, *, page_size: int, kv_layout: str = "NHD"
+    kv_caches: KVLayers,
+    block_table: Tensor,
+    *,
+    page_size: int,
+    kv_layout: str = "NHD",
+    kv_scales: Sequence[tuple[Tensor, Tensor]] | None = None,
 ) -> PagedCache:
     """FlashInfer's paged caches, one for each layer.
 
@@ -135,6 +154,9 @@ def from_flashinfer(
       `[pages, 2, H, page_size, D]` in "HND", or a pair (K, V) of 4-D tensors without the axis of 2.
     block_table: `[B, max_pages]`; of FlashInfer's kv_indices and kv_indptr `csr_to_block_table`
       makes it.
+    kv_scales: for each layer the planes (K's, V's) of an NVFP4 cache, in kv_layout as the caches,
+      with the groups of a row last, in the order of the tokens (not swizzled). The k_scale and
+      v_scale of FlashInfer's run() are of whole tensors: they don't move.
 
     Raises UnsupportedError for other shapes.
     """
@@ -152,7 +174,16 @@ def from_flashinfer(
             if x.dim() != 4 or x.shape[token_axis] != page_size:
                 raise _unknown(name, x, f"{page_size} tokens on axis {token_axis} of 4 of K and V")
         pairs.append((k, v))
-    return _paged(pairs, block_table, page_size, kv_layout)
+    paged = _paged(pairs, block_table, page_size, kv_layout)
+    if kv_scales is None:
+        return paged
+    if len(kv_scales) != len(pairs):
+        raise ValueError(f"kv_scales: expected {len(pairs)} layers, got {len(kv_scales)}")
+    for i, (scales, caches) in enumerate(zip(kv_scales, pairs, strict=True)):
+        for scale, x in zip(scales, caches, strict=True):
+            if scale.dim() not in (3, 4) or scale.shape[:3] != x.shape[:3]:
+                raise _unknown(f"kv_scales[{i}]", scale, f"{list(x.shape[:3])}, or groups behind")
+    return replace(paged, k_scales=[k for k, _ in kv_scales], v_scales=[v for _, v in kv_scales])
 
 
 def from_tensorrt_llm(
@@ -166,11 +197,16 @@ def from_tensorrt_llm(
     block_ids: `[B, max_blocks]`, as `get_block_ids_per_seq` gives them; of a table of K-plane
       offsets `trtllm_offsets_to_block_table` makes them.
 
-    Raises UnsupportedError for other shapes (MLA, whose pools have one plane).
+    Its scales of fp8 and int8 caches are of whole tensors: they don't move. Those of NVFP4 lie in a
+    pool of their own, which get_buffers doesn't give: not supported.
+
+    Raises UnsupportedError for other shapes (MLA, whose pools have one plane; NVFP4).
     """
     for i, buffer in enumerate(buffers):
         if buffer.dim() != 5 or buffer.shape[1] != 2:
             raise _unknown(f"buffers[{i}]", buffer, "[pages, 2, ...] in 5 dimensions")
+        if buffer.dtype == getattr(torch, "float4_e2m1fn_x2", None):
+            raise _unknown(f"buffers[{i}]", buffer, "no NVFP4, whose scales lie in another pool")
     return from_flashinfer(buffers, block_ids, page_size=tokens_per_block, kv_layout=kv_layout)
 
 
@@ -180,12 +216,16 @@ def from_sglang(
     block_table: Tensor,
     *,
     page_size: int = 1,
+    k_scale_buffer: Sequence[Tensor] | None = None,
+    v_scale_buffer: Sequence[Tensor] | None = None,
 ) -> PagedCache:
     """SGLang's token pool: `MHATokenToKVPool.k_buffer` and `v_buffer`, lists over layers.
 
     k_buffer, v_buffer: each `[slots, H, D]`. Page 0 takes the K and V of padding, and is no
       request's.
     block_table: `[B, max_pages]`, of `req_to_token_to_block_table`.
+    k_scale_buffer, v_scale_buffer: of `MHATokenToKVPoolFP4`, each `[slots, groups of all heads]`.
+      The k_scale and v_scale of SGLang's layers (fp8) are of whole tensors: they don't move.
 
     Raises UnsupportedError for other shapes, and where the slots aren't whole pages.
     """
@@ -194,7 +234,32 @@ def from_sglang(
             if x.dim() != 3 or x.shape[0] % page_size:
                 raise _unknown(f"{name}[{i}]", x, f"[slots, H, D], {page_size} slots to a page")
     k, v = ([x.unflatten(0, (-1, page_size)) for x in buffers] for buffers in (k_buffer, v_buffer))
-    return PagedCache(k, v, block_table, page_size, "NHD")
+    return PagedCache(
+        k,
+        v,
+        block_table,
+        page_size,
+        "NHD",
+        _slot_scales(k_scale_buffer, "k_scale_buffer", k),
+        _slot_scales(v_scale_buffer, "v_scale_buffer", v),
+    )
+
+
+def _slot_scales(
+    buffers: Sequence[Tensor] | None, name: str, caches: list[Tensor]
+) -> list[Tensor] | None:
+    """[slots, heads * groups] as [pages, page_size, heads, groups]."""
+    if buffers is None:
+        return None
+    if len(buffers) != len(caches):
+        raise ValueError(f"{name}: expected {len(caches)} layers, got {len(buffers)}")
+    views = []
+    for i, (x, cache) in enumerate(zip(buffers, caches, strict=True)):
+        pages, size, heads, _ = cache.shape
+        if x.dim() != 2 or x.shape[0] != pages * size or x.shape[1] % heads:
+            raise _unknown(f"{name}[{i}]", x, f"[{pages * size}, a multiple of {heads} heads]")
+        views.append(x.unflatten(0, (pages, size)).unflatten(2, (heads, -1)))
+    return views
 
 
 def from_transformers(cache: Cache) -> DenseCache:
