@@ -38,9 +38,9 @@ class PagedCache:
     k_caches, v_caches: for each layer a view, [blocks, block_size, H, D] in layout "NHD" or
       [blocks, H, block_size, D] in "HND", with the engine's own strides.
     block_table: [B, max_blocks], int32 or int64 as the engine has it.
-    k_scales, v_scales: where the engine keeps scales of each token in tensors of their own: for each
-      layer [blocks, block_size, H] or [blocks, H, block_size], as the layout says, or with groups
-      behind. A scale of a whole tensor moves nowhere, and isn't given.
+    k_scales, v_scales: where the engine keeps scales of each token in tensors of their own: for
+      each layer [blocks, block_size, H] or [blocks, H, block_size], as the layout says, or with
+      groups behind. A scale of a whole tensor moves nowhere, and isn't given.
     """
 
     k_caches: list[Tensor]
