@@ -130,7 +130,7 @@ ASKS = (
     Ask(words(3, 70)),
     Ask(f"{IMAGE} w1 w2", ((1, 7, 5),)),
     Ask(f"w1 {IMAGE} {words(6, 30)} {IMAGE} w5 w6", ((2, 3, 9), (3, 11, 1))),
-    Ask(f"w4 {PADS['image']} {PADS['image']} w8 {words(9, 45)}", ((4, 8, 8), (1, 1, 1))),
+    Ask(f"w4 {PADS['image']} {PADS['image']} w8 {words(9, 45)}", ((4, 16, 8), (1, 1, 1))),
     Ask(f"{FILM} w9 {IMAGE} w2 w3", ((5, 4, 4),), ((6, 5, 3, 6),)),
 )
 
@@ -226,11 +226,19 @@ def test_grids_of_any_size(qwen):
 
 
 def test_chunks_and_prefix_hits(qwen):
-    schedule = "1:1/3,3:1/2"
+    """Chunks that cut images, and hits behind one: its data is then not sent to the worker."""
+    from vllm.exceptions import VLLMValidationError
+
+    schedule = "1:1/2,3:1/2"  # of 128 tokens 64 and 96 are dropped, whole blocks
     options = dict(enable_prefix_caching=True, max_num_batched_tokens=50, max_num_seqs=4)
     with qwen_engine(qwen, schedule, **options) as llm:
         assert not any(answer_and_check(llm, qwen, schedule))
-        assert answer_and_check(llm, qwen, schedule)[0] == 2 * BLOCK
+        hits = answer_and_check(llm, qwen, schedule)
+        assert (hits[0], hits[3]) == (2 * BLOCK, 5 * BLOCK)
+        last = (Ask("w1 <|image_pad|>", ((1, 2, 2),)), Ask("<|video_pad|>", (), ((1, 2, 2, 2),)))
+        for ask in last:
+            with pytest.raises(VLLMValidationError, match="expected text behind the last image"):
+                llm.generate(ask.as_vllm())
         assert_pool_free(llm)
 
 
