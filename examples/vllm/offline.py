@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from PIL import Image
@@ -20,6 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--schedule", default="4:1/4,8:1/4,12:1/4")
     args = parser.parse_args()
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; by itself vLLM wants 0.92 of memory
     llm = LLM(
         str(MODEL),
         hf_overrides={"architectures": ["AdscLlavaForConditionalGeneration"]},

@@ -4,6 +4,7 @@
 #   SCHEDULE= examples/vllm/serve.sh        # drops nothing
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}"  # GiB; by itself vLLM wants 0.92 of the memory
 exec python -m vllm.entrypoints.openai.api_server \
   --model adsc_kernels/checkpoints/tiny-llava-digits --served-model-name tiny-llava-digits \
   --hf-overrides '{"architectures": ["AdscLlavaForConditionalGeneration"]}' \
