@@ -132,7 +132,10 @@ void check_global(uintptr_t begin, uintptr_t end, Kind kind) {
     const auto range = next == ranges.begin() ? ranges.end() : std::prev(next);
     if (range == ranges.end() || end > range->second.end) {
       char hint[96] = "";
-      if (range != ranges.end() && begin < range->second.end + (1 << 20)) {
+      const bool after = range != ranges.end() && begin < range->second.end + (1 << 20);
+      // The nearer of two buffers: an allocator puts them in any order.
+      if (after && (next == ranges.end() ||
+                    begin < range->second.end + (next->first - range->second.end) / 2)) {
         std::snprintf(hint, sizeof hint, ", %+td bytes from the end of a buffer of %zu",
                       static_cast<ptrdiff_t>(begin - range->second.end),
                       static_cast<size_t>(range->second.end - range->first));
