@@ -1,6 +1,6 @@
 """CPU compaction beside memcpy and PyTorch's two ways of doing it.
 
-K and V of four layers of LLaVA-1.5-7B (32 heads of 128, bfloat16), prompts of one picture of 576
+K and V of LLaVA-1.5-7B's 32 layers (32 heads of 128, bfloat16), prompts of one picture of 576
 tokens, of which 144 or 64 stay, with 35 text tokens in front and 66 behind: batched NHD and HND,
 and paged. The rows that move are read once and written once; memcpy copies as many bytes from one
 dense block to another. Contestants take turns in one loop and the best of each is kept:
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from adsc_kernels import CompressionSchedule, StagePlan, make_plan, ops
 
-ROUNDS = 15
-LAYERS, HEADS, DIM = 4, 32, 128
+ROUNDS = 8
+LAYERS, HEADS, DIM = 32, 32, 128
 FRONT, VISION, BEHIND = 35, 576, 66
 
 
