@@ -86,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--wide", type=int, metavar="HIDDEN", help="random weights of this size")
     parser.add_argument("--schedule", default="4:1/4,8:1/4,12:1/4")
+    parser.add_argument("--loads", nargs="+", choices=LOADS, default=[*LOADS])
     parser.add_argument("--requests", type=int, default=32, help="of each run")
     parser.add_argument("--tokens", type=int, default=32, help="of each answer")
     parser.add_argument("--rounds", type=int, default=3)
@@ -103,7 +104,7 @@ def main() -> None:
             flags = ("--enforce-eager", "--no-enable-prefix-caching")
             urls[name] = stack.enter_context(serving(model, schedule, *flags, **options))
         for seed in range(args.rounds):
-            for load in LOADS:
+            for load in args.loads:
                 names = [*urls][seed % len(urls) :] + [*urls][: seed % len(urls)]
                 for name in names:
                     result = ask(urls[name], model, load, args.requests, seed, args.tokens)
