@@ -1,7 +1,7 @@
 """A boundary's step and the compaction of caches written before it, in one launch."""
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -174,39 +174,8 @@ def _check_cache(
                 f"got {type(stage).__name__}"
             )
         own = stage
-    if isinstance(cache, DenseCache):
-        return check_dense(
-            cache.k_caches,
-            cache.v_caches,
-            own,
-            cache.seq_starts,
-            layout=cache.layout,
-            keep_indices=cache.keep_indices,
-            cu_kept=cache.cu_kept,
-            cu_rows=cache.cu_rows,
-            prefix_lens=cache.prefix_lens,
-            seq_lens=cache.seq_lens,
-            k_scales=cache.k_scales,
-            v_scales=cache.v_scales,
-        )
-    return check_paged(
-        cache.k_caches,
-        cache.v_caches,
-        cache.block_table,
-        own,
-        cache.block_size,
-        layout=cache.layout,
-        keep_indices=cache.keep_indices,
-        cu_kept=cache.cu_kept,
-        cu_rows=cache.cu_rows,
-        prefix_lens=cache.prefix_lens,
-        seq_lens=cache.seq_lens,
-        edit_table=cache.edit_table,
-        block_table_host=cache.block_table_host,
-        pinned=cache.pinned,
-        k_scales=cache.k_scales,
-        v_scales=cache.v_scales,
-    )
+    arguments = {f.name: getattr(cache, f.name) for f in fields(cache)} | {"stage": own}
+    return (check_dense if isinstance(cache, DenseCache) else check_paged)(**arguments)
 
 
 def _op_arguments(call: CompactionCall) -> tuple[Any, ...]:
