@@ -172,14 +172,18 @@ struct RowMove {
 };
 
 // The move that comes at `position`, in an order in which a row is read before its place is: rising,
-// and falling inside of a page whose rows move backwards.
-ADSC_HOST_DEVICE RowMove move_at(const Compaction& c, const SequenceRows& rows, int64_t index,
-                                 int32_t position) {
-  if (!c.edit_table) return {source_of(c, rows, index, position), position};
-  const Page page = page_of(c, rows, index, position);
+// and falling inside of a page whose rows move backwards. page: the position's own.
+ADSC_HOST_DEVICE RowMove move_in_page(const Compaction& c, const SequenceRows& rows, int64_t index,
+                                      const Page& page, int32_t position) {
   const int32_t row = page.backwards ? page.first + (page.last - position) : position;
   return {source_of(c, rows, index, row),
           page.home * static_cast<int32_t>(c.num_tokens) + (row - page.first)};
+}
+
+ADSC_HOST_DEVICE RowMove move_at(const Compaction& c, const SequenceRows& rows, int64_t index,
+                                 int32_t position) {
+  if (!c.edit_table) return {source_of(c, rows, index, position), position};
+  return move_in_page(c, rows, index, page_of(c, rows, index, position), position);
 }
 
 // Whether a row is moved into page `page` of the new cache. A row's distance to its source never falls

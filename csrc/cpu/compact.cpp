@@ -177,16 +177,13 @@ std::vector<Run> find_runs_by_page(const Compaction& c, int32_t b, int64_t index
   std::vector<Run> runs;
   if (rows.dropped() == 0) return runs;
   Page page{};
-  page.last = -1;
   for (int32_t i = rows.prefix / size * size; i < rows.new_total(); ++i) {
     const bool begins = i % size == 0;
     if (begins) page = page_of(c, rows, index, i);
-    const int32_t row = page.backwards ? page.first + (page.last - i) : i;
-    const int32_t source = source_of(c, rows, index, row);
-    const int32_t target = page.home * size + (row - page.first);
-    if (source == target) continue;
-    const Place to = place_in_cache(c, b, target);
-    const Place from = place_in_cache(c, b, source);
+    const RowMove move = move_in_page(c, rows, index, page, i);
+    if (move.from == move.to) continue;
+    const Place to = place_in_cache(c, b, move.to);
+    const Place from = place_in_cache(c, b, move.from);
     Run* last = begins || page.backwards || runs.empty() ? nullptr : &runs.back();
     if (last != nullptr && last->from.block == from.block && last->to.block == to.block &&
         last->from.token + last->count == from.token && last->to.token + last->count == to.token) {

@@ -19,7 +19,8 @@ struct Run {
   int64_t count;
 };
 
-// The moves of sequence b, in the order of move_at; rows in their place already are left out. index: index_of the head.
+// The moves of sequence b, in the order of move_at; rows in their place already are left out.
+// index: index_of the head.
 std::vector<Run> find_runs(const Compaction& compaction, int32_t b, int64_t index);
 
 // Moves bytes [begin, end) of the lines that begin at `base`.
