@@ -89,14 +89,15 @@ gpu-bench:      ## GPU benchmarks beside eager and compiled PyTorch and the plai
 report: venv    ## registers, spills and access widths of the GPU kernels, from their machine code
 	$(BIN)/python python_tests/cubin_report.py
 
-lint: venv      ## ruff and mypy
+lint: venv      ## ruff and clang-format, which change nothing here, and mypy
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
 
 format: venv    ## ruff and clang-format
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
-	@$(BIN)/python -c "import clang_format" 2>/dev/null || $(PIP_INSTALL) clang-format
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 docs: venv      ## docs/accounting.md and its pictures, computed

@@ -1,7 +1,7 @@
 // What a compaction of a KV cache moves, for a CPU and a GPU alike. No torch: pointers and strides.
 //
-// A sequence's cached rows are `prefix | rows to choose from | suffix`; of the middle some stay, and the
-// new cache is prefix, those, suffix, without gaps. Row numbers count within a sequence.
+// A sequence's cached rows are `prefix | rows to choose from | suffix`; of the middle some stay,
+// and the new cache is prefix, those, suffix, without gaps. Row numbers count within a sequence.
 #pragma once
 
 #include <cstddef>
@@ -45,8 +45,8 @@ struct Compaction {
   bool by_segments = false;
   const Segment* segments = nullptr;
   int32_t num_segments = 0;
-  IntList indices;  // [index_layers, index_heads, num_indices]: counted from the first row to choose
-                    // from, rising within a sequence; a single layer or head serves all
+  IntList indices;  // [index_layers, index_heads, num_indices]: counted from the first row to
+                    // choose from, rising within a sequence; a single layer or head serves all
   int32_t index_layers = 1;
   int32_t index_heads = 1;
   int64_t num_indices = 0;
@@ -128,24 +128,26 @@ ADSC_HOST_DEVICE int32_t source_of(const Compaction& c, const SequenceRows& rows
   return rows.prefix + static_cast<int32_t>(source_row(segment, number)) - rows.first_row;
 }
 
-// With edit_table: a page of the new cache, its rows, and the page of the old one whose block it takes.
+// With edit_table: a page of the new cache, its rows, and the page of the old one whose block it
+// takes.
 struct Page {
   int32_t first, last;
   int32_t home;
   bool backwards;  // rows move to later places
 };
 
-// A page takes the block of its last row if that lies right in it: text behind a picture that lost whole
-// blocks then stays where it is. Else the block of its first row.
+// A page takes the block of its last row if that lies right in it: text behind a picture that lost
+// whole blocks then stays where it is. Else the block of its first row.
 //
-// Homes rise from page to page. The sources of two pages' first rows are at least `size` apart. A page
-// that takes its last row's block and isn't the last of all ends with the last place of that block, so
-// later rows have sources in later blocks; and its first row's source is no later than that.
+// Homes rise from page to page. The sources of two pages' first rows are at least `size` apart. A
+// page that takes its last row's block and isn't the last of all ends with the last place of that
+// block, so later rows have sources in later blocks; and its first row's source is no later than
+// that.
 //
-// Backwards: place(row) = source(last) - (last - row) >= source(row), since sources rise. What lies at
-// the places from place(first) to place(last) is needed by no row but the page's own: a row with a
-// source there is at most `last`, and at most last - first rows in front of it.
-// Otherwise: place(row) = home * size + (row - first) <= source(first) + (row - first) <= source(row).
+// Backwards: place(row) = source(last) - (last - row) >= source(row), since sources rise. What lies
+// at the places from place(first) to place(last) is needed by no row but the page's own: a row with
+// a source there is at most `last`, and at most last - first rows in front of it. Otherwise:
+// place(row) = home * size + (row - first) <= source(first) + (row - first) <= source(row).
 ADSC_HOST_DEVICE Page page_of(const Compaction& c, const SequenceRows& rows, int64_t index,
                               int32_t row) {
   const auto size = static_cast<int32_t>(c.num_tokens);
@@ -171,8 +173,8 @@ struct RowMove {
   int32_t from, to;  // old rows: the one that is taken, and the one in whose place it is put
 };
 
-// The move that comes at `position`, in an order in which a row is read before its place is: rising,
-// and falling inside of a page whose rows move backwards. page: the position's own.
+// The move that comes at `position`, in an order in which a row is read before its place is:
+// rising, and falling inside of a page whose rows move backwards. page: the position's own.
 ADSC_HOST_DEVICE RowMove move_in_page(const Compaction& c, const SequenceRows& rows, int64_t index,
                                       const Page& page, int32_t position) {
   const int32_t row = page.backwards ? page.first + (page.last - position) : position;
@@ -186,8 +188,8 @@ ADSC_HOST_DEVICE RowMove move_at(const Compaction& c, const SequenceRows& rows, 
   return move_in_page(c, rows, index, page_of(c, rows, index, position), position);
 }
 
-// Whether a row is moved into page `page` of the new cache. A row's distance to its source never falls
-// within a sequence: if the first and the last row of a page are in their places, all are.
+// Whether a row is moved into page `page` of the new cache. A row's distance to its source never
+// falls within a sequence: if the first and the last row of a page are in their places, all are.
 ADSC_HOST_DEVICE bool page_is_written(const Compaction& c, const SequenceRows& rows, int64_t index,
                                       int32_t page) {
   const int64_t end = (int64_t{page} + 1) * c.num_tokens;

@@ -1,5 +1,5 @@
-// The pybind11 module adsc_kernels._C: the host planner (integers in, one packed int32 buffer out), and
-// what this build is made of.
+// The pybind11 module adsc_kernels._C: the host planner (integers in, one packed int32 buffer out),
+// and what this build is made of.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -96,9 +96,10 @@ adsc::VisionSpan to_span(const int64_t* row, Py_ssize_t width_of_row, bool grid)
   }
   const int64_t height = row[3], width = row[4];
   if (height < 1 || width < 1 || length % height != 0 || length / height < width) {
-    fail("height * width tokens, or height rows of width vision tokens plus the same number of "
-         "text tokens each, got height " +
-         std::to_string(height) + " and width " + std::to_string(width));
+    fail(
+        "height * width tokens, or height rows of width vision tokens plus the same number of "
+        "text tokens each, got height " +
+        std::to_string(height) + " and width " + std::to_string(width));
   }
   return {row[0], row[1], length, height, width, length / height};
 }
@@ -118,9 +119,9 @@ std::vector<adsc::BoundaryRule> to_boundaries(py::handle items) {
   return boundaries;
 }
 
-// -> (tables, offsets, cached, rounded): `tables` holds every stage's cu_seqlens and segments one after
-// the other; `offsets[s]` says where stage s's begin, how many segments it has and whether it drops;
-// `rounded` has a row (sequence, start, length, stage, wanted, kept) for each rounding.
+// -> (tables, offsets, cached, rounded): `tables` holds every stage's cu_seqlens and segments one
+// after the other; `offsets[s]` says where stage s's begin, how many segments it has and whether it
+// drops; `rounded` has a row (sequence, start, length, stage, wanted, kept) for each rounding.
 py::tuple plan(py::object boundaries, py::object cu_seqlens, py::object spans, py::object chunks,
                int64_t align) {
   const std::vector<adsc::BoundaryRule> rules = to_boundaries(boundaries);
@@ -217,9 +218,10 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The host side of adsc_kernels in C++: the planner, and build information.";
-  m.def("build_info", &build_info,
-        "What this build is made of: version, compiler, build_type, cxx_flags, torch (the one built\n"
-        "against), cuda_compiler, cuda_archs, and cuda_reason: why there is no CUDA, or None.");
+  m.def(
+      "build_info", &build_info,
+      "What this build is made of: version, compiler, build_type, cxx_flags, torch (the one built\n"
+      "against), cuda_compiler, cuda_archs, and cuda_reason: why there is no CUDA, or None.");
   m.def("plan", &plan, py::arg("boundaries"), py::arg("cu_seqlens"), py::arg("vision_spans"),
         py::arg("chunks"), py::arg("align") = 1);
   m.def("expand", &expand, py::arg("segments").noconvert(), py::arg("rows"));

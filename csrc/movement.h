@@ -1,6 +1,6 @@
 // What the kernels of the token path are given, on a CPU and on a GPU alike: where output rows come
-// from, and what is done with them. Pointers and strides; strides are in bytes between rows, and what
-// has none is dense.
+// from, and what is done with them. Pointers and strides; strides are in bytes between rows, and
+// what has none is dense.
 #pragma once
 
 #include <cstddef>

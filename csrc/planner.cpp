@@ -131,8 +131,7 @@ void layout_runs(const VisionSpan* spans, int64_t first, int64_t last, Chunk chu
       const int64_t column = dense ? 0 : (p - span.start) % span.pitch;
       const bool is_text = !dense && column >= span.width;
       const int64_t stretch_end =
-          dense ? span_end
-                : std::min(span_end, p - column + (is_text ? span.pitch : span.width));
+          dense ? span_end : std::min(span_end, p - column + (is_text ? span.pitch : span.width));
       const int64_t v = tokens_before(span, p);
       append_run(runs, is_text ? Run{kText, 0, stretch_end - p} : Run{i, v, v + stretch_end - p});
       p = stretch_end;
@@ -145,7 +144,8 @@ void sample_run(const BoundaryRule& rule, Extent e, Extent next, const Run& run,
                 TableWriter& writer) {
   if (!rule.grid) {
     const int64_t n = e.height * e.width;
-    writer.sample(source - run.begin, n, next.width, kept_before(rule.pattern, run.begin, n, next.width),
+    writer.sample(source - run.begin, n, next.width,
+                  kept_before(rule.pattern, run.begin, n, next.width),
                   kept_before(rule.pattern, run.end, n, next.width), rule.pattern);
     return;
   }
@@ -214,8 +214,8 @@ void check_layout(const std::vector<int64_t>& cu_seqlens, const std::vector<Visi
 
 std::vector<StageTables> make_plan(const std::vector<BoundaryRule>& boundaries,
                                    const std::vector<int64_t>& cu_seqlens,
-                                   std::vector<VisionSpan> spans,
-                                   const std::vector<Chunk>& chunks, int64_t align) {
+                                   std::vector<VisionSpan> spans, const std::vector<Chunk>& chunks,
+                                   int64_t align) {
   const auto earlier = [](const VisionSpan& a, const VisionSpan& b) {
     return a.sequence != b.sequence ? a.sequence < b.sequence : a.start < b.start;
   };

@@ -14,7 +14,8 @@ struct Fraction {
   int64_t denominator;
 };
 
-// One boundary of the schedule. Under the grid pattern `rows` and `columns` apply; else `keep` does.
+// One boundary of the schedule. Under the grid pattern `rows` and `columns` apply; else `keep`
+// does.
 struct BoundaryRule {
   bool grid;
   int32_t pattern;
@@ -23,8 +24,9 @@ struct BoundaryRule {
 };
 
 // An image inside a prompt: `length` tokens from position `start` of sequence `sequence`. With a
-// height the span is that many rows of `width` vision tokens, `pitch` tokens apart: what lies between
-// them (LLaVA-NeXT's newline token) is text and stays. Without, height is 1 and width the length.
+// height the span is that many rows of `width` vision tokens, `pitch` tokens apart: what lies
+// between them (LLaVA-NeXT's newline token) is text and stays. Without, height is 1 and width the
+// length.
 struct VisionSpan {
   int64_t sequence;
   int64_t start;
@@ -53,14 +55,14 @@ struct StageTables {
   std::vector<int32_t> cu_seqlens;  // B + 1
   std::vector<int32_t> cached;      // B: rows of this stage that precede the chunk
   std::vector<Rounding> rounded;
-  bool identity = true;             // nothing was dropped since the stage before
+  bool identity = true;  // nothing was dropped since the stage before
 };
 
-// One table per stage. `cu_seqlens` is of whole prompts; spans come in any order; one chunk for each
-// sequence. Each stage keeps so much of a span that a multiple of `align` of all its tokens is gone; the
-// roundings do not add up, since each starts from what the schedule itself asks of the span. A grid
-// keeps whole rows and columns: it is left as it is, and the rounding that it lacks is in `rounded`.
-// Throws std::invalid_argument that names the argument.
+// One table per stage. `cu_seqlens` is of whole prompts; spans come in any order; one chunk for
+// each sequence. Each stage keeps so much of a span that a multiple of `align` of all its tokens is
+// gone; the roundings do not add up, since each starts from what the schedule itself asks of the
+// span. A grid keeps whole rows and columns: it is left as it is, and the rounding that it lacks is
+// in `rounded`. Throws std::invalid_argument that names the argument.
 std::vector<StageTables> make_plan(const std::vector<BoundaryRule>& boundaries,
                                    const std::vector<int64_t>& cu_seqlens,
                                    std::vector<VisionSpan> spans, const std::vector<Chunk>& chunks,
@@ -69,8 +71,8 @@ std::vector<StageTables> make_plan(const std::vector<BoundaryRule>& boundaries,
 // out[row] = source row, for every row of a table whose output has out_rows rows.
 void expand(const Segment* table, int32_t count, int64_t out_rows, int64_t* out);
 
-// Constant-stride segments that map row i to sources[i], which strictly increase: the form in which a
-// mapping across several boundaries, no longer one uniform sampling, still needs no index tensor.
+// Constant-stride segments that map row i to sources[i], which strictly increase: the form in which
+// a mapping across several boundaries, no longer one uniform sampling, still needs no index tensor.
 std::vector<Segment> compress(const int64_t* sources, int64_t count);
 
 }  // namespace adsc

@@ -1,6 +1,6 @@
-// The keep rule and the segment lookup: the one definition that the planner, the CPU kernels and the
-// CUDA kernels share. No torch, no allocation. adsc_kernels/reference.py holds the Python twin, tested
-// against this file.
+// The keep rule and the segment lookup: the one definition that the planner, the CPU kernels and
+// the CUDA kernels share. No torch, no allocation. adsc_kernels/reference.py holds the Python twin,
+// tested against this file.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,8 @@ ADSC_HOST_DEVICE int64_t kept_count(int64_t n, int64_t numerator, int64_t denomi
   return (n * numerator + denominator - 1) / denominator;
 }
 
-// The least count of at least `kept` of n rows whose dropped rows, n less it, fill whole blocks: what
-// follows the span then keeps its offset within a cache block. A block of 1 changes nothing.
+// The least count of at least `kept` of n rows whose dropped rows, n less it, fill whole blocks:
+// what follows the span then keeps its offset within a cache block. A block of 1 changes nothing.
 ADSC_HOST_DEVICE int64_t aligned_kept_count(int64_t n, int64_t kept, int64_t block) {
   return n - (n - kept) / block * block;
 }
@@ -39,27 +39,27 @@ ADSC_HOST_DEVICE int64_t kept_index(int32_t pattern, int64_t j, int64_t n, int64
   return m == 1 ? 0 : divide(2 * j * (n - 1) + (m - 1), 2 * (m - 1));
 }
 
-// How many kept indices lie below x: the inverse of kept_index, which cuts a span into chunks without
-// moving a survivor. Requires 0 <= x <= n and 0 <= m <= n < 2^31.
+// How many kept indices lie below x: the inverse of kept_index, which cuts a span into chunks
+// without moving a survivor. Requires 0 <= x <= n and 0 <= m <= n < 2^31.
 ADSC_HOST_DEVICE int64_t kept_before(int32_t pattern, int64_t x, int64_t n, int64_t m) {
   if (x <= 0) return 0;
   if (x >= n) return m;  // whole spans, the common case, cost no division
   if (m == 0) return 0;
   if (pattern == kStart) return divide(x * m + n - 1, n);  // j * n < x * m
-  if (pattern == kCenter) {                                    // (2j + 1) * n < 2 * m * x
+  if (pattern == kCenter) {                                // (2j + 1) * n < 2 * m * x
     const int64_t room = 2 * m * x - n;
     return room <= 0 ? 0 : divide(room + 2 * n - 1, 2 * n);
   }
   if (m == 1) return 1;
-  const int64_t step = 2 * (n - 1);                            // j * step < (m - 1)(2x - 1)
+  const int64_t step = 2 * (n - 1);  // j * step < (m - 1)(2x - 1)
   const int64_t count = divide((m - 1) * (2 * x - 1) + step - 1, step);
   return count < m ? count : m;
 }
 
-// One row of a segment table: output rows dst, dst + 1, ... (up to the next segment's dst, or the end
-// of the output) take the kept rows number first, first + 1, ... of the `keep` rows that are spread
-// over `span` source rows. `src` is the source row at which index 0 of the span lies; it may be
-// negative where a chunk begins inside the span. Plain text is keep == span, first == 0.
+// One row of a segment table: output rows dst, dst + 1, ... (up to the next segment's dst, or the
+// end of the output) take the kept rows number first, first + 1, ... of the `keep` rows that are
+// spread over `span` source rows. `src` is the source row at which index 0 of the span lies; it may
+// be negative where a chunk begins inside the span. Plain text is keep == span, first == 0.
 struct Segment {
   int32_t dst;
   int32_t src;
@@ -75,8 +75,8 @@ ADSC_HOST_DEVICE int64_t source_row(const Segment& s, int64_t row) {
   return s.src + kept_index(s.pattern, s.first + (row - s.dst), s.span, s.keep);
 }
 
-// The last segment whose dst is at most `row`: segments are sorted by dst, and empty ones share their
-// dst with the segment after them, so the last is the one that holds the row.
+// The last segment whose dst is at most `row`: segments are sorted by dst, and empty ones share
+// their dst with the segment after them, so the last is the one that holds the row.
 ADSC_HOST_DEVICE int32_t find_segment(const Segment* table, int32_t count, int64_t row) {
   int32_t low = 0;
   int32_t high = count;  // table[low].dst <= row < table[high].dst

@@ -66,8 +66,8 @@ std::string find_length_fault(const Compaction& c, int32_t b) {
     for (int32_t page = 0; page < pages_of(c, rows.total); ++page) {
       const int64_t block = c.table[b * c.table_stride + page];
       if (block < 0 || block >= c.num_blocks) {
-        return join("block_table: expected blocks in [0, ", c.num_blocks, "), got ", block,
-                    " at [", b, ", ", page, "]");
+        return join("block_table: expected blocks in [0, ", c.num_blocks, "), got ", block, " at [",
+                    b, ", ", page, "]");
       }
     }
   }
@@ -150,8 +150,7 @@ std::string find_fault(const Compaction& c, const BlockList& pinned) {
   }
   if (c.by_segments) {
     if (c.num_segments == 0 && c.cu_kept[c.batch] > 0) {
-      return join("segments: expected a table for ", c.cu_kept[c.batch],
-                  " rows, got an empty one");
+      return join("segments: expected a table for ", c.cu_kept[c.batch], " rows, got an empty one");
     }
     std::string fault = find_fault(rows_that_stay(c, 0));
     if (fault.empty()) fault = find_order_fault(c, 0);
@@ -246,8 +245,8 @@ void move_runs(const std::vector<Run>& runs, const CacheTensor& tensor, std::byt
       std::memmove(to, from, run.count * tensor.token_stride);
       continue;
     }
-    // Row after row from the first: of a run of more than one the places aren't behind where the rows
-    // come from, so what they cover has been moved already.
+    // Row after row from the first: of a run of more than one the places aren't behind where the
+    // rows come from, so what they cover has been moved already.
     for (int64_t i = 0; i < run.count; ++i) {
       copy_bytes(to + i * tensor.token_stride, from + i * tensor.token_stride, end - begin);
     }

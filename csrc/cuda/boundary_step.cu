@@ -1,5 +1,4 @@
 #include "boundary_step.cuh"
-
 #include "launch.h"
 
 namespace adsc::cuda {

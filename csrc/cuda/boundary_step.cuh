@@ -1,5 +1,5 @@
-// What a boundary does to the rows, by one block of threads: its tile of the norm or of a copy, or the
-// metadata.
+// What a boundary does to the rows, by one block of threads: its tile of the norm or of a copy, or
+// the metadata.
 #pragma once
 
 #include <type_traits>
@@ -27,7 +27,8 @@ struct BoundaryWork {
   }
 };
 
-// copies: at most kMaxCopies. opens: the launch that does more than copy. least_threads: of a block.
+// copies: at most kMaxCopies. opens: the launch that does more than copy. least_threads: of a
+// block.
 inline BoundaryWork boundary_work(const RowMap& map, const LayoutStep* layout, const RowNorm* norm,
                                   const RowCopy* copies, int count, bool opens,
                                   int least_threads = 128) {

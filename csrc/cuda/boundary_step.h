@@ -15,9 +15,9 @@ struct LayoutStep {
   StageMetadata stage;
 };
 
-// map: where rows come from, or with `layout` only the numbers of rows; then rows past the stage's end
-// come out as zeros. norm: null where nothing is normed. Copies past the 16th take launches of their
-// own.
+// map: where rows come from, or with `layout` only the numbers of rows; then rows past the stage's
+// end come out as zeros. norm: null where nothing is normed. Copies past the 16th take launches of
+// their own.
 void boundary_step(const RowMap& map, const LayoutStep* layout, const RowNorm* norm,
                    const RowCopy* copies, int count, Stream stream);
 

@@ -1,13 +1,12 @@
 #include "check.h"
-
 #include "launch.h"
 #include "rows.cuh"
 
 namespace adsc::cuda {
 namespace {
 
-__global__ void __launch_bounds__(kThreads) check_rows_kernel(const __grid_constant__ RowMap map,
-                                                              bool at_most) {
+__global__ void __launch_bounds__(kThreads)
+    check_rows_kernel(const __grid_constant__ RowMap map, bool at_most) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row + 1 < map.num_segments && map.segments[row].dst > map.segments[row + 1].dst) {
     trap("segments: expected dst in rising order, got %lld after %lld at row %lld",
@@ -82,9 +81,10 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t width = span[4];
     if (height < 0 || width < 0 || height * width != length ||
         (boundary.grid && kept(height, boundary.keep) > boundary.span_blocks)) {
-      trap("spans: row %lld: height %lld, width %lld: expected height x width of the length, %lld, "
-           "and a height of at most max_height",
-           i, height, width, length);
+      trap(
+          "spans: row %lld: height %lld, width %lld: expected height x width of the length, %lld, "
+          "and a height of at most max_height",
+          i, height, width, length);
     }
   }
 }

@@ -1,13 +1,12 @@
-#include "compact.h"
-
 #include "compact.cuh"
+#include "compact.h"
 #include "launch.h"
 
 namespace adsc::cuda {
 namespace {
 
-// Tensors of a launch. The small kind, K and V of 32 layers, keeps to the 4 KiB that parameters were
-// limited to of old.
+// Tensors of a launch. The small kind, K and V of 32 layers, keeps to the 4 KiB that parameters
+// were limited to of old.
 constexpr int kFewTasks = 64;
 constexpr int kManyTasks = 512;
 
@@ -45,14 +44,14 @@ __device__ __forceinline__ void check_list(const IntList& list, int64_t i, const
 constexpr uint32_t kPinned = 1;
 constexpr uint32_t kInTable = 2;
 
-__global__ void __launch_bounds__(kThreads) clear_kernel(uint32_t* block_state, int64_t num_blocks) {
+__global__ void __launch_bounds__(kThreads)
+    clear_kernel(uint32_t* block_state, int64_t num_blocks) {
   const int64_t block = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (block < num_blocks) block_state[block] = 0;
 }
 
-__global__ void __launch_bounds__(kThreads)
-    pin_kernel(const __grid_constant__ BlockList pinned, uint32_t* block_state,
-               int64_t num_blocks) {
+__global__ void __launch_bounds__(kThreads) pin_kernel(const __grid_constant__ BlockList pinned,
+                                                       uint32_t* block_state, int64_t num_blocks) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= pinned.count) return;
   const int64_t block = pinned.blocks[i];
@@ -74,8 +73,7 @@ __global__ void __launch_bounds__(kThreads)
          rows.kept);
   }
   if (!c.by_segments && c.cu_kept[c.batch] > c.num_indices) {
-    trap("keep_indices: expected %lld rows (cu_kept), got %lld", c.cu_kept[c.batch],
-         c.num_indices);
+    trap("keep_indices: expected %lld rows (cu_kept), got %lld", c.cu_kept[c.batch], c.num_indices);
   }
   int64_t room = c.num_tokens;
   if (c.placement == Placement::kPacked) {
@@ -99,8 +97,10 @@ __global__ void __launch_bounds__(kThreads)
       }
       const uint32_t before = atomicOr(&block_state[entry], kInTable);
       if (before == kInTable) {
-        trap("block_table: expected every block once, or named in pinned, got block %lld again at "
-             "[%lld, %lld]", entry, b, page);
+        trap(
+            "block_table: expected every block once, or named in pinned, got block %lld again at "
+            "[%lld, %lld]",
+            entry, b, page);
       }
     }
   }
@@ -144,8 +144,8 @@ __global__ void __launch_bounds__(kThreads)
         const int32_t first = page * static_cast<int32_t>(c.num_tokens);
         const int64_t block = place_in_cache(c, b, place_of(c, rows, index, first)).block;
         if ((atomicOr(&block_state[block], 0) & kPinned) != 0) {
-          trap("pinned: expected no move into block %lld, but sequence %lld would write to it", block,
-               b);
+          trap("pinned: expected no move into block %lld, but sequence %lld would write to it",
+               block, b);
         }
       }
     }

@@ -1,4 +1,5 @@
-// Compacting a KV cache, by one block of threads: its strip of the rows, or its part of the outputs.
+// Compacting a KV cache, by one block of threads: its strip of the rows, or its part of the
+// outputs.
 #pragma once
 
 #include <cstddef>
@@ -14,8 +15,8 @@ constexpr int kInFlight = 4;   // loads of a thread before its first store
 constexpr int kMaxLanes = 32;  // threads side by side on a row
 constexpr int kEntries = 8;    // of the new block table, for each thread
 
-// One tensor, cut into strips: some columns of one line of every row of one sequence. A column is what
-// a thread moves at once. Strides in bytes.
+// One tensor, cut into strips: some columns of one line of every row of one sequence. A column is
+// what a thread moves at once. Strides in bytes.
 struct StripTask {
   std::byte* base;
   int64_t block_stride;
@@ -85,8 +86,8 @@ inline int64_t output_blocks(const Compaction& compaction, const CompactionOutpu
 
 // ---- Moving rows ----
 
-// Where the rows of a tile come from and go, in bytes from the base of the block's line; from < 0: the
-// row stays.
+// Where the rows of a tile come from and go, in bytes from the base of the block's line; from < 0:
+// the row stays.
 struct Moves {
   int64_t from[kTileRows];
   int64_t to[kTileRows];
@@ -122,8 +123,8 @@ __device__ __forceinline__ void find_moves(const Compaction& c, const Strip& str
   moves.from[i] = from;
 }
 
-// The first row that may move: what is in front of the rows to choose from stays, and so does a text
-// at their head.
+// The first row that may move: what is in front of the rows to choose from stays, and so does a
+// text at their head.
 __device__ __forceinline__ int32_t first_row(const Compaction& c, const SequenceRows& rows) {
   if (!c.by_segments || rows.kept == 0) return rows.prefix;
   const int32_t s = find_segment(c.segments, c.num_segments, rows.first_kept);
@@ -150,15 +151,15 @@ __device__ __forceinline__ void load_tile(const std::byte* base, const Moves& mo
   }
 }
 
-// Why moving in place is safe. Let from(r) and to(r) be the old rows that row r of the new cache takes
-// and replaces; from rises with r (checked, or a plan's), and so does to (page_of). When row r is put in
-// its place, the one that still has to read that place, if any, is an r' with from(r') = to(r). Where
-// to(r) < from(r), that is < from(r), hence r' < r. Where to(r) > from(r), in a page that is moved
-// backwards, r' > r, and r' is of the same page. Either way r' comes before r in the order of move_at: in
-// an earlier tile, or in this one. All loads of a tile come before the barrier that its stores come
-// after; the next tile's loads may come before or after these stores, as no row of a later tile takes
-// what one of this tile replaces. Nobody else reads or writes this strip: it belongs to one block, and
-// other sequences to other blocks of the cache (sharing is checked).
+// Why moving in place is safe. Let from(r) and to(r) be the old rows that row r of the new cache
+// takes and replaces; from rises with r (checked, or a plan's), and so does to (page_of). When row
+// r is put in its place, the one that still has to read that place, if any, is an r' with from(r')
+// = to(r). Where to(r) < from(r), that is < from(r), hence r' < r. Where to(r) > from(r), in a page
+// that is moved backwards, r' > r, and r' is of the same page. Either way r' comes before r in the
+// order of move_at: in an earlier tile, or in this one. All loads of a tile come before the barrier
+// that its stores come after; the next tile's loads may come before or after these stores, as no
+// row of a later tile takes what one of this tile replaces. Nobody else reads or writes this strip:
+// it belongs to one block, and other sequences to other blocks of the cache (sharing is checked).
 template <class Access>
 __device__ __forceinline__ void store_tile(std::byte* base, const Moves& moves, int32_t row,
                                            int32_t row_step, int32_t tile_rows,
@@ -172,9 +173,9 @@ __device__ __forceinline__ void store_tile(std::byte* base, const Moves& moves, 
   }
 }
 
-// Rows [begin, end) of the new cache, tile after tile. The next tile's moves are found while this one's
-// loads are under way. There are moves of three tiles, since a thread may find those of tile t + 1 while
-// others still store tile t - 1.
+// Rows [begin, end) of the new cache, tile after tile. The next tile's moves are found while this
+// one's loads are under way. There are moves of three tiles, since a thread may find those of tile
+// t + 1 while others still store tile t - 1.
 template <class Access>
 __device__ __forceinline__ void move_strip(const Compaction& c, const Strip& strip, int32_t line,
                                            int32_t strip_number, int32_t begin, int32_t end,
@@ -183,8 +184,8 @@ __device__ __forceinline__ void move_strip(const Compaction& c, const Strip& str
   const int32_t lane = threadIdx.x & (task.lanes - 1);
   const int32_t column = strip_number * task.strip_columns + lane;
   const int32_t columns = task.line_bytes / static_cast<int32_t>(sizeof(Access));
-  std::byte* base = task.base + line * task.line_stride +
-                    column * static_cast<int64_t>(sizeof(Access));
+  std::byte* base =
+      task.base + line * task.line_stride + column * static_cast<int64_t>(sizeof(Access));
   const int32_t row_step = kThreads / task.lanes;
   // Threads past the last column find moves like the others, and move nothing.
   const bool idle = lane >= task.strip_columns || column >= columns;
@@ -227,8 +228,7 @@ __device__ __forceinline__ void write_lengths(const Compaction& c, const Compact
     sums[threadIdx.x] = pages;
     for (int step = 1; step < kThreads; step *= 2) {
       __syncthreads();
-      const int32_t left =
-          static_cast<int>(threadIdx.x) >= step ? sums[threadIdx.x - step] : 0;
+      const int32_t left = static_cast<int>(threadIdx.x) >= step ? sums[threadIdx.x - step] : 0;
       __syncthreads();
       sums[threadIdx.x] += left;
     }

@@ -1,14 +1,13 @@
-#include "compress_step.h"
-
 #include "boundary_step.cuh"
 #include "compact.cuh"
+#include "compress_step.h"
 #include "launch.h"
 
 namespace adsc::cuda {
 namespace {
 
-// Cache tensors of a launch: K and V of 32 layers. One size, since it is compiled for each type of the
-// norm; together the parameters take 6 KiB.
+// Cache tensors of a launch: K and V of 32 layers. One size, since it is compiled for each type of
+// the norm; together the parameters take 6 KiB.
 constexpr int kTasks = 64;
 
 // First the blocks of the compaction, whose walks over a sequence take longest, then those of the

@@ -1,5 +1,5 @@
-// Copying the rows of several tensors of any widths in one launch: how the work is cut, on the host,
-// and the copy of one tile, on the device.
+// Copying the rows of several tensors of any widths in one launch: how the work is cut, on the
+// host, and the copy of one tile, on the device.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ struct CopyTask {
   int32_t column_bytes;  // 16, 8, 4, 2 or 1: the most that all its addresses are multiples of
   int32_t lanes;         // threads side by side on a row, a power of two
   int32_t tile_rows;
-  int64_t columns;       // of a row
+  int64_t columns;  // of a row
   int64_t tile_columns;
   int64_t column_tiles;
   int64_t num_tiles;
@@ -34,10 +34,9 @@ inline CopyTask copy_task(const RowCopy& copy, int64_t num_tokens, int threads, 
   CopyTask task{};
   task.copy = copy;
   if (copy.row_bytes == 0 || num_tokens == 0) return task;
-  const uint64_t offsets = reinterpret_cast<uintptr_t>(copy.x) |
-                           reinterpret_cast<uintptr_t>(copy.out) |
-                           static_cast<uint64_t>(copy.stride) |
-                           static_cast<uint64_t>(copy.row_bytes) | 16;
+  const uint64_t offsets =
+      reinterpret_cast<uintptr_t>(copy.x) | reinterpret_cast<uintptr_t>(copy.out) |
+      static_cast<uint64_t>(copy.stride) | static_cast<uint64_t>(copy.row_bytes) | 16;
   task.column_bytes = static_cast<int32_t>(offsets & -offsets);
   task.columns = copy.row_bytes / task.column_bytes;
 

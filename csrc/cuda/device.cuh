@@ -1,5 +1,5 @@
-// What of a kernel is not plain CUDA C++: memory accesses with a hint to the caches, and the end of a
-// kernel whose check failed. Under ADSC_SIMT an emulator on the CPU takes the place of this file.
+// What of a kernel is not plain CUDA C++: memory accesses with a hint to the caches, and the end of
+// a kernel whose check failed. Under ADSC_SIMT an emulator on the CPU takes the place of this file.
 #pragma once
 
 #if defined(ADSC_SIMT)
@@ -51,7 +51,8 @@ __device__ __forceinline__ T packed(T value) {
   return value;
 }
 
-// Prints `what`, up to four numbers for its %lld, and the block; then ends the kernel with an error.
+// Prints `what`, up to four numbers for its %lld, and the block; then ends the kernel with an
+// error.
 [[noreturn]] __device__ __noinline__ inline void trap(const char* what, long long a = 0,
                                                       long long b = 0, long long c = 0,
                                                       long long d = 0) {

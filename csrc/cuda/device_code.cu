@@ -6,8 +6,8 @@ namespace {
 __global__ void probe() {}
 }  // namespace
 
-// Writes the architecture of the code that `device` would run (90 for sm_90a; after compilation from
-// PTX too) and returns null; or returns why it can run none. The current device is put back.
+// Writes the architecture of the code that `device` would run (90 for sm_90a; after compilation
+// from PTX too) and returns null; or returns why it can run none. The current device is put back.
 extern "C" __attribute__((visibility("default"))) const char* adsc_device_code(int device,
                                                                                int* architecture) {
   int current = 0;

@@ -1,14 +1,12 @@
-#include "downsample.h"
-
 #include "copy.cuh"
+#include "downsample.h"
 #include "launch.h"
 
 namespace adsc::cuda {
 namespace {
 
 __global__ void __launch_bounds__(kThreads)
-    downsample_kernel(const __grid_constant__ RowMap map,
-                      const __grid_constant__ CopyTasks tasks) {
+    downsample_kernel(const __grid_constant__ RowMap map, const __grid_constant__ CopyTasks tasks) {
   __shared__ int64_t rows[kTileRows];
   int64_t number = blockIdx.x;
   const CopyTask& task = task_of(tasks, number);

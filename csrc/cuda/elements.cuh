@@ -31,8 +31,8 @@ struct Elements {
   }
 };
 
-// Calls body(T{}, Access{}) with the element type and what a thread moves at once: 16 bytes if wide,
-// else one element.
+// Calls body(T{}, Access{}) with the element type and what a thread moves at once: 16 bytes if
+// wide, else one element.
 template <class Body>
 void with_element_types(Element element, bool wide, const Body& body) {
   switch (element) {

@@ -1,5 +1,5 @@
-// A boundary over a layout that lies on the device, by one block: a scan over the spans, which tells
-// for each how many rows are dropped before it and so where its survivors go.
+// A boundary over a layout that lies on the device, by one block: a scan over the spans, which
+// tells for each how many rows are dropped before it and so where its survivors go.
 #pragma once
 
 #include <cstdint>
@@ -11,11 +11,11 @@ namespace adsc::cuda {
 
 // One span and what the boundary makes of it. All rows are counted in the batch.
 struct SpanMove {
-  int32_t source;    // its first row
+  int32_t source;  // its first row
   int32_t length;
   int32_t kept;
-  int32_t dropped;   // rows dropped before it; its first survivor is output row source - dropped
-  int32_t height;    // for a grid
+  int32_t dropped;  // rows dropped before it; its first survivor is output row source - dropped
+  int32_t height;   // for a grid
   int32_t width;
   int32_t kept_cols;
 };
@@ -59,8 +59,8 @@ __device__ __forceinline__ int64_t survivor(const SpanMove& span, const Boundary
 
 // rows[i] = the source row of output row begin + i, for i in [0, count), or kNoRow past the stage's
 // end. All threads of the block call it; ends with a barrier.
-__device__ inline void find_rows(const BatchLayout& layout, const Boundary& boundary,
-                                 int64_t begin, int count, int64_t* rows, ScanSpace& space) {
+__device__ inline void find_rows(const BatchLayout& layout, const Boundary& boundary, int64_t begin,
+                                 int count, int64_t* rows, ScanSpace& space) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) rows[i] = begin + i;  // before any span
   int64_t dropped = 0;
   bool more = true;  // spans that may lie before the tile's end
@@ -136,9 +136,10 @@ __device__ __forceinline__ Segment segment(int64_t dst, int64_t src, int64_t spa
           pattern};
 }
 
-// All of the stage's metadata, by one block. The table holds, sequence by sequence, for each span its
-// text before it and its span_blocks segments, and then the text after the last span; so the place
-// of each is known from the numbers of its span and sequence alone. warp_sums: shared, one a warp.
+// All of the stage's metadata, by one block. The table holds, sequence by sequence, for each span
+// its text before it and its span_blocks segments, and then the text after the last span; so the
+// place of each is known from the numbers of its span and sequence alone. warp_sums: shared, one a
+// warp.
 __device__ inline void write_metadata(const BatchLayout& layout, const Boundary& boundary,
                                       const StageMetadata& stage, int32_t* warp_sums) {
   const int64_t per_span = 1 + boundary.span_blocks;
@@ -151,16 +152,14 @@ __device__ inline void write_metadata(const BatchLayout& layout, const Boundary&
     const int64_t i = first + threadIdx.x;
     const SpanMove span = read_span(layout, boundary, i);
     int32_t total;
-    const int64_t before =
-        dropped + sum_before(span.length - span.kept, warp_sums, total);
+    const int64_t before = dropped + sum_before(span.length - span.kept, warp_sums, total);
     dropped += total;
     if (i >= layout.num_spans) continue;
     const int32_t* row = layout.spans + i * columns;
     const int32_t sequence = load(row);
     const bool follows = i > 0 && load(row - columns) == sequence;
-    const int64_t text_source =
-        load(layout.cu_seqlens + sequence) +
-        (follows ? load(row - columns + 1) + load(row - columns + 2) : 0);
+    const int64_t text_source = load(layout.cu_seqlens + sequence) +
+                                (follows ? load(row - columns + 1) + load(row - columns + 2) : 0);
     const int64_t text = span.source - text_source;
     const int64_t dst = span.source - before;
     Segment* out = stage.segments + i * per_span + sequence;

@@ -1,7 +1,6 @@
-#include "metadata.h"
-
 #include "launch.h"
 #include "layout.cuh"
+#include "metadata.h"
 
 namespace adsc::cuda {
 namespace {

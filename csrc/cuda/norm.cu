@@ -1,7 +1,6 @@
-#include "norm.h"
-
 #include "launch.h"
 #include "norm.cuh"
+#include "norm.h"
 
 namespace adsc::cuda {
 namespace {
@@ -9,8 +8,7 @@ namespace {
 template <class T, class Access>
 __global__ void __launch_bounds__(kThreads, 2)
     downsample_add_rms_norm_kernel(const __grid_constant__ RowMap map,
-                                   const __grid_constant__ RowNorm norm, int group,
-                                   int tile_rows) {
+                                   const __grid_constant__ RowNorm norm, int group, int tile_rows) {
   using Compute = decltype(widen(T{}));
   __shared__ int64_t rows[kTileRows];
   __shared__ Compute partial[2][kThreads / kWarp];

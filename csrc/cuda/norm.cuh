@@ -22,7 +22,7 @@ struct NormShape {
   int group;      // threads of a row, a power of two
   int tile_rows;  // of a block
   int64_t num_tiles;
-  bool wide;      // accesses of 16 bytes
+  bool wide;  // accesses of 16 bytes
 };
 
 inline NormShape norm_shape(const RowNorm& norm, int64_t num_tokens, int least_threads = 128) {
@@ -81,7 +81,8 @@ __device__ __forceinline__ Access scale_access(const Access& sum, const Access& 
 // T: the element; Access: what a thread reads and writes at once. `partial` is shared memory.
 template <class T, class Access, class Compute>
 __device__ __forceinline__ void norm_tile(const RowNorm& norm, int group, int64_t begin, int count,
-                                          const int64_t* rows, Compute (*partial)[kThreads / kWarp]) {
+                                          const int64_t* rows,
+                                          Compute (*partial)[kThreads / kWarp]) {
   const int64_t columns = norm.width / Elements<T, Access>::kCount;
   const int64_t row_bytes = norm.width * static_cast<int64_t>(sizeof(T));
   const int lane = threadIdx.x & (group - 1);
@@ -156,8 +157,8 @@ __device__ __forceinline__ void norm_tile(const RowNorm& norm, int group, int64_
     for (int k = 0; k < kKept; ++k) {
       const int64_t column = lane + k * group;
       if (column < columns) {
-        store(normed_out + column, zeros ? Access{}
-                    : scale_access<T>(packed(sums[k]), packed(weights[k]), scale));
+        store(normed_out + column,
+              zeros ? Access{} : scale_access<T>(packed(sums[k]), packed(weights[k]), scale));
       }
     }
 #pragma unroll 1

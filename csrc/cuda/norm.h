@@ -1,5 +1,5 @@
-// downsample_add_rms_norm: residual add and RMSNorm of the rows that survive, which are the only ones
-// read.
+// downsample_add_rms_norm: residual add and RMSNorm of the rows that survive, which are the only
+// ones read.
 #pragma once
 
 #include "../movement.h"

@@ -1,10 +1,9 @@
-#include "upsample_grad.h"
-
 #include <cstring>
 
 #include "elements.cuh"
 #include "launch.h"
 #include "rows.cuh"
+#include "upsample_grad.h"
 
 namespace adsc::cuda {
 namespace {
@@ -148,9 +147,9 @@ void launch_add(const RowMap& map, const RowScatter& scatter, Stream stream) {
 
 void add_rows(const RowMap& map, const RowScatter& scatter, Stream stream) {
   if (scatter.row_size == 0) return;
-  const uint64_t addresses = reinterpret_cast<uintptr_t>(scatter.grad) |
-                             reinterpret_cast<uintptr_t>(scatter.out) |
-                             static_cast<uint64_t>(scatter.row_size * element_bytes(scatter.element));
+  const uint64_t addresses =
+      reinterpret_cast<uintptr_t>(scatter.grad) | reinterpret_cast<uintptr_t>(scatter.out) |
+      static_cast<uint64_t>(scatter.row_size * element_bytes(scatter.element));
   with_element_types(scatter.element, addresses % 16 == 0, [&]<class T, class Access>(T, Access) {
     launch_add<T, Access>(map, scatter, stream);
   });

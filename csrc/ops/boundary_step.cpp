@@ -36,8 +36,8 @@ BoundaryCall boundary_call(const BoundaryArguments& a) {
     call.map.num_tokens = a.num_tokens;
     call.map.num_rows = hidden_layout.num_rows;
   } else {
-    call.map = row_map(a.segments, a.keep_indices, a.num_tokens, hidden_layout.num_rows, hidden,
-                       "hidden");
+    call.map =
+        row_map(a.segments, a.keep_indices, a.num_tokens, hidden_layout.num_rows, hidden, "hidden");
   }
 
   std::vector<Tensor> moved = a.others;
@@ -118,9 +118,8 @@ std::vector<Tensor> boundary_step_cpu(Tensor hidden, OptionalTensor residual, Op
                                       OptionalTensor cu_seqlens, OptionalTensor spans,
                                       std::vector<int64_t> keep, std::string pattern,
                                       int64_t max_height, int64_t num_tokens) {
-  BoundaryCall call =
-      boundary_call({hidden, residual, weight, eps, others, segments, keep_indices, cu_seqlens,
-                     spans, keep, pattern, max_height, num_tokens});
+  BoundaryCall call = boundary_call({hidden, residual, weight, eps, others, segments, keep_indices,
+                                     cu_seqlens, spans, keep, pattern, max_height, num_tokens});
   const std::vector<Tensor> outs = allocate(call.outputs);
   call.set_outputs(outs);
   run_on_cpu(call);
@@ -149,9 +148,8 @@ std::vector<Tensor> boundary_step_cuda(Tensor hidden, OptionalTensor residual,
                                        OptionalTensor spans, std::vector<int64_t> keep,
                                        std::string pattern, int64_t max_height,
                                        int64_t num_tokens) {
-  BoundaryCall call =
-      boundary_call({hidden, residual, weight, eps, others, segments, keep_indices, cu_seqlens,
-                     spans, keep, pattern, max_height, num_tokens});
+  BoundaryCall call = boundary_call({hidden, residual, weight, eps, others, segments, keep_indices,
+                                     cu_seqlens, spans, keep, pattern, max_height, num_tokens});
   const std::vector<Tensor> outs = allocate(call.outputs);
   call.set_outputs(outs);
   const OnDevice device(hidden);

@@ -61,8 +61,9 @@ CacheTensor cache_tensor(const Tensor& x, size_t i, const Compaction& c, const A
     lines = 1;
   }
   check(line_bytes <= kMost && lines <= kMost, "caches[", i, "]: expected rows below 2^31 bytes");
-  check(c.index_heads == 1 || (axes.head >= 0 && heads == c.index_heads), "keep_indices: expected 1 or ",
-        heads, " heads, as in caches[", i, "], got ", c.index_heads);
+  check(c.index_heads == 1 || (axes.head >= 0 && heads == c.index_heads),
+        "keep_indices: expected 1 or ", heads, " heads, as in caches[", i, "], got ",
+        c.index_heads);
   return {static_cast<std::byte*>(x.mutable_data_ptr()),
           stride(axes.block),
           stride(axes.token),
@@ -136,8 +137,7 @@ CompactionCall compaction_of(const CompactionArguments& a) {
     check(x.dim() <= rank && x.dim() >= rank - 2, "caches[", i, "]: expected ", rank - 2, " to ",
           rank, " dimensions, got shape ", Shape{x});
     const Axes own = axes_of(x, rank, a.layout);
-    check((own.block < 0 || x.size(own.block) == c.num_blocks) &&
-              x.size(own.token) == c.num_tokens,
+    check((own.block < 0 || x.size(own.block) == c.num_blocks) && x.size(own.token) == c.num_tokens,
           "caches[", i, "]: expected ", c.num_blocks, " blocks of ", c.num_tokens,
           " tokens, as caches[0], got shape ", Shape{x});
     if (x.numel() == 0) continue;
@@ -166,9 +166,9 @@ void add_results(CompactionCall& call, const Tensor& like) {
   call.outputs.slots = data<int64_t>(call.results[1]);
 }
 
-// Where there are fewer lines than this for each thread, they are cut into columns, so that a single
-// sequence in few tensors keeps all threads busy; but not into smaller ones than that, and no more than
-// need be: a row that is moved whole is faster than its parts (by a fifth at 8 KiB).
+// Where there are fewer lines than this for each thread, they are cut into columns, so that a
+// single sequence in few tensors keeps all threads busy; but not into smaller ones than that, and
+// no more than need be: a row that is moved whole is faster than its parts (by a fifth at 8 KiB).
 constexpr int64_t kPartsPerThread = 4;
 constexpr int64_t kColumnBytes = 1 << 10;
 
@@ -273,7 +273,8 @@ CompactionCall paged_compaction(const CompactionArguments& a, const Tensor& bloc
   const Tensor& first = a.caches[0];
   c.placement = Placement::kPaged;
   c.edit_table = edit_table;
-  check(block_size >= 1 && block_size <= kMost, "block_size: expected at least 1, got ", block_size);
+  check(block_size >= 1 && block_size <= kMost, "block_size: expected at least 1, got ",
+        block_size);
   if (first.dim() == 3) {
     check(c.num_tokens % block_size == 0, "block_size: expected a divisor of the ", c.num_tokens,
           " slots, got ", block_size);
@@ -320,10 +321,9 @@ std::tuple<Tensor, Tensor> compact_kv_cpu(std::vector<Tensor> caches, int64_t nu
                                           Tensor cu_kept, OptionalTensor cu_rows,
                                           OptionalTensor prefix_lens, OptionalTensor seq_lens,
                                           OptionalTensor seq_starts, std::string layout) {
-  const CompactionCall call =
-      dense_compaction({caches, num_layers, segments, keep_indices, cu_kept, cu_rows, prefix_lens,
-                        seq_lens, layout},
-                       seq_starts);
+  const CompactionCall call = dense_compaction(
+      {caches, num_layers, segments, keep_indices, cu_kept, cu_rows, prefix_lens, seq_lens, layout},
+      seq_starts);
   run_on_cpu(call);
   return {call.results[0], call.results[1]};
 }
@@ -331,12 +331,11 @@ std::tuple<Tensor, Tensor> compact_kv_cpu(std::vector<Tensor> caches, int64_t nu
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compact_paged_kv_cpu(
     std::vector<Tensor> caches, int64_t num_layers, Tensor block_table, int64_t block_size,
     OptionalTensor segments, OptionalTensor keep_indices, Tensor cu_kept, OptionalTensor cu_rows,
-    OptionalTensor prefix_lens, OptionalTensor seq_lens, bool edit_table,
-    OptionalTensor pinned, std::string layout) {
-  const CompactionCall call =
-      paged_compaction({caches, num_layers, segments, keep_indices, cu_kept, cu_rows, prefix_lens,
-                        seq_lens, layout},
-                       block_table, block_size, edit_table, pinned);
+    OptionalTensor prefix_lens, OptionalTensor seq_lens, bool edit_table, OptionalTensor pinned,
+    std::string layout) {
+  const CompactionCall call = paged_compaction(
+      {caches, num_layers, segments, keep_indices, cu_kept, cu_rows, prefix_lens, seq_lens, layout},
+      block_table, block_size, edit_table, pinned);
   run_on_cpu(call);
   return {call.results[0], call.results[1], call.results[2], call.results[3], call.results[4]};
 }
@@ -348,10 +347,9 @@ std::tuple<Tensor, Tensor> compact_kv_cuda(std::vector<Tensor> caches, int64_t n
                                            Tensor cu_kept, OptionalTensor cu_rows,
                                            OptionalTensor prefix_lens, OptionalTensor seq_lens,
                                            OptionalTensor seq_starts, std::string layout) {
-  const CompactionCall call =
-      dense_compaction({caches, num_layers, segments, keep_indices, cu_kept, cu_rows, prefix_lens,
-                        seq_lens, layout},
-                       seq_starts);
+  const CompactionCall call = dense_compaction(
+      {caches, num_layers, segments, keep_indices, cu_kept, cu_rows, prefix_lens, seq_lens, layout},
+      seq_starts);
   run_on_cuda(call, caches[0]);
   return {call.results[0], call.results[1]};
 }
@@ -359,12 +357,11 @@ std::tuple<Tensor, Tensor> compact_kv_cuda(std::vector<Tensor> caches, int64_t n
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compact_paged_kv_cuda(
     std::vector<Tensor> caches, int64_t num_layers, Tensor block_table, int64_t block_size,
     OptionalTensor segments, OptionalTensor keep_indices, Tensor cu_kept, OptionalTensor cu_rows,
-    OptionalTensor prefix_lens, OptionalTensor seq_lens, bool edit_table,
-    OptionalTensor pinned, std::string layout) {
-  const CompactionCall call =
-      paged_compaction({caches, num_layers, segments, keep_indices, cu_kept, cu_rows, prefix_lens,
-                        seq_lens, layout},
-                       block_table, block_size, edit_table, pinned);
+    OptionalTensor prefix_lens, OptionalTensor seq_lens, bool edit_table, OptionalTensor pinned,
+    std::string layout) {
+  const CompactionCall call = paged_compaction(
+      {caches, num_layers, segments, keep_indices, cu_kept, cu_rows, prefix_lens, seq_lens, layout},
+      block_table, block_size, edit_table, pinned);
   run_on_cuda(call, caches[0]);
   return {call.results[0], call.results[1], call.results[2], call.results[3], call.results[4]};
 }

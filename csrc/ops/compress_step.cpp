@@ -1,7 +1,8 @@
 // compress_step: a boundary's step and the compaction of a cache that was written before it.
+#include "cuda/compress_step.h"
+
 #include <tuple>
 
-#include "cuda/compress_step.h"
 #include "ops/boundary_step.h"
 #include "ops/compact.h"
 #include "ops/on_device.h"
@@ -18,8 +19,8 @@ struct StepCall {
 // All checks of both.
 StepCall step_call(const BoundaryArguments& a, const CompactionArguments& c,
                    const OptionalTensor& block_table, int64_t block_size,
-                   const OptionalTensor& seq_starts, bool edit_table,
-                   const OptionalTensor& pinned, const std::vector<Tensor>& outs) {
+                   const OptionalTensor& seq_starts, bool edit_table, const OptionalTensor& pinned,
+                   const std::vector<Tensor>& outs) {
   BoundaryCall boundary = boundary_call(a);
   check_outputs(outs, boundary.outputs, "outs");
   boundary.set_outputs(outs);
@@ -27,7 +28,8 @@ StepCall step_call(const BoundaryArguments& a, const CompactionArguments& c,
   check(!block_table.has_value() || !seq_starts.has_value(),
         "block_table, seq_starts: expected at most one of them, got both");
   check(block_table.has_value() || !edit_table, "edit_table: expected false without block_table");
-  check(block_table.has_value() || !pinned.has_value(), "pinned: expected none without block_table");
+  check(block_table.has_value() || !pinned.has_value(),
+        "pinned: expected none without block_table");
   return {std::move(boundary),
           block_table.has_value()
               ? paged_compaction(c, *block_table, block_size, edit_table, pinned)
@@ -55,12 +57,11 @@ Results compress_step_cpu(Tensor hidden, OptionalTensor residual, OptionalTensor
                           Tensor cu_kept, OptionalTensor cu_rows, OptionalTensor prefix_lens,
                           OptionalTensor seq_lens, OptionalTensor seq_starts, bool edit_table,
                           OptionalTensor pinned, std::string layout, std::vector<Tensor> outs) {
-  const StepCall call = step_call(
-      {hidden, residual, weight, eps, others, segments, keep_indices, cu_seqlens, spans, keep,
-       pattern, max_height, num_tokens},
-      {caches, num_layers, cache_segments, cache_keep_indices, cu_kept, cu_rows, prefix_lens,
-       seq_lens, layout},
-      block_table, block_size, seq_starts, edit_table, pinned, outs);
+  const StepCall call = step_call({hidden, residual, weight, eps, others, segments, keep_indices,
+                                   cu_seqlens, spans, keep, pattern, max_height, num_tokens},
+                                  {caches, num_layers, cache_segments, cache_keep_indices, cu_kept,
+                                   cu_rows, prefix_lens, seq_lens, layout},
+                                  block_table, block_size, seq_starts, edit_table, pinned, outs);
   run_on_cpu(call.boundary);  // first: it may still find fault with a layout
   run_on_cpu(call.compaction);
   return results_of(call.compaction, hidden);
@@ -68,8 +69,8 @@ Results compress_step_cpu(Tensor hidden, OptionalTensor residual, OptionalTensor
 
 #if defined(ADSC_WITH_CUDA)
 
-Results compress_step_cuda(Tensor hidden, OptionalTensor residual, OptionalTensor weight, double eps,
-                           std::vector<Tensor> others, OptionalTensor segments,
+Results compress_step_cuda(Tensor hidden, OptionalTensor residual, OptionalTensor weight,
+                           double eps, std::vector<Tensor> others, OptionalTensor segments,
                            OptionalTensor keep_indices, OptionalTensor cu_seqlens,
                            OptionalTensor spans, std::vector<int64_t> keep, std::string pattern,
                            int64_t max_height, int64_t num_tokens, std::vector<Tensor> caches,
@@ -78,12 +79,11 @@ Results compress_step_cuda(Tensor hidden, OptionalTensor residual, OptionalTenso
                            Tensor cu_kept, OptionalTensor cu_rows, OptionalTensor prefix_lens,
                            OptionalTensor seq_lens, OptionalTensor seq_starts, bool edit_table,
                            OptionalTensor pinned, std::string layout, std::vector<Tensor> outs) {
-  const StepCall call = step_call(
-      {hidden, residual, weight, eps, others, segments, keep_indices, cu_seqlens, spans, keep,
-       pattern, max_height, num_tokens},
-      {caches, num_layers, cache_segments, cache_keep_indices, cu_kept, cu_rows, prefix_lens,
-       seq_lens, layout},
-      block_table, block_size, seq_starts, edit_table, pinned, outs);
+  const StepCall call = step_call({hidden, residual, weight, eps, others, segments, keep_indices,
+                                   cu_seqlens, spans, keep, pattern, max_height, num_tokens},
+                                  {caches, num_layers, cache_segments, cache_keep_indices, cu_kept,
+                                   cu_rows, prefix_lens, seq_lens, layout},
+                                  block_table, block_size, seq_starts, edit_table, pinned, outs);
   const BoundaryCall& boundary = call.boundary;
   const CompactionCall& compaction = call.compaction;
   const OnDevice device(hidden);
@@ -91,11 +91,10 @@ Results compress_step_cuda(Tensor hidden, OptionalTensor residual, OptionalTenso
   check_on_cuda(compaction, device.stream());
   const std::optional<cuda::LayoutStep> layout_given = layout_step(boundary);
   cuda::compress_step(boundary.map, layout_given.has_value() ? &*layout_given : nullptr,
-                      boundary.norm.has_value() ? &*boundary.norm : nullptr,
-                      boundary.copies.data(), static_cast<int>(boundary.copies.size()),
-                      compaction.compaction, compaction.tensors.data(),
-                      static_cast<int>(compaction.tensors.size()), compaction.outputs,
-                      device.stream());
+                      boundary.norm.has_value() ? &*boundary.norm : nullptr, boundary.copies.data(),
+                      static_cast<int>(boundary.copies.size()), compaction.compaction,
+                      compaction.tensors.data(), static_cast<int>(compaction.tensors.size()),
+                      compaction.outputs, device.stream());
   return results_of(compaction, hidden);
 }
 

@@ -75,8 +75,7 @@ Scatter scatter_of(const Tensor& grad, const OptionalTensor& segments,
   check(grad.is_contiguous(), "grad: expected a contiguous tensor, got shape ", Shape{grad});
   check(num_rows >= 0, "num_rows: expected at least 0, got ", num_rows);
   const Element element = element_of(grad, "grad");
-  const RowMap map =
-      row_map(segments, keep_indices, layout.num_rows, num_rows, grad, "grad", true);
+  const RowMap map = row_map(segments, keep_indices, layout.num_rows, num_rows, grad, "grad", true);
   Tensor out = empty_rows(grad, num_rows);
   return {map, {bytes(grad), mutable_bytes(out), layout.row_size * real_parts(grad), element}, out};
 }

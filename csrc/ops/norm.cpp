@@ -65,10 +65,9 @@ std::tuple<Tensor, Tensor> downsample_add_rms_norm_cpu(Tensor x, Tensor residual
                                                        OptionalTensor keep_indices,
                                                        int64_t num_tokens, double eps) {
   const Norm norm = norm_call(x, residual, weight, segments, keep_indices, num_tokens, eps);
-  parallel_rows(num_tokens, 4 * norm.rows.width * static_cast<int64_t>(x.element_size()),
-                [&](int64_t begin, int64_t end) {
-                  cpu::add_rms_norm_rows(norm.map, norm.rows, begin, end);
-                });
+  parallel_rows(
+      num_tokens, 4 * norm.rows.width * static_cast<int64_t>(x.element_size()),
+      [&](int64_t begin, int64_t end) { cpu::add_rms_norm_rows(norm.map, norm.rows, begin, end); });
   return {norm.normed, norm.residual_out};
 }
 

@@ -5,8 +5,8 @@
 
 #if !defined(ADSC_SIMT)
 // Weak: a CPU-only torch lacks it, and the library loads there all the same.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
-    int32_t device_index, void** ret_stream);
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 #endif
 
 namespace adsc::ops {
@@ -18,8 +18,7 @@ OnDevice::OnDevice(const Tensor& tensor) : guard_(tensor.get_device_index()) {
   if (aoti_torch_get_current_cuda_stream == nullptr) {
     throw std::runtime_error("adsc_kernels: this torch has no CUDA streams");
   }
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
 }
 #endif
 

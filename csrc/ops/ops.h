@@ -78,8 +78,7 @@ std::vector<Tensor> boundary_step_cuda(Tensor hidden, OptionalTensor residual,
                                        std::vector<Tensor> others, OptionalTensor segments,
                                        OptionalTensor keep_indices, OptionalTensor cu_seqlens,
                                        OptionalTensor spans, std::vector<int64_t> keep,
-                                       std::string pattern, int64_t max_height,
-                                       int64_t num_tokens);
+                                       std::string pattern, int64_t max_height, int64_t num_tokens);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compress_step_cuda(
     Tensor hidden, OptionalTensor residual, OptionalTensor weight, double eps,
     std::vector<Tensor> others, OptionalTensor segments, OptionalTensor keep_indices,

@@ -1,5 +1,5 @@
-// torch.ops.adsc_kernels: the schemas, and which function serves them on which device. Built against
-// PyTorch's stable ABI, so one binary serves every torch from 2.10 on.
+// torch.ops.adsc_kernels: the schemas, and which function serves them on which device. Built
+// against PyTorch's stable ABI, so one binary serves every torch from 2.10 on.
 #include <torch/csrc/stable/library.h>
 
 #include "ops/ops.h"

@@ -12,10 +12,10 @@ inline int& failures() {
 
 }  // namespace adsc::test
 
-#define CHECK(condition)                                                    \
-  do {                                                                      \
-    if (!(condition)) {                                                     \
-      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);   \
-      ++adsc::test::failures();                                             \
-    }                                                                       \
+#define CHECK(condition)                                                  \
+  do {                                                                    \
+    if (!(condition)) {                                                   \
+      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
+      ++adsc::test::failures();                                           \
+    }                                                                     \
   } while (false)

@@ -1,10 +1,9 @@
 // The planner without Python: known tables, the chunk rule, composition, and refusals. The property
 // tests against a token-by-token oracle are in python_tests/test_plan.py.
-#include "planner.h"
-
 #include <stdexcept>
 
 #include "check.h"
+#include "planner.h"
 
 namespace adsc {
 namespace {

@@ -1,11 +1,10 @@
 // The keep rule against its definition in rational arithmetic, for every span of up to 64 rows, and
 // the segment lookup against a scan.
-#include "segment.h"
-
 #include <cmath>
 #include <vector>
 
 #include "check.h"
+#include "segment.h"
 
 namespace adsc {
 namespace {

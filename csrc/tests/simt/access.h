@@ -11,8 +11,8 @@ namespace adsc::simt {
 void allow(const void* begin, size_t bytes, bool writable, bool initialized);
 void allow_anything();
 
-// Forgets who touched what: a new launch, which may read what those before it wrote; a new block in a
-// slot.
+// Forgets who touched what: a new launch, which may read what those before it wrote; a new block in
+// a slot.
 void settle_global();
 void forget_shared(int slot);
 
