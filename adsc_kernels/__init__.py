@@ -4,11 +4,11 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
-from . import accounting, attention, ops, reference
-from .backend import available_backends, backend
-from .errors import UnsupportedError
-from .plan import CompressionPlan, StagePlan, make_plan
-from .schedule import Boundary, CompressionSchedule
+from adsc_kernels import accounting, attention, ops, reference
+from adsc_kernels.backend import available_backends, backend
+from adsc_kernels.errors import UnsupportedError
+from adsc_kernels.plan import CompressionPlan, StagePlan, make_plan
+from adsc_kernels.schedule import Boundary, CompressionSchedule
 
 try:
     __version__ = version("adsc_kernels")

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import UnsupportedError
+from adsc_kernels.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from .plan import StagePlan
+    from adsc_kernels.plan import StagePlan
 
 BACKENDS = ("flash_attn", "torch_varlen", "sdpa")  # in the order in which "auto" tries them
 

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import ops
-from .attention import CachedKeys
-from .plan import make_plan
-from .schedule import CompressionSchedule
+from adsc_kernels import ops
+from adsc_kernels.attention import CachedKeys
+from adsc_kernels.plan import make_plan
+from adsc_kernels.schedule import CompressionSchedule
 
 if TYPE_CHECKING:
-    from .plan import CompressionPlan, StagePlan
+    from adsc_kernels.plan import CompressionPlan, StagePlan
 
 
 class Phase(Enum):

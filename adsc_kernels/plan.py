@@ -14,12 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ._native import _C
-from .errors import UnsupportedError
-from .schedule import CompressionSchedule
-
-_PATTERN_CODES = {"start": 0, "center": 1, "linspace": 2, "grid": 0}
-SEGMENT_COLUMNS = 6  # dst, src, span, keep, first, pattern: csrc/segment.h
+from adsc_kernels._planner import _C
+from adsc_kernels.errors import UnsupportedError
+from adsc_kernels.schedule import CompressionSchedule
+from adsc_kernels.segment_table import COLUMNS, PATTERN_CODES
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,7 +226,7 @@ def make_plan(
         )
     for stage, (begin, num_segments, is_identity) in enumerate(offsets):
         middle = begin + batch + 1
-        end = middle + num_segments * SEGMENT_COLUMNS
+        end = middle + num_segments * len(COLUMNS)
         bounds = tables[begin:middle]
         seq_lens = tuple(np.diff(bounds).tolist())
         num_tokens = int(bounds[-1])
@@ -236,7 +234,7 @@ def make_plan(
         before = stages[-1] if stages else None
         stages.append(
             StagePlan(
-                segments=on_device[middle:end].view(num_segments, SEGMENT_COLUMNS),
+                segments=on_device[middle:end].view(num_segments, len(COLUMNS)),
                 cu_seqlens=cu_seqlens,
                 num_tokens=num_tokens,
                 num_tokens_in=before.num_tokens if before else num_tokens,
@@ -246,7 +244,7 @@ def make_plan(
                 cu_seqlens_in=before.cu_seqlens if before else cu_seqlens,
                 cached_lens=tuple(cached_lens[stage]),
                 is_identity=is_identity,
-                _host_segments=tables[middle:end].reshape(num_segments, SEGMENT_COLUMNS),
+                _host_segments=tables[middle:end].reshape(num_segments, len(COLUMNS)),
                 _plan=plan,
                 _stage=stage,
             )
@@ -256,7 +254,7 @@ def make_plan(
 
 
 def _boundary_rules(schedule: CompressionSchedule) -> list[tuple[int, ...]]:
-    code = _PATTERN_CODES[schedule.pattern]
+    code = PATTERN_CODES[schedule.pattern]
     return [
         (code, *(term for share in b.factors for term in (share.numerator, share.denominator)))
         for b in schedule.boundaries

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from adsc_kernels.segment_table import PATTERN_CODES
+
 if TYPE_CHECKING:
     from adsc_kernels.ops._dispatch import Stage
     from adsc_kernels.ops.boundary import Layout
     from adsc_kernels.ops.compact import CompactionCall
 
-PATTERNS = ("start", "center", "linspace")  # their numbers in a segment table
+PATTERNS = tuple(name for name in PATTERN_CODES if name != "grid")  # by code
 
 
 def kept_count(n: int, keep: Fraction) -> int:
@@ -152,7 +154,7 @@ def rebuild_metadata(
                 new_spans.append([sequence, new_start, kept_rows * kept_cols, kept_rows, kept_cols])
             else:
                 kept = kept_count(length, fractions[0])
-                emit(first + start, length, kept, PATTERNS.index(pattern))
+                emit(first + start, length, kept, PATTERN_CODES[pattern])
                 new_spans.append([sequence, new_start, kept])
             source = first + start + length
         emit(source, end - source, end - source, 0)

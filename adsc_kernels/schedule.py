@@ -14,7 +14,9 @@ from fractions import Fraction
 from math import prod
 from typing import Any
 
-PATTERNS = ("start", "center", "linspace", "grid")
+from adsc_kernels.segment_table import PATTERN_CODES
+
+PATTERNS = tuple(PATTERN_CODES)
 POSITIONS = ("original", "renumber")
 
 # Numerators and denominators stay below 2^31 so that count * numerator fits 64 bits.

@@ -9,12 +9,11 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from adsc_kernels.cli.text import layer_range, table
+from adsc_kernels.segment_table import COLUMNS
 
 if TYPE_CHECKING:
     from adsc_kernels.plan import CompressionPlan
     from adsc_kernels.schedule import CompressionSchedule
-
-SEGMENT_COLUMNS = ("dst", "src", "span", "keep", "first", "pattern")
 
 
 def add_parser(commands: Any) -> None:
@@ -167,7 +166,7 @@ def _as_text(report: dict[str, Any]) -> str:
         if "segments" in stage:
             name = f"segments of stage {stage['stage']}"
             entries = [[str(n) for n in segment] for segment in stage["segments"]]
-            parts.append(f"{name}\n{table(SEGMENT_COLUMNS, entries, left=0)}")
+            parts.append(f"{name}\n{table(COLUMNS, entries, left=0)}")
     return "\n\n".join(parts)
 
 

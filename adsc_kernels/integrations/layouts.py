@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedError
+from adsc_kernels.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from transformers import Cache

@@ -6,10 +6,10 @@ other files read checkpoints, text and pictures.
 
 from pathlib import Path
 
-from ..images import load_image
-from .config import LlavaConfig
-from .generate import Generation
-from .model import Llava
+from adsc_kernels.images import load_image
+from adsc_kernels.llava.config import LlavaConfig
+from adsc_kernels.llava.generate import Generation
+from adsc_kernels.llava.model import Llava
 
 __all__ = ["Generation", "Llava", "LlavaConfig", "bundled_checkpoint", "load_image"]
 

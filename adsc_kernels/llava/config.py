@@ -7,8 +7,8 @@ from pathlib import Path
 
 import transformers
 
-from ..errors import UnsupportedError
-from ..hub import read_json
+from adsc_kernels.errors import UnsupportedError
+from adsc_kernels.hub import read_json
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ..cache import KVCache, Phase
-from ..plan import CompressionPlan, make_plan
+from adsc_kernels.cache import KVCache, Phase
+from adsc_kernels.plan import CompressionPlan, make_plan
 
 if TYPE_CHECKING:
-    from .model import Llava
+    from adsc_kernels.llava.model import Llava
 
 VisionSpan = tuple[int, ...]  # sequence, start, length, height, width: as make_plan takes it
 IMAGES_AT_ONCE = 16  # through the tower: bounds its memory

@@ -18,17 +18,17 @@ from transformers import CLIPVisionModel
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from .. import ops
-from ..attention import varlen_attention
-from ..cache import KVCache, Phase, StageCache
-from ..errors import UnsupportedError
-from ..hub import find_folder
-from ..plan import CompressionPlan, StagePlan
-from ..schedule import CompressionSchedule
-from .config import LlavaConfig
-from .generate import generate
-from .processor import Processor
-from .weights import load_weights
+from adsc_kernels import ops
+from adsc_kernels.attention import varlen_attention
+from adsc_kernels.cache import KVCache, Phase, StageCache
+from adsc_kernels.errors import UnsupportedError
+from adsc_kernels.hub import find_folder
+from adsc_kernels.llava.config import LlavaConfig
+from adsc_kernels.llava.generate import generate
+from adsc_kernels.llava.processor import Processor
+from adsc_kernels.llava.weights import load_weights
+from adsc_kernels.plan import CompressionPlan, StagePlan
+from adsc_kernels.schedule import CompressionSchedule
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, [T, 1, head_dim]: of each row's position
 

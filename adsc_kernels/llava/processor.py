@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 hides it above
 
-from .config import LlavaConfig
+from adsc_kernels.llava.config import LlavaConfig
 
 # A picture is resized by its short side first: a thin enough strip would blow up to gigabytes.
 MAX_ASPECT = 100

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..hub import read_json
+from adsc_kernels.hub import read_json
 
 # Our names are those of transformers 5 without the leading "model.". transformers 4 nested the
 # decoder one deeper, and some versions put the CLIP tower into a "vision_model" of its own.

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from adsc_kernels.ops.metadata import empty_metadata
+from adsc_kernels.segment_table import PATTERN_CODES
 from adsc_kernels.triton.launch import launch
 from adsc_kernels.triton.segment import COLUMNS, START, kept_count, kept_index
 
@@ -240,9 +241,6 @@ def rebuild_metadata_kernel(
     write_metadata(layout, boundary, stage, SPAN_COLUMNS, GRID, BLOCK, CHECK)
 
 
-_PATTERNS = {"start": 0, "center": 1, "linspace": 2, "grid": 0}
-
-
 class StageLayout(NamedTuple):
     """A batch and a boundary as kernels take them."""
 
@@ -268,7 +266,7 @@ def stage_layout(
         raise ValueError(
             f"spans: expected the device of cu_seqlens, {cu_seqlens.device}, got {spans.device}"
         )
-    if pattern not in _PATTERNS:
+    if pattern not in PATTERN_CODES:
         raise ValueError(f"pattern: expected start, center, linspace or grid, got {pattern}")
     grid = pattern == "grid"
     if len(keep) != (4 if grid else 2):
@@ -289,7 +287,16 @@ def stage_layout(
     steps = num_spans.bit_length()
     shares = (*keep, *(0, 1))[:4]
     return StageLayout(
-        (cu_seqlens, spans, num_sequences, num_spans, steps, *shares, _PATTERNS[pattern], blocks),
+        (
+            cu_seqlens,
+            spans,
+            num_sequences,
+            num_spans,
+            steps,
+            *shares,
+            PATTERN_CODES[pattern],
+            blocks,
+        ),
         (spans.shape[1], grid, block),
         4 if block == 128 else 8,
     )

@@ -7,10 +7,12 @@ Arguments are scalars or tensors of integers. Results are int64: products reach 
 import triton
 import triton.language as tl
 
-COLUMNS = tl.constexpr(6)  # of a segment table: dst, src, span, keep, first, pattern
-START = tl.constexpr(0)
-CENTER = tl.constexpr(1)
-LINSPACE = tl.constexpr(2)
+from adsc_kernels import segment_table
+
+COLUMNS = tl.constexpr(len(segment_table.COLUMNS))
+START = tl.constexpr(segment_table.PATTERN_CODES["start"])
+CENTER = tl.constexpr(segment_table.PATTERN_CODES["center"])
+LINSPACE = tl.constexpr(segment_table.PATTERN_CODES["linspace"])
 
 
 @triton.jit

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
 
-from .metadata import Batch
-from .model import cut_into_stages
-from .request_check import ENDS_IN_IMAGE
+from adsc_kernels.integrations.vllm.metadata import Batch
+from adsc_kernels.integrations.vllm.model import cut_into_stages
+from adsc_kernels.integrations.vllm.request_check import ENDS_IN_IMAGE
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -51,6 +51,6 @@ class InStages:
     @staticmethod
     def get_model_state_cls() -> type:
         """Model Runner V2 asks for it."""
-        from .model_state import AdscModelState
+        from adsc_kernels.integrations.vllm.model_state import AdscModelState
 
         return AdscModelState

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from ...schedule import CompressionSchedule
-from .families import FAMILIES, Family
-from .layout import Layouts, Span
+from adsc_kernels.integrations.vllm.families import FAMILIES, Family
+from adsc_kernels.integrations.vllm.layout import Layouts, Span
+from adsc_kernels.schedule import CompressionSchedule
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

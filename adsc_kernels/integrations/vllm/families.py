@@ -6,8 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .layout import Span
-from .spans import SpanReader, llava_next_spans, llava_spans, qwen_vl_spans, square_image
+from adsc_kernels.integrations.vllm.layout import Span
+from adsc_kernels.integrations.vllm.spans import (
+    SpanReader,
+    llava_next_spans,
+    llava_spans,
+    qwen_vl_spans,
+    square_image,
+)
 
 _PACKAGE = "adsc_kernels.integrations.vllm"
 

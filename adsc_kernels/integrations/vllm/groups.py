@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...schedule import CompressionSchedule
+from adsc_kernels.schedule import CompressionSchedule
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ...plan import make_plan
-from ...schedule import CompressionSchedule
+from adsc_kernels.plan import make_plan
+from adsc_kernels.schedule import CompressionSchedule
 
 Span = tuple[int, ...]  # start, length[, height, width]: a span of make_plan within its sequence
 

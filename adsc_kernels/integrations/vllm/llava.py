@@ -11,7 +11,7 @@ from vllm.model_executor.models.llava import (
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from .adapter import InStages, TextBehindDummies, TextBehindImage
+from adsc_kernels.integrations.vllm.adapter import InStages, TextBehindDummies, TextBehindImage
 
 # transformers 5 writes the CLIP tower without the "vision_model" that vLLM looks for.
 FLAT_TOWER = WeightsMapper(

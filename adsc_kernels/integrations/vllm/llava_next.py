@@ -17,9 +17,9 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import ImageProcessorItems
 from vllm.multimodal.processing import PromptReplacement, PromptUpdate
 
-from .adapter import InStages, TextBehindDummies, TextBehindImage
-from .llava import FLAT_TOWER
-from .spans import newline_token_id
+from adsc_kernels.integrations.vllm.adapter import InStages, TextBehindDummies, TextBehindImage
+from adsc_kernels.integrations.vllm.llava import FLAT_TOWER
+from adsc_kernels.integrations.vllm.spans import newline_token_id
 
 if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalKwargsItems

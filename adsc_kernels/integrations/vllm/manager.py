@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from .layout import RequestLayout
-from .spec import AdscStageSpec
+from adsc_kernels.integrations.vllm.layout import RequestLayout
+from adsc_kernels.integrations.vllm.spec import AdscStageSpec
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...plan import CompressionPlan, make_plan
-from ...schedule import CompressionSchedule
-from .layout import RequestLayout, alignment
+from adsc_kernels.integrations.vllm.layout import RequestLayout, alignment
+from adsc_kernels.plan import CompressionPlan, make_plan
+from adsc_kernels.schedule import CompressionSchedule
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata

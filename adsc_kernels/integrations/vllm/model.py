@@ -15,13 +15,13 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import subclass_attention_backend
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from ... import ops
-from ...ops._dispatch import choose
-from ...plan import StagePlan
-from .config import image_span, layouts_of
-from .groups import choose_grouping
-from .metadata import Batch, Step, stage_builder
-from .spec import AdscStageSpec
+from adsc_kernels import ops
+from adsc_kernels.integrations.vllm.config import image_span, layouts_of
+from adsc_kernels.integrations.vllm.groups import choose_grouping
+from adsc_kernels.integrations.vllm.metadata import Batch, Step, stage_builder
+from adsc_kernels.integrations.vllm.spec import AdscStageSpec
+from adsc_kernels.ops._dispatch import choose
+from adsc_kernels.plan import StagePlan
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from .config import layouts_of
-from .layout import RequestLayout
+from adsc_kernels.integrations.vllm.config import layouts_of
+from adsc_kernels.integrations.vllm.layout import RequestLayout
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData

@@ -33,9 +33,9 @@ def register() -> None:
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from .config import AdscConfig
-    from .families import FAMILIES
-    from .manager import register_stage_spec
+    from adsc_kernels.integrations.vllm.config import AdscConfig
+    from adsc_kernels.integrations.vllm.families import FAMILIES
+    from adsc_kernels.integrations.vllm.manager import register_stage_spec
 
     register_stage_spec()
     for architecture, family in FAMILIES.items():

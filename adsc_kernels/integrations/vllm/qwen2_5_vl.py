@@ -10,7 +10,7 @@ from vllm.model_executor.models.qwen2_5_vl import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from .adapter import InStages, TextBehindDummies, TextBehindImage
+from adsc_kernels.integrations.vllm.adapter import InStages, TextBehindDummies, TextBehindImage
 
 
 class AdscQwen2_5_VLProcessor(TextBehindImage, Qwen2_5_VLMultiModalProcessor):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .layout import Layouts, Span, aligned_schedule
+from adsc_kernels.integrations.vllm.layout import Layouts, Span, aligned_schedule
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig

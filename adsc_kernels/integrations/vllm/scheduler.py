@@ -8,10 +8,10 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from .config import image_span, layouts_of
-from .manager import AdscStageManager, LayoutHashes
-from .report import startup_report
-from .request_check import ENDS_IN_IMAGE, PROMPT_LOGPROBS
+from adsc_kernels.integrations.vllm.config import image_span, layouts_of
+from adsc_kernels.integrations.vllm.manager import AdscStageManager, LayoutHashes
+from adsc_kernels.integrations.vllm.report import startup_report
+from adsc_kernels.integrations.vllm.request_check import ENDS_IN_IMAGE, PROMPT_LOGPROBS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...errors import UnsupportedError
-from .layout import Span
+from adsc_kernels.errors import UnsupportedError
+from adsc_kernels.integrations.vllm.layout import Span
 
 if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalFeatureSpec

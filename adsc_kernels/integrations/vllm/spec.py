@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
-from ...schedule import CompressionSchedule
+from adsc_kernels.schedule import CompressionSchedule
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

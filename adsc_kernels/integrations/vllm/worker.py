@@ -6,8 +6,8 @@ from typing import Any
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from .config import layouts_of
-from .layout import Layouts, RequestLayout
+from adsc_kernels.integrations.vllm.config import layouts_of
+from adsc_kernels.integrations.vllm.layout import Layouts, RequestLayout
 
 
 class RunnerRows:
