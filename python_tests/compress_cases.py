@@ -9,7 +9,7 @@ import torch
 from cache_cases import Built, Case
 from hypothesis import strategies as st
 from row_bits import STRIDES, random_bits, same_bits, strided_rows
-from segment_tables import stages
+from segment_tables import by_stage, stages
 from test_rebuild_metadata import PATTERNS, fractions, layouts
 
 from adsc_kernels import ops, reference
@@ -44,14 +44,16 @@ def boundaries(draw: st.DrawFn, max_length: int = 40) -> Rows:
         keep = (draw(fractions), draw(fractions)) if grid else draw(fractions)
         given = (cu_seqlens, spans, keep, pattern, 6 if grid else None)
         total = int(ops.rebuild_metadata(*given).num_tokens)
-        arguments["layout"] = ops.Layout(*given, num_tokens=total + draw(st.integers(0, 5)))
+        arguments["layout"] = ops.BatchLayout(*given, num_tokens=total + draw(st.integers(0, 5)))
         rows = int(cu_seqlens[-1]) + draw(st.integers(0, 3))
     else:
         stage = draw(stages(max_length=max_length))
         rows = stage.num_tokens_in
         arguments["stage"] = stage
         if form == "keep_indices":
-            arguments = {"keep_indices": torch.tensor(reference.source_rows(stage)).long()}
+            arguments = {
+                "keep_indices": torch.tensor(reference.source_rows(*by_stage(stage))).long()
+            }
     width, dtype = draw(st.sampled_from([1, 7, 8, 64, 520])), draw(st.sampled_from(DTYPES))
     generator = torch.Generator().manual_seed(rows)
     norm = draw(st.booleans())

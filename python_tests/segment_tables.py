@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adsc_kernels import reference
+from adsc_kernels.check import Stage
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,11 @@ class FakeStage:
     segments: Tensor
     num_tokens: int
     num_tokens_in: int
+
+
+def by_stage(stage: Stage) -> tuple[Tensor, None, int]:
+    """A stage as schemas have it: segments, keep_indices, num_tokens."""
+    return stage.segments, None, stage.num_tokens
 
 
 def stage_of(rows: list[list[int]], num_tokens: int, num_tokens_in: int) -> FakeStage:

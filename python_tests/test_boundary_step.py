@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from row_bits import STRIDES, random_bits, same_bits, strided_rows
-from segment_tables import FakeStage, image_stage, stage_of, stages
+from segment_tables import FakeStage, by_stage, image_stage, stage_of, stages
 from test_rebuild_metadata import PATTERNS, fractions, int32, layouts
 from torch import Tensor
 from torch.library import opcheck
@@ -71,7 +71,7 @@ def test_equals_the_ops_it_joins(
     inputs = drawn(stage.num_tokens_in, width, dtype)
     hidden, residual, weight = inputs.values()
     rest = moved(stage.num_tokens_in, kinds)
-    rows = torch.tensor(reference.source_rows(stage), dtype=torch.int32)
+    rows = torch.tensor(reference.source_rows(*by_stage(stage)), dtype=torch.int32)
     for source in ({"stage": stage}, {"keep_indices": rows}):
         if norm:
             out = ops.boundary_step(**inputs, eps=1e-5, others=rest, **source)
@@ -123,13 +123,13 @@ def test_a_layout_equals_the_reference(
     inputs["hidden"][rows - behind :] = torch.nan
     rest = moved(rows, kinds)
     out = ops.boundary_step(
-        **inputs, others=rest, layout=ops.Layout(*arguments, num_tokens=total + spare)
+        **inputs, others=rest, layout=ops.BatchLayout(*arguments, num_tokens=total + spare)
     )
     with backend("reference"):
         same_step(
             out,
             ops.boundary_step(
-                **inputs, others=rest, layout=ops.Layout(*arguments, num_tokens=total + spare)
+                **inputs, others=rest, layout=ops.BatchLayout(*arguments, num_tokens=total + spare)
             ),
         )
     assert out.metadata is not None
@@ -146,7 +146,7 @@ def test_a_layout_equals_the_reference(
 def test_zeros_stay_zeros_with_any_weight(eps: float) -> None:
     inputs = drawn(4, 8)
     inputs["weight"][:] = torch.inf
-    layout = ops.Layout(int32([0, 4], 2), int32([], 0, 3), 1, num_tokens=6)
+    layout = ops.BatchLayout(int32([0, 4], 2), int32([], 0, 3), 1, num_tokens=6)
     out = ops.boundary_step(**inputs, eps=eps, layout=layout)
     assert not out.hidden[4:].any()
 
@@ -171,7 +171,7 @@ def test_of_a_plan() -> None:
 
 STAGE = stage_of([[0, 0, 2, 2, 0, 0], [2, 2, 5, 3, 0, 1]], 5, 7)
 CU, SPANS = int32([0, 7], 2), int32([[0, 2, 5]], 1, 3)
-LAYOUT = ops.Layout(CU, SPANS, "1/2", num_tokens=7)  # two rows to spare
+LAYOUT = ops.BatchLayout(CU, SPANS, "1/2", num_tokens=7)  # two rows to spare
 
 
 @pytest.mark.parametrize("norm", [True, False])
@@ -217,7 +217,7 @@ def test_one_graph_for_all_lengths() -> None:
     def step(
         hidden: Tensor, residual: Tensor, cu_seqlens: Tensor, spans: Tensor
     ) -> ops.BoundaryStep:
-        layout = ops.Layout(cu_seqlens, spans, "1/2", num_tokens=hidden.shape[0])
+        layout = ops.BatchLayout(cu_seqlens, spans, "1/2", num_tokens=hidden.shape[0])
         return ops.boundary_step(
             hidden * 2, residual=residual, weight=W, others=[residual], layout=layout
         )
@@ -263,7 +263,7 @@ BAD_CALLS = {
     "others scalar": (call(others=[torch.tensor(1)]), ValueError, r"^others\[0\]: .*dimension"),
     "table": (call(stage=stage_of([[0, 3, 5, 5, 0, 0]], 5, 7)), ValueError, "^segments: row 0"),
     "indices": (call(keep_indices=P + 1), ValueError, "^keep_indices: .*got 7 at position 6"),
-    "layout type": (call(layout=(CU, SPANS)), TypeError, "^layout: expected a Layout, got tuple"),
+    "layout type": (call(layout=(CU, SPANS)), TypeError, "^layout: expected a BatchLayout, got tuple"),
     "num_tokens type": (call(layout=replace(LAYOUT, num_tokens=5.0)), TypeError, "^layout.num_tokens: .*float"),
     "num_tokens negative": (call(layout=replace(LAYOUT, num_tokens=-1)), ValueError, "^layout.num_tokens: .*-1"),
     "num_tokens too small": (call(layout=replace(LAYOUT, num_tokens=4)), ValueError, "^num_tokens: .*the stage, 5, got 4"),

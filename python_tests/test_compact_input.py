@@ -132,9 +132,9 @@ BAD_CALLS = {
     "host table dtype": (paged(block_table_host=TABLE.float()), TypeError, "^block_table_host: .*float32"),
     "host table elsewhere": (paged(block_table_host=TABLE.to("meta")), ValueError, "^block_table_host: .*meta"),
     "host table shape": (paged(block_table_host=TABLE[:, :2]), ValueError, "^block_table_host: expected 4 blocks"),
-    "pinned written": (paged(pinned=[1]), ValueError, "^pinned: .*block 1, but sequence 0"),
-    "pinned elsewhere than the table": (paged(pinned=torch.zeros(1, dtype=torch.int32, device="meta")), ValueError, "^pinned: expected blocks in host memory.*meta"),
-    "pinned floats": (paged(pinned=[0.5]), TypeError, "^pinned: expected integers"),
+    "read-only written": (paged(read_only_blocks=[1]), ValueError, "^read_only_blocks: .*block 1, but sequence 0"),
+    "read-only elsewhere than the table": (paged(read_only_blocks=torch.zeros(1, dtype=torch.int32, device="meta")), ValueError, "^read_only_blocks: expected blocks in host memory.*meta"),
+    "read-only floats": (paged(read_only_blocks=[0.5]), TypeError, "^read_only_blocks: expected integers"),
     "edited by heads": (paged(edit_table=True, stage=None, **{**BY_INDEX, "keep_indices": INDICES.expand(3, 4).contiguous()}), UnsupportedError, "^edit_table: "),
 }  # fmt: skip
 
@@ -149,8 +149,12 @@ def test_bad_input(name: str) -> None:
 def test_nothing_is_written_by_a_call_that_raises() -> None:
     k = torch.randn(9, 4, 3, 5)
     before = k.clone()
-    for options in ({"pinned": [5]}, {"block_table": table_with(9)}, {"seq_lens": [16, 99]}):
-        with pytest.raises(ValueError, match=r"pinned|block_table|seq_lens"):
+    for options in (
+        {"read_only_blocks": [5]},
+        {"block_table": table_with(9)},
+        {"seq_lens": [16, 99]},
+    ):
+        with pytest.raises(ValueError, match=r"read_only_blocks|block_table|seq_lens"):
             ops.compact_paged_kv_(k, None, **{"block_table": TABLE, "stage": STAGE, **options})
         assert torch.equal(k, before)
 
@@ -195,8 +199,8 @@ def test_the_op_itself_checks_too() -> None:
         (4, None, "^segments, keep_indices: "), (4, STAGE.segments.long(), "^segments: "), (4, STAGE.segments[:0], "^segments: "),
         (5, INDICES[None, None], "^segments, keep_indices: .*both"), (6, INDICES[:0], "^cu_kept: "), (6, STAGE.cu_seqlens.float(), "^cu_kept: "),
         (7, None, "^cu_rows: "), (8, INDICES, "^prefix_lens: "), (9, torch.tensor([16, 17]), "^seq_lens: "), (9, torch.tensor([16, 1]), "^seq_lens: "),
-        (2, table_with(1), "^block_table: .*block 1 again at "), (11, torch.tensor([1]), "^pinned: .*block 1, but sequence 0"), (11, TABLE, "^pinned: "),
-        (12, "NHWC", "^layout: "),
+        (2, table_with(1), "^block_table: .*block 1 again at "), (11, torch.tensor([1]), "^read_only_blocks: .*block 1, but sequence 0"), (11, TABLE, "^read_only_blocks: "),
+        (12, "NHWC", "^cache_layout: "),
     ]:  # fmt: skip
         bad = list(good)
         bad[place] = value
@@ -265,14 +269,14 @@ def test_fullgraph() -> None:
 def test_pinned_is_heeded_in_a_compiled_graph() -> None:
     """The host doesn't look at the table there; the op does."""
 
-    def run(pool: Tensor, pinned: Tensor) -> Tensor:
-        ops.compact_paged_kv_(pool, None, TABLE, STAGE, pinned=pinned)
+    def run(pool: Tensor, read_only_blocks: Tensor) -> Tensor:
+        ops.compact_paged_kv_(pool, None, TABLE, STAGE, read_only_blocks=read_only_blocks)
         return pool.sum()
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     pool = torch.randn(9, 4, 3, 5)
     before = pool.clone()
-    with pytest.raises(ValueError, match=r"^pinned: .*block 1, but sequence 0"):
+    with pytest.raises(ValueError, match=r"^read_only_blocks: .*block 1, but sequence 0"):
         compiled(pool, torch.tensor([1]))
     assert torch.equal(pool, before)
     compiled(pool, torch.tensor([0]))

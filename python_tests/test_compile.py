@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from segment_tables import FakeStage, image_stage, stage_of
+from segment_tables import FakeStage, by_stage, image_stage, stage_of
 from torch import Tensor
 from torch.library import opcheck
 
 from adsc_kernels import CompressionSchedule, make_plan, ops, reference
 from adsc_kernels.backend import backend
-from adsc_kernels.ops._dispatch import Stage
+from adsc_kernels.check import Stage
 
 OPS = torch.ops.adsc_kernels
 STAGE = stage_of([[0, 0, 3, 3, 0, 0], [3, 3, 6, 3, 0, 0], [6, 9, 0, 0, 0, 0]], 6, 9)
@@ -115,7 +115,7 @@ def test_no_recompile_with_indices() -> None:
     compiled = torch.compile(boundary_of_indices, fullgraph=True, dynamic=True, backend="aot_eager")
     for i, (batch, text) in enumerate([(2, 11), (3, 30), (9, 12)]):
         stage = faked(batch, text)
-        inputs = (*batch_of(stage), torch.tensor(reference.source_rows(stage)))
+        inputs = (*batch_of(stage), torch.tensor(reference.source_rows(*by_stage(stage))))
         with torch.compiler.set_stance("default" if i == 0 else "fail_on_recompile"):
             outputs = compiled(*inputs)
         same(outputs, boundary_of_indices(*inputs))

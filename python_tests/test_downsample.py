@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from row_bits import DTYPES, STRIDES, TRAILING, bits, random_bits, same_bits, strided_rows
-from segment_tables import FakeStage, image_stage, stage_of, stages
+from segment_tables import FakeStage, by_stage, image_stage, stage_of, stages
 from torch import Tensor
 
 from adsc_kernels import ops, reference
@@ -29,11 +29,11 @@ def test_equals_reference(
     before, table = bits(x).clone(), stage.segments.clone()
     out = ops.downsample(x, stage)
     assert out.is_contiguous()
-    assert same_bits(out, reference.downsample(x, stage))
+    assert same_bits(out, reference.downsample(x, *by_stage(stage)))
     assert torch.equal(bits(x), before)
     assert torch.equal(stage.segments, table)
 
-    rows = torch.tensor(reference.source_rows(stage), dtype=torch.int64)
+    rows = torch.tensor(reference.source_rows(*by_stage(stage)), dtype=torch.int64)
     for width in (torch.int32, torch.int64):
         assert same_bits(ops.downsample(x, keep_indices=rows.to(width)), out)
 
@@ -60,8 +60,8 @@ def test_many_equals_one_by_one(stage: FakeStage, kinds: list[str]) -> None:
         for i, kind in enumerate(kinds)
     ]
     outs = ops.downsample_many(xs, stage)
-    wanted = reference.downsample_many(xs, stage)
-    rows = torch.tensor(reference.source_rows(stage), dtype=torch.int32)
+    wanted = reference.downsample_many(xs, *by_stage(stage))
+    rows = torch.tensor(reference.source_rows(*by_stage(stage)), dtype=torch.int32)
     again = ops.downsample_many(tuple(xs), keep_indices=rows)
     assert isinstance(outs, list)
     assert len(outs) == len(again) == len(xs)
@@ -77,7 +77,7 @@ def test_threads(threads: int, trailing: tuple[int, ...]) -> None:
     """Large enough to be shared between threads, which meet inside a segment."""
     stage = image_stage(60 if trailing == () else 2, text=1001)
     x = random_bits(stage.num_tokens_in, trailing, torch.int64, 1)
-    rows = torch.tensor(reference.source_rows(stage))
+    rows = torch.tensor(reference.source_rows(*by_stage(stage)))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -156,7 +156,7 @@ def test_dropped_rows_have_gradient_zero_exactly(dtype: torch.dtype) -> None:
     grad = torch.randn(stage.num_tokens, 300, dtype=dtype)
     ops.downsample(x, stage).backward(grad)
     wanted = torch.zeros_like(x)
-    wanted[reference.source_rows(stage)] = grad
+    wanted[reference.source_rows(*by_stage(stage))] = grad
     assert x.grad is not None
     assert torch.equal(x.grad, wanted)
 

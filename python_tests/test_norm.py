@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from segment_tables import FakeStage, image_stage, stage_of, stages
+from segment_tables import FakeStage, by_stage, image_stage, stage_of, stages
 from torch import Tensor
 
 from adsc_kernels import ops, reference
@@ -37,12 +37,14 @@ def test_equals_reference(stage: FakeStage, hidden: int, dtype: torch.dtype, wid
         x = torch.cat([x, x], 1)[:, :hidden]
         residual = residual[:, None].expand(-1, 3, -1).contiguous()[:, 1]
     normed, residual_out = ops.downsample_add_rms_norm(x, residual, weight, stage, 1e-5)
-    want_normed, want_residual = reference.downsample_add_rms_norm(x, residual, weight, stage, 1e-5)
+    want_normed, want_residual = reference.downsample_add_rms_norm(
+        x, residual, weight, *by_stage(stage), 1e-5
+    )
     assert torch.equal(residual_out, want_residual)
     assert normed.is_contiguous()
     assert normed.dtype == dtype
     torch.testing.assert_close(normed, want_normed)  # the error itself: the test below
-    rows = torch.tensor(reference.source_rows(stage), dtype=torch.int32)
+    rows = torch.tensor(reference.source_rows(*by_stage(stage)), dtype=torch.int32)
     again = ops.downsample_add_rms_norm(x, residual, weight, eps=1e-5, keep_indices=rows)
     assert torch.equal(again[0], normed)
     assert torch.equal(again[1], residual_out)
@@ -90,7 +92,7 @@ def test_only_surviving_rows_are_read() -> None:
     stage = image_stage()
     x, residual, weight = drawn(stage.num_tokens_in, 8, torch.float32)
     dropped = torch.ones(stage.num_tokens_in, dtype=torch.bool)
-    dropped[reference.source_rows(stage)] = False
+    dropped[reference.source_rows(*by_stage(stage))] = False
     before = ops.downsample_add_rms_norm(x, residual, weight, stage)
     x[dropped], residual[dropped] = torch.nan, torch.inf
     after = ops.downsample_add_rms_norm(x, residual, weight, stage)
@@ -130,7 +132,7 @@ def test_gradcheck(keep_indices: Tensor | None) -> None:
 def test_gradient_close_to_pytorchs(dtype: torch.dtype) -> None:
     """The same through PyTorch's own ops in float64; dropped rows exactly 0."""
     stage = image_stage()
-    rows = torch.tensor(reference.source_rows(stage))
+    rows = torch.tensor(reference.source_rows(*by_stage(stage)))
     inputs = [t.requires_grad_() for t in drawn(stage.num_tokens_in, 64, dtype)]
     wide = [t.detach().double().requires_grad_() for t in inputs]
     grads = drawn(stage.num_tokens, 64, dtype)[:2]

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from row_bits import STRIDES, random_bits, same_bits, strided_rows
-from segment_tables import FakeStage, stages
+from segment_tables import FakeStage, by_stage, stages
 from simt import Schedule, emulated, guards_intact, needs_simt, schedules, shifted
 from test_rebuild_metadata import PATTERNS, fractions, layouts
 from test_simt_norm import drawn
@@ -66,9 +66,9 @@ def check(
             *boundary,
             stage.num_tokens + spare,
         )
-    wants = reference.downsample_many([x, *moved], stage)
+    wants = reference.downsample_many([x, *moved], *by_stage(stage))
     if norm:
-        pair = reference.downsample_add_rms_norm(x, residual, weight, stage, 1e-5)
+        pair = reference.downsample_add_rms_norm(x, residual, weight, *by_stage(stage), 1e-5)
         wants[:1] = pair
     wants = [torch.cat([w, w.new_zeros(spare, *w.shape[1:])]) for w in wants]
     wants += metadata
@@ -86,7 +86,7 @@ def test_of_a_stage(
     stage: FakeStage, hidden: tuple, kinds: list[tuple], schedule: Schedule
 ) -> None:
     check(hidden, kinds, schedule, stage, segments=stage.segments)
-    rows = torch.tensor(reference.source_rows(stage), dtype=torch.int32)
+    rows = torch.tensor(reference.source_rows(*by_stage(stage)), dtype=torch.int32)
     check(hidden, kinds, schedule, stage, keep_indices=rows)
 
 
@@ -112,10 +112,8 @@ def test_of_a_layout(
     cu_seqlens, spans = layout
     height = int(spans[:, 3].max()) if pattern == "grid" and len(spans) else 0
     keeps = keep if pattern == "grid" else keep[:1]
-    metadata = reference.rebuild_metadata(
-        cu_seqlens, spans, keeps, pattern, height if pattern == "grid" else None
-    )
     parts = [part for fraction in keeps for part in fraction.as_integer_ratio()]
+    metadata = reference.rebuild_metadata(cu_seqlens, spans, parts, pattern, height)
     check(
         hidden,
         kinds,
@@ -141,7 +139,7 @@ def test_more_spans_than_a_block_has_threads() -> None:
         bounds.append(bounds[-1] + position)
     layout = tuple(torch.tensor(values, dtype=torch.int32) for values in (bounds, spans))
     assert len(spans) > 256
-    metadata = reference.rebuild_metadata(*layout, [Fraction(1, 3)], "linspace", None)
+    metadata = reference.rebuild_metadata(*layout, [1, 3], "linspace", 0)
     stage = FakeStage(metadata[2], int(metadata[4]), bounds[-1])
     for enough in (1, 132 * 1024):
         check(

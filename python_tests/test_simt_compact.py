@@ -17,7 +17,7 @@ from test_compact_kernels import check_buffers, check_results
 from torch import Tensor
 
 from adsc_kernels import CompressionSchedule, backend, make_plan, ops
-from adsc_kernels.compaction import Ints
+from adsc_kernels.kv.pages import Ints
 
 pytestmark = needs_simt
 CACHES = ("k_caches", "v_caches", "k_scales", "v_scales")

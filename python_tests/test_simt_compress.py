@@ -19,8 +19,8 @@ from test_simt_compact import flat_tensors
 from torch import Tensor
 
 from adsc_kernels import backend, ops
-from adsc_kernels.compaction import Ints
-from adsc_kernels.ops.boundary import check_boundary, empty_outputs
+from adsc_kernels.kv.pages import Ints
+from adsc_kernels.ops.boundary_step import check_boundary, empty_outputs
 
 pytestmark = needs_simt
 MODULE = sys.modules["adsc_kernels.ops.compress_step"]
@@ -49,7 +49,7 @@ def outputs_of(rows: Rows) -> Iterator[list[Tensor]]:
 def inputs_of(rows: Rows) -> list[Tensor]:
     found: list[Tensor] = []
     for value in rows.arguments.values():
-        if isinstance(value, ops.Layout):
+        if isinstance(value, ops.BatchLayout):
             found += [value.cu_seqlens, value.spans]
         elif isinstance(value, list):
             found += value

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from row_bits import STRIDES, random_bits, same_bits, strided_rows
-from segment_tables import FakeStage, image_stage, stage_of, stages
+from segment_tables import FakeStage, by_stage, image_stage, stage_of, stages
 from simt import Schedule, emulated, guards_intact, needs_simt, schedules, shifted
 from torch import Tensor
 
@@ -40,12 +40,12 @@ def make(rows: int, tensor: tuple) -> Tensor:
 def test_equals_reference(stage: FakeStage, tensor: tuple, schedule: Schedule) -> None:
     x = make(stage.num_tokens_in, tensor)
     op = torch.ops.adsc_simt.downsample
-    want = reference.downsample(x, stage)
+    want = reference.downsample(x, *by_stage(stage))
     with emulated(schedule, x, stage.segments):
         out = op(x, stage.segments, None, stage.num_tokens)
     assert same_bits(out, want) and guards_intact(out)
     for width in (torch.int32, torch.int64):
-        rows = torch.tensor(reference.source_rows(stage), dtype=width)
+        rows = torch.tensor(reference.source_rows(*by_stage(stage)), dtype=width)
         with emulated(schedule, x, rows):
             out = op(x, None, rows, stage.num_tokens)
         assert same_bits(out, want) and guards_intact(out)
@@ -57,7 +57,7 @@ def test_many_equals_reference(stage: FakeStage, drawn: list[tuple], schedule: S
     xs = [make(stage.num_tokens_in, tensor) for tensor in drawn]
     with emulated(schedule, *xs, stage.segments):
         outs = torch.ops.adsc_simt.downsample_many(xs, stage.segments, None, stage.num_tokens)
-    for out, want in zip(outs, reference.downsample_many(xs, stage), strict=True):
+    for out, want in zip(outs, reference.downsample_many(xs, *by_stage(stage)), strict=True):
         assert same_bits(out, want) and guards_intact(out)
 
 
@@ -67,7 +67,7 @@ def test_an_image_in_a_prompt(trailing: tuple[int, ...]) -> None:
     x = random_bits(stage.num_tokens_in, trailing, torch.bfloat16, 0)
     with emulated((1, 0, 1), x, stage.segments):
         out = torch.ops.adsc_simt.downsample(x, stage.segments, None, stage.num_tokens)
-    assert same_bits(out, reference.downsample(x, stage)) and guards_intact(out)
+    assert same_bits(out, reference.downsample(x, *by_stage(stage))) and guards_intact(out)
 
 
 def test_thousands_of_segments() -> None:

@@ -24,7 +24,7 @@ def check(
     parts = [part for fraction in keep for part in fraction.as_integer_ratio()]
     with emulated(schedule, *layout):
         outs = torch.ops.adsc_simt.rebuild_metadata(*layout, parts, pattern, max_height or 0)
-    wants = reference.rebuild_metadata(*layout, keep, pattern, max_height)
+    wants = reference.rebuild_metadata(*layout, parts, pattern, max_height or 0)
     for out, want in zip(outs, wants, strict=True):
         assert out.dtype == torch.int32 and torch.equal(out, want) and guards_intact(out)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from segment_tables import FakeStage, stages
+from segment_tables import FakeStage, by_stage, stages
 from simt import Schedule, emulated, guards_intact, needs_simt, schedules, shifted
 from torch import Tensor
 
@@ -49,11 +49,13 @@ def test_equals_reference(
     op = torch.ops.adsc_simt.downsample_add_rms_norm
     with emulated(schedule, x, residual, weight, stage.segments):
         outs = op(x, residual, weight, stage.segments, None, stage.num_tokens, 1e-5)
-    normed, residual_out = reference.downsample_add_rms_norm(x, residual, weight, stage, 1e-5)
+    normed, residual_out = reference.downsample_add_rms_norm(
+        x, residual, weight, *by_stage(stage), 1e-5
+    )
     assert torch.equal(outs[1], residual_out)
     torch.testing.assert_close(outs[0], normed)  # the error itself: the test below
     assert all(map(guards_intact, outs))
-    rows = torch.tensor(reference.source_rows(stage), dtype=torch.int64)
+    rows = torch.tensor(reference.source_rows(*by_stage(stage)), dtype=torch.int64)
     with emulated(schedule, x, residual, weight, rows):
         again = op(x, residual, weight, None, rows, len(rows), 1e-5)
     assert torch.equal(again[0], outs[0]) and torch.equal(again[1], residual_out)

@@ -68,9 +68,9 @@ def test_compact(name: str) -> None:
 
 
 def test_check() -> None:
-    pinned = torch.tensor([0, 1])
+    read_only = torch.tensor([0, 1])
     with ahead_of_time(80) as kernels:
-        compact.compact_paged_kv_(BLOCKS, 2, TABLE, 16, *ROWS, True, pinned, "NHD")
+        compact.compact_paged_kv_(BLOCKS, 2, TABLE, 16, *ROWS, True, read_only, "NHD")
     names = ["pin_kernel", "check_kernel", "compact_kernel", "outputs_kernel"]
     assert [kernel.name for kernel in kernels] == names
     assert "__assertfail" in kernels[1].ptx

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from adsc_kernels import reference
-from adsc_kernels.ops._dispatch import Stage, call, check_rows, choose, register, row_source
+from adsc_kernels.check import Stage, check_rows, row_source
+from adsc_kernels.ops._dispatch import call, choose, register
 
 
 def downsample(
@@ -29,8 +29,6 @@ def downsample(
     check_rows(x, "x")
     segments, num_tokens = row_source(stage, keep_indices, x, "x")
     op = choose("downsample", x.device)
-    if op is None:
-        return reference.downsample(x, stage, keep_indices=keep_indices)
     return call(op, x, segments, keep_indices, num_tokens, grad=x.requires_grad)
 
 
@@ -56,8 +54,6 @@ def downsample_many(
             raise ValueError(f"xs[{i}]: expected {xs[0].shape[0]} rows, as xs[0], got {x.shape[0]}")
     segments, num_tokens = row_source(stage, keep_indices, xs[0], "xs[0]")
     op = choose("downsample_many", xs[0].device)
-    if op is None:
-        return reference.downsample_many(xs, stage, keep_indices=keep_indices)
     grad = any(x.requires_grad for x in xs)
     return call(op, xs, segments, keep_indices, num_tokens, grad=grad)
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adsc_kernels.ops.boundary import empty_outputs
+from adsc_kernels.ops.boundary_step import empty_outputs
 from adsc_kernels.triton.downsample import move_tile, moves_of
 from adsc_kernels.triton.launch import BATCH_ARGUMENTS, RowMap, launch, row_layout, row_map
 from adsc_kernels.triton.metadata import (

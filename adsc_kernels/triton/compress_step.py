@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor
 
-from adsc_kernels.ops.boundary import empty_outputs
+from adsc_kernels.ops.boundary_step import empty_outputs
 from adsc_kernels.triton.boundary import write_boundary_step
 from adsc_kernels.triton.compact import compact_kv_, compact_paged_kv_
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adsc_kernels.ops.metadata import empty_metadata
+from adsc_kernels.ops.rebuild_metadata import empty_metadata
 from adsc_kernels.segment_table import PATTERN_CODES
 from adsc_kernels.triton.launch import launch
 from adsc_kernels.triton.segment import COLUMNS, START, kept_count, kept_index

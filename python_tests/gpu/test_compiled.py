@@ -10,10 +10,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 from gpu_device import BACKEND, DEVICE, DRY_RUN, cpu_tests, to_device
+from segment_tables import by_stage
 from torch import Tensor
 from torch.library import opcheck
 
-from adsc_kernels import ops, reference
+from adsc_kernels import reference
+from adsc_kernels.check import Stage
 
 cases = cpu_tests("test_compile")
 OPS = torch.ops.adsc_triton if BACKEND == "triton" else torch.ops.adsc_kernels
@@ -33,7 +35,7 @@ def test_opcheck(name: str) -> None:
     opcheck(getattr(OPS, op.__name__).default, arguments)
 
 
-def step(batch: int, text: int) -> tuple[tuple[Tensor, ...], ops._dispatch.Stage]:
+def step(batch: int, text: int) -> tuple[tuple[Tensor, ...], Stage]:
     stage = to_device(cases.faked(batch, text))
     return tuple(t.to(DEVICE) for t in cases.batch_of(stage)), stage
 
@@ -52,7 +54,7 @@ def test_no_recompile_with_indices() -> None:
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=COMPILER)
     for i, (batch, text) in enumerate([(2, 11), (3, 30), (9, 12)]):
         inputs, stage = step(batch, text)
-        rows = torch.tensor(reference.source_rows(stage), device=DEVICE)
+        rows = torch.tensor(reference.source_rows(*by_stage(stage)), device=DEVICE)
         with torch.compiler.set_stance("default" if i == 0 else "fail_on_recompile"):
             outputs = compiled(*inputs, rows)
         cases.same(outputs, function(*inputs, rows))

@@ -22,7 +22,7 @@ HIDDEN = 64 if DRY_RUN else 4096
 
 def rows_here(rows: Rows) -> Rows:
     def moved(value: Any) -> Any:
-        if isinstance(value, ops.Layout):
+        if isinstance(value, ops.BatchLayout):
             return replace(
                 value, cu_seqlens=value.cu_seqlens.to(DEVICE), spans=value.spans.to(DEVICE)
             )

@@ -5,7 +5,7 @@ from fractions import Fraction
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from segment_tables import FakeStage, stages
+from segment_tables import FakeStage, by_stage, stages
 from test_downsample import random_bits, same_bits
 from test_rebuild_metadata import PATTERNS, fractions, int32, layouts
 from torch import Tensor
@@ -36,7 +36,7 @@ def check(outputs: list[Tensor], tensors: list[Tensor], norm: bool, rows: list[i
         assert not out[len(rows) :].any()
     if norm:
         wanted = reference.downsample_add_rms_norm(
-            hidden, residual, weight, eps=1e-6, keep_indices=source
+            hidden, residual, weight, None, source, len(rows), 1e-6
         )
         assert torch.equal(outputs[1][: len(rows)], wanted[1])
         torch.testing.assert_close(outputs[0][: len(rows)], wanted[0], rtol=2**-7, atol=1e-30)
@@ -60,7 +60,7 @@ def test_table_and_list(
         del tensors[3:]
     hidden, residual, weight, *others = tensors
     first = (hidden, *((residual, weight) if norm else (None, None)), 1e-6, others)
-    rows = reference.source_rows(stage)
+    rows = reference.source_rows(*by_stage(stage))
     outputs = boundary_step(*first, stage.segments, None, *NO_LAYOUT, stage.num_tokens)
     check(outputs, tensors, norm, rows)
     indices = torch.tensor(rows, dtype=torch.int32)
@@ -91,13 +91,12 @@ def test_layout(
     cu_seqlens, spans = layout
     shares = [rows, cols] if pattern == "grid" else [rows]
     height = int(spans[:, 3].max()) if pattern == "grid" and len(spans) else 0
-    max_height = height if pattern == "grid" else None
-    metadata = reference.rebuild_metadata(cu_seqlens, spans, shares, pattern, max_height)
+    keep = [part for share in shares for part in (share.numerator, share.denominator)]
+    metadata = reference.rebuild_metadata(cu_seqlens, spans, keep, pattern, height)
     num_rows, num_tokens = int(cu_seqlens[-1]), int(metadata[4])
-    moved = reference.source_rows(FakeStage(metadata[2], num_tokens, num_rows))
+    moved = reference.source_rows(metadata[2], None, num_tokens)
     tensors = tensors_of(num_rows + unread, 8, torch.float32)
     hidden, residual, weight, *others = tensors
-    keep = [part for share in shares for part in (share.numerator, share.denominator)]
     outputs = boundary_step(
         *(hidden, *((residual, weight) if norm else (None, None)), 1e-6, others, None, None),
         *(cu_seqlens, spans, keep, pattern, height, num_tokens + spare),
@@ -110,11 +109,11 @@ def test_layout(
 def test_more_spans_than_are_looked_at_together() -> None:
     spans = int32([[0, 3 * i, 3 - i % 2] for i in range(150)], 150, 3)
     cu_seqlens = int32([0, 460], 2)
-    metadata = reference.rebuild_metadata(cu_seqlens, spans, [Fraction(1, 3)], "start", None)
+    metadata = reference.rebuild_metadata(cu_seqlens, spans, [1, 3], "start", 0)
     tokens = int(metadata[4])
     x = torch.arange(460)
     outputs = boundary_step(
         x, None, None, 0.0, [], None, None, cu_seqlens, spans, [1, 3], "start", 0, tokens + 3
     )
-    rows = reference.source_rows(FakeStage(metadata[2], tokens, 460))
+    rows = reference.source_rows(metadata[2], None, tokens)
     assert outputs[0].tolist() == [*rows, 0, 0, 0]

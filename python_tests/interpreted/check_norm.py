@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from segment_tables import FakeStage, image_stage, stage_of, stages
+from segment_tables import FakeStage, by_stage, image_stage, stage_of, stages
 
 from adsc_kernels import ops, reference
 from adsc_kernels.backend import backend
@@ -50,8 +50,8 @@ def test_equals_reference(
     residual = random(rows + offset, width)[offset:]
     weight = random(width)
     before = x.clone(), residual.clone(), weight.clone()
-    wanted = reference.downsample_add_rms_norm(x, residual, weight, stage, eps)
-    indices = torch.tensor(reference.source_rows(stage), dtype=torch.int32)
+    wanted = reference.downsample_add_rms_norm(x, residual, weight, *by_stage(stage), eps)
+    indices = torch.tensor(reference.source_rows(*by_stage(stage)), dtype=torch.int32)
     for arguments, options in (((stage, eps), {}), ((None, eps), {"keep_indices": indices})):
         normed, residual_out = ops.downsample_add_rms_norm(
             x, residual, weight, *arguments, **options
@@ -69,7 +69,7 @@ def test_wide_rows(width: int, dtype: torch.dtype) -> None:
     x, residual = (torch.randn(stage.num_tokens_in, width).to(dtype) for _ in range(2))
     weight = torch.randn(width).to(dtype)
     normed, residual_out = ops.downsample_add_rms_norm(x, residual, weight, stage)
-    wanted = reference.downsample_add_rms_norm(x, residual, weight, stage)
+    wanted = reference.downsample_add_rms_norm(x, residual, weight, *by_stage(stage), 1e-6)
     assert torch.equal(residual_out, wanted[1])
     near(normed, wanted[0])
 

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from hypothesis import given, settings
-from segment_tables import FakeStage, stages
+from segment_tables import FakeStage, by_stage, stages
 
 from adsc_kernels import _C, reference
 from adsc_kernels.triton.segment import kept_count, kept_index, source_rows
@@ -86,7 +86,7 @@ def test_kept_count() -> None:
 @settings(max_examples=50, deadline=None)
 @given(stage=stages())
 def test_source_rows(stage: FakeStage) -> None:
-    wanted = reference.source_rows(stage)
+    wanted = reference.source_rows(*by_stage(stage))
     count = len(stage.segments)
     if not wanted:
         return

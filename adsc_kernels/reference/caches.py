@@ -1,18 +1,14 @@
-"""The oracle of the compaction ops: loops over tensors, sequences and rows. See `reference`.
-
-Arguments as in the schemas of `torch.ops.adsc_kernels`, which `adsc_kernels.ops` checks and builds:
-caches holds K of every layer, then V, then the scales of either.
-"""
+"""The oracle of the ops on caches: loops over tensors, sequences and rows."""
 
 from collections.abc import Callable
 from itertools import product
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adsc_kernels.reference import source_rows
+from adsc_kernels.reference.rows import boundary_step
+from adsc_kernels.reference.rule import source_rows
 
 Place = tuple[int, int]  # block, token
 
@@ -27,12 +23,12 @@ def compact_kv_(
     prefix_lens: Tensor | None,
     seq_lens: Tensor | None,
     seq_starts: Tensor | None,
-    layout: str,
+    cache_layout: str,
 ) -> tuple[Tensor, Tensor]:
-    """See `adsc_kernels.ops.compact_kv_`. Returns the new lengths and the next tokens' slots."""
+    """Returns the new lengths and the next tokens' slots."""
     rows = _Rows(segments, keep_indices, cu_kept, cu_rows, prefix_lens, seq_lens)
     starts = None if seq_starts is None else seq_starts.tolist()
-    room = caches[0].shape[2 if layout == "HND" else 1] if starts is None else 0
+    room = caches[0].shape[2 if cache_layout == "HND" else 1] if starts is None else 0
 
     def place(b: int, row: int) -> Place:
         return (b, row) if starts is None else (0, starts[b] + row)
@@ -40,7 +36,7 @@ def compact_kv_(
     def move_to(b: int, row: int, sources: list[int]) -> Place:
         return place(b, row)
 
-    _move(caches, num_layers, layout, rows, place, move_to)
+    _move(caches, num_layers, cache_layout, rows, place, move_to)
     slots = []
     for b, length in enumerate(rows.new_lens):
         if starts is None:
@@ -65,13 +61,14 @@ def compact_paged_kv_(
     prefix_lens: Tensor | None,
     seq_lens: Tensor | None,
     edit_table: bool,
-    pinned: Tensor | None,
-    layout: str,
+    read_only_blocks: Tensor | None,
+    cache_layout: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `adsc_kernels.ops.compact_paged_kv_`. Returns the new lengths, the next tokens' slots,
-    last_page_len, indptr and the new table (empty unless edit_table).
+    """Returns the new lengths, the next tokens' slots, last_page_len, indptr
+    and the new table (empty unless edit_table).
 
-    Raises ValueError naming block_table or pinned, as the ops do."""
+    Raises ValueError naming block_table or read_only_blocks, as the ops do.
+    """
     rows = _Rows(segments, keep_indices, cu_kept, cu_rows, prefix_lens, seq_lens)
     table = block_table.tolist()
     new_table = [[-1] * block_table.shape[1] for _ in table]
@@ -86,19 +83,19 @@ def compact_paged_kv_(
             return place(b, row)
         page, offset = divmod(row, block_size)
         last = min((page + 1) * block_size, len(sources)) - 1
-        # The page of this page's last row if that lies right in it, else of its first row.
+        # The page reuses the block of its last row if that row's offset already matches.
         in_place = sources[last] % block_size == last % block_size
         home = sources[last if in_place else page * block_size] // block_size
         new_table[b][page] = table[b][home]
         return place(b, home * block_size + offset)
 
-    untouchable = set([] if pinned is None else pinned.tolist())
+    untouchable = set([] if read_only_blocks is None else read_only_blocks.tolist())
     used = [block for b, n in enumerate(rows.lens) for block in table[b][: -(-n // block_size)]]
     for block in used:
         if used.count(block) > 1 and block not in untouchable:
             raise ValueError(
-                f"block_table: expected every block once, or named in pinned, got block {block} "
-                f"{used.count(block)} times"
+                f"block_table: expected every block once, or named in read_only_blocks, got "
+                f"block {block} {used.count(block)} times"
             )
     for b, layer, head in rows.selections:
         old = rows.old(b, layer, head)
@@ -107,10 +104,10 @@ def compact_paged_kv_(
             block = at[1] // block_size if slots_only else at[0]
             if at != place(b, source) and block in untouchable:
                 raise ValueError(
-                    f"pinned: expected no move into block {block}, but sequence {b} would write "
-                    "to it"
+                    f"read_only_blocks: expected no move into block {block}, but sequence {b} "
+                    "would write to it"
                 )
-    _move(caches, num_layers, layout, rows, place, move_to)
+    _move(caches, num_layers, cache_layout, rows, place, move_to)
     slots, last, indptr = [], [], [0]
     for b, new in enumerate(rows.new_lens):
         pages = -(-new // block_size)
@@ -134,6 +131,21 @@ def compact_paged_kv_(
         if edit_table
         else block_table.new_empty((0, 0)),
     )
+
+
+def compress_step(*arguments: Any) -> tuple[Tensor, ...]:
+    """`boundary_step`, whose results it writes into outs, and one of the compaction ops."""
+    boundary, outs = arguments[:13], arguments[-1]
+    caches, num_layers, block_table, block_size = arguments[13:17]
+    rows, (seq_starts, *paged, cache_layout) = arguments[17:23], arguments[23:-1]
+    for out, x in zip(outs, boundary_step(*boundary), strict=True):
+        out.copy_(x)
+    if block_table is not None:
+        given = (caches, num_layers, block_table, block_size, *rows, *paged, cache_layout)
+        return compact_paged_kv_(*given)
+    given = (caches, num_layers, *rows, seq_starts, cache_layout)
+    none = (caches[0].new_empty(0, dtype=torch.int32) for _ in range(3))
+    return (*compact_kv_(*given), *none)
 
 
 class _Rows:
@@ -166,8 +178,7 @@ class _Rows:
         self.lens = self._ends if seq_lens is None else seq_lens.tolist()
         self._indices = keep_indices
         if keep_indices is None:
-            stage: Any = SimpleNamespace(segments=segments, num_tokens=self._kept[-1])
-            self._mapping = source_rows(stage)
+            self._mapping = source_rows(segments, None, self._kept[-1])
         self.new_lens = [len(self.old(b, 0, 0)) for b in range(batch)]
         layers, heads = (1, 1) if keep_indices is None else keep_indices.shape[:2]
         self.selections = list(product(range(batch), range(layers), range(heads)))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adsc_kernels import reference
+from adsc_kernels.check import check_table
 from adsc_kernels.ops._dispatch import choose, register
 from adsc_kernels.schedule import PATTERNS
 
@@ -68,17 +68,7 @@ def rebuild_metadata(
     """
     fractions = check_layout(cu_seqlens, spans, keep, pattern, max_height)
     op = choose("rebuild_metadata", cu_seqlens.device)
-    if op is None:
-        outputs = reference.rebuild_metadata(cu_seqlens, spans, fractions, pattern, max_height)
-    else:
-        outputs = op(
-            cu_seqlens,
-            spans,
-            as_ints(fractions),
-            pattern,
-            max_height or 0,
-        )
-    return Metadata(*outputs)
+    return Metadata(*op(cu_seqlens, spans, as_ints(fractions), pattern, max_height or 0))
 
 
 def check_layout(
@@ -90,20 +80,11 @@ def check_layout(
 ) -> list[Fraction]:
     """What stays: of the span, or of the grid's rows and of its columns. Raises as documented."""
     for name, tensor in (("cu_seqlens", cu_seqlens), ("spans", spans)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dtype != torch.int32:
-            raise TypeError(f"{name}: expected torch.int32, got {tensor.dtype}")
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+        check_table(tensor, name, (torch.int32,), cu_seqlens, "cu_seqlens")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens: expected shape [B + 1], got {tuple(cu_seqlens.shape)}")
     if spans.dim() != 2 or spans.shape[1] not in (3, 5):
         raise ValueError(f"spans: expected shape [N, 3] or [N, 5], got {tuple(spans.shape)}")
-    if spans.device != cu_seqlens.device:
-        raise ValueError(
-            f"spans: expected the device of cu_seqlens, {cu_seqlens.device}, got {spans.device}"
-        )
     if pattern not in PATTERNS:
         raise ValueError(f"pattern: expected one of {', '.join(PATTERNS)}, got {pattern!r}")
     if pattern == "grid":

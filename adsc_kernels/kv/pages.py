@@ -34,8 +34,8 @@ class Ints(NamedTuple):
         host = tuple(values)
         if torch.device(device).type != "cuda" or torch.compiler.is_compiling():
             return cls(host, torch.tensor(host, dtype=torch.int32, device=device))
-        pinned = torch.tensor(host, dtype=torch.int32, pin_memory=True)
-        return cls(host, pinned.to(device, non_blocking=True))
+        staged = torch.tensor(host, dtype=torch.int32, pin_memory=True)
+        return cls(host, staged.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +55,8 @@ class CompactionResult:
         order of the table: what an engine that counts references lowers the count of. None where
         the host can't tell: without a table in host memory, under torch.compile, and with
         edit_table and keep_indices on a device.
-      free_blocks: those of them that no other sequence of the call uses and that aren't pinned,
-        each once. None where released_blocks is.
+      free_blocks: those of them that no other sequence of the call uses and that aren't in
+        read_only_blocks, each once. None where released_blocks is.
     """
 
     seq_lens: Ints
@@ -115,14 +115,14 @@ def check_pages(
     block_size: int,
     num_blocks: int,
     edit_table: bool,
-    pinned: np.ndarray,
+    read_only_blocks: np.ndarray,
     name: str,
 ) -> Pages | None:
     """What the contents of a block table forbid, and which blocks a compaction leaves over.
 
     None where that takes keep_indices that aren't on the host.
     Raises ValueError naming `name` for an entry outside the pool and for a block that is used twice
-    and isn't pinned, and naming pinned for one of its blocks that would be written.
+    and isn't in read_only_blocks, and naming read_only_blocks for one that would be written.
     """
     old_pages = [-(-n // block_size) for n in rows.seq_lens]
     new_pages = [-(-n // block_size) for n in rows.new_lens]
@@ -135,28 +135,28 @@ def check_pages(
                 f"{name}: expected blocks in [0, {num_blocks}), got {blocks[page]} at [{b}, {page}]"
             )
     every = np.sort(_joined(used))
-    shared = every[1:][every[1:] == every[:-1]]  # the pinned ones too
-    if shared.size and not np.isin(shared, pinned).all():
-        block = shared[~np.isin(shared, pinned)][0]
+    shared = every[1:][every[1:] == every[:-1]]  # the read-only ones too
+    if shared.size and not np.isin(shared, read_only_blocks).all():
+        block = shared[~np.isin(shared, read_only_blocks)][0]
         raise ValueError(
-            f"{name}: expected every block once, or named in pinned, got block {block} "
-            f"{(every == block).sum()} times"
+            f"{name}: expected every block once, or named in read_only_blocks, got "
+            f"block {block} {(every == block).sum()} times"
         )
     kept, released = [], []
     for b, pages in enumerate(new_pages):
         known = not edit_table or rows.sources is not None
         homes = _homes(rows, b, pages, block_size, edit_table) if known else None
-        if pinned.size:
+        if read_only_blocks.size:
             if homes is None:
                 first = rows.prefix_lens[b] // block_size
                 touched = used[b][first:] if rows.moves(b) and first < pages else used[b][:0]
             else:
                 touched = used[b][homes[_written(rows, b, homes, block_size)]]
-            hit = np.isin(touched, pinned)
+            hit = np.isin(touched, read_only_blocks)
             if hit.any():
                 raise ValueError(
-                    f"pinned: expected no move into block {touched[hit][0]}, but sequence {b} "
-                    "would write to it"
+                    f"read_only_blocks: expected no move into block {touched[hit][0]}, but "
+                    f"sequence {b} would write to it"
                 )
         if homes is not None:
             stays = np.zeros(old_pages[b], bool)
@@ -166,8 +166,8 @@ def check_pages(
     if len(kept) < len(used):
         return None
     free = np.sort(_joined(released))
-    if shared.size or pinned.size:
-        free = np.unique(free[~np.isin(free, _joined([*kept, pinned]))])
+    if shared.size or read_only_blocks.size:
+        free = np.unique(free[~np.isin(free, _joined([*kept, read_only_blocks]))])
     return Pages(tuple(released), free)
 
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adsc_kernels import reference
-from adsc_kernels.ops._dispatch import Stage, call, check_rows, choose, register, row_source
+from adsc_kernels.check import Stage, check_rows, row_source
+from adsc_kernels.ops._dispatch import call, choose, register
 from adsc_kernels.ops.downsample import upsample_grad
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -37,10 +37,6 @@ def downsample_add_rms_norm(
     check_norm(x, "x", residual, weight, eps)
     segments, num_tokens = row_source(stage, keep_indices, x, "x")
     op = choose("downsample_add_rms_norm", x.device)
-    if op is None:
-        return reference.downsample_add_rms_norm(
-            x, residual, weight, stage, eps, keep_indices=keep_indices
-        )
     grad = x.requires_grad or residual.requires_grad or weight.requires_grad
     return call(op, x, residual, weight, segments, keep_indices, num_tokens, float(eps), grad=grad)
 

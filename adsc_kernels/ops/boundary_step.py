@@ -8,21 +8,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adsc_kernels import reference
-from adsc_kernels.ops._dispatch import Stage, call, check_rows, choose, register, row_source
+from adsc_kernels.check import Stage, check_rows, row_source
+from adsc_kernels.ops._dispatch import call, choose, register
 from adsc_kernels.ops.downsample import upsample_grad
-from adsc_kernels.ops.metadata import (
+from adsc_kernels.ops.downsample_add_rms_norm import check_norm, norm_gradients
+from adsc_kernels.ops.rebuild_metadata import (
     Keep,
     Metadata,
     as_ints,
     check_layout,
     empty_metadata,
 )
-from adsc_kernels.ops.norm import check_norm, norm_gradients
 
 
 @dataclass(frozen=True)
-class Layout:
+class BatchLayout:
     """A boundary over a layout that only the device knows, in place of a stage.
 
     cu_seqlens, spans, keep, pattern, max_height: as for `rebuild_metadata`; cu_seqlens may end
@@ -49,7 +49,7 @@ class Layout:
 
 
 class BoundaryStep(NamedTuple):
-    """The stage that a boundary opens: its rows, and its metadata where a Layout was given."""
+    """The stage that a boundary opens: its rows, and its metadata where a BatchLayout was given."""
 
     hidden: Tensor  # [T_out, ...]
     residual: Tensor | None
@@ -66,14 +66,14 @@ def boundary_step(
     eps: float = 1e-6,
     others: Sequence[Tensor] = (),
     keep_indices: Tensor | None = None,
-    layout: Layout | None = None,
+    layout: BatchLayout | None = None,
 ) -> BoundaryStep:
     """Everything that changes at a boundary, in one launch on CUDA (more than 16 tensors: one for
     every 16).
 
     hidden: [T_in, ...], any dtype, any distance between rows, each row contiguous inside.
-    stage, keep_indices or layout: exactly one. The first two as for `downsample`; a `Layout` where
-      only the device knows the batch: the same launch then computes the stage's metadata.
+    stage, keep_indices or layout: exactly one. The first two as for `downsample`; a `BatchLayout`
+      where only the device knows the batch: the same launch then computes the stage's metadata.
     residual and weight: both or neither. With them the step is that of a pre-norm decoder, as
       `downsample_add_rms_norm`: hidden is [T_in, hidden size], and the results are
       hidden = rms_norm(hidden + residual) * weight and residual = hidden + residual.
@@ -89,19 +89,6 @@ def boundary_step(
     others = list(others)
     arguments = check_boundary(hidden, stage, residual, weight, eps, others, keep_indices, layout)
     op = choose("boundary_step", hidden.device)
-    if op is None:
-        new_hidden, new_residual, moved, metadata = reference.boundary_step(
-            hidden,
-            stage,
-            residual=residual,
-            weight=weight,
-            eps=eps,
-            others=others,
-            keep_indices=keep_indices,
-            layout=layout,
-        )
-        found = None if metadata is None else Metadata(*metadata)
-        return BoundaryStep(new_hidden, new_residual, moved, found)
     inputs = [x for x in (hidden, residual, weight, *others) if x is not None]
     outputs = call(op, *arguments, grad=any(x.requires_grad for x in inputs))
     return step_of(outputs, residual is not None, len(others))
@@ -115,7 +102,7 @@ def check_boundary(
     eps: float,
     others: list[Tensor],
     keep_indices: Tensor | None,
-    layout: Layout | None,
+    layout: BatchLayout | None,
 ) -> tuple[Any, ...]:
     """The arguments of the op. Raises as `boundary_step`."""
     if (residual is None) != (weight is None):
@@ -141,8 +128,8 @@ def check_boundary(
     if layout is None:
         segments, num_tokens = row_source(stage, keep_indices, hidden, "hidden")
     else:
-        if not isinstance(layout, Layout):
-            raise TypeError(f"layout: expected a Layout, got {type(layout).__name__}")
+        if not isinstance(layout, BatchLayout):
+            raise TypeError(f"layout: expected a BatchLayout, got {type(layout).__name__}")
         if stage is not None or keep_indices is not None:
             other = "keep_indices" if stage is None else "stage"
             raise ValueError(
