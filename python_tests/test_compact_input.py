@@ -135,6 +135,13 @@ BAD_CALLS = {
     "read-only written": (paged(read_only_blocks=[1]), ValueError, "^read_only_blocks: .*block 1, but sequence 0"),
     "read-only elsewhere than the table": (paged(read_only_blocks=torch.zeros(1, dtype=torch.int32, device="meta")), ValueError, "^read_only_blocks: expected blocks in host memory.*meta"),
     "read-only floats": (paged(read_only_blocks=[0.5]), TypeError, "^read_only_blocks: expected integers"),
+    "V forgotten": (lambda: ops.compact_kv_(BOTH, stage=STAGE), ValueError, "^v_caches: expected 1 tensors, as k_caches, got 0"),
+    "table forgotten": (paged(block_table=None), TypeError, "^block_table: .*NoneType"),
+    "a cache of the other kind": (lambda: ops.compact_paged_kv_(ops.DenseCache(BOTH, None), stage=STAGE), TypeError, "^k_caches: expected tensors or a PagedCache, got a DenseCache"),
+    "V in both": (lambda: ops.compact_kv_(ops.DenseCache(BOTH, BOTH.clone()), BOTH.clone(), STAGE), ValueError, "^v_caches: .*got it in both"),
+    "a layout in both": (lambda: ops.compact_kv_(ops.DenseCache(BOTH, None), None, STAGE, layout="NHD"), ValueError, "^layout: .*in the DenseCache or in the call"),
+    "lengths in both": (lambda: ops.compact_kv_(ops.DenseCache(BOTH, None, seq_lens=[16, 16]), None, STAGE, seq_lens=[16, 16]), ValueError, "^seq_lens: .*got it in both"),
+    "edit_table in both": (lambda: ops.compact_paged_kv_(ops.PagedCache(BOTH, None, TABLE, edit_table=True), stage=STAGE, edit_table=True), ValueError, "^edit_table: .*PagedCache"),
     "edited by heads": (paged(edit_table=True, stage=None, **{**BY_INDEX, "keep_indices": INDICES.expand(3, 4).contiguous()}), UnsupportedError, "^edit_table: "),
 }  # fmt: skip
 
@@ -144,6 +151,34 @@ def test_bad_input(name: str) -> None:
     call, error, message = BAD_CALLS[name]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_cache_and_words_for_what_it_leaves_open() -> None:
+    """A call with an object does what the same call in words does, wherever a thing is said."""
+    pools = [torch.randn(9, 3, 4, 5) for _ in range(3)]  # HND
+    saved, scales = [x.clone() for x in pools], torch.randn(9, 3, 4)
+    wanted = ops.compact_paged_kv_(
+        pools, None, TABLE, STAGE, layout="HND", k_scales=[scales, scales.clone(), scales + 1],
+        edit_table=True, read_only_blocks=[0],
+    )  # fmt: skip
+    moved = [x.clone() for x in pools]
+    assert not all(map(torch.equal, moved, saved))
+    for said in ((), ("stage",), ("stage", "edit_table", "read_only_blocks", "k_scales")):
+        every = {
+            "stage": STAGE,
+            "edit_table": True,
+            "read_only_blocks": [0],
+            "k_scales": [scales.clone() for _ in range(3)],
+        }
+        for x, before in zip(pools, saved, strict=True):
+            x.copy_(before)
+        own = {name: value for name, value in every.items() if name in said}
+        rest = {name: value for name, value in every.items() if name not in said}
+        cache = ops.PagedCache(pools, None, TABLE, layout="HND", **own)
+        result = ops.compact_paged_kv_(cache, **rest)
+        assert all(map(torch.equal, pools, moved))
+        assert torch.equal(result.block_table, wanted.block_table)
+        assert (cache.stage is None) == ("stage" not in said)  # the object stays as it was
 
 
 def test_nothing_is_written_by_a_call_that_raises() -> None:
