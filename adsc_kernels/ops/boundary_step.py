@@ -105,23 +105,7 @@ def check_boundary(
     layout: BatchLayout | None,
 ) -> tuple[Any, ...]:
     """The arguments of the op. Raises as `boundary_step`."""
-    if (residual is None) != (weight is None):
-        only = "weight" if residual is None else "residual"
-        raise ValueError(f"residual, weight: expected both or neither, got only {only}")
-    if residual is not None and weight is not None:
-        check_norm(hidden, "hidden", residual, weight, eps)
-    else:
-        check_rows(hidden, "hidden")
-    for i, x in enumerate(others):
-        check_rows(x, f"others[{i}]")
-        if x.device != hidden.device:
-            raise ValueError(
-                f"others[{i}]: expected the device of hidden, {hidden.device}, got {x.device}"
-            )
-        if x.shape[0] != hidden.shape[0]:
-            raise ValueError(
-                f"others[{i}]: expected {hidden.shape[0]} rows, as hidden, got {x.shape[0]}"
-            )
+    _check_inputs(hidden, residual, weight, eps, others)
     segments, cu_seqlens, spans = None, None, None
     fractions: list[Fraction] = []
     pattern, max_height = "start", 0
@@ -158,6 +142,32 @@ def check_boundary(
         max_height,
         num_tokens,
     )
+
+
+def _check_inputs(
+    hidden: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    others: list[Tensor],
+) -> None:
+    if (residual is None) != (weight is None):
+        only = "weight" if residual is None else "residual"
+        raise ValueError(f"residual, weight: expected both or neither, got only {only}")
+    if residual is not None and weight is not None:
+        check_norm(hidden, "hidden", residual, weight, eps)
+    else:
+        check_rows(hidden, "hidden")
+    for i, x in enumerate(others):
+        check_rows(x, f"others[{i}]")
+        if x.device != hidden.device:
+            raise ValueError(
+                f"others[{i}]: expected the device of hidden, {hidden.device}, got {x.device}"
+            )
+        if x.shape[0] != hidden.shape[0]:
+            raise ValueError(
+                f"others[{i}]: expected {hidden.shape[0]} rows, as hidden, got {x.shape[0]}"
+            )
 
 
 def step_of(outputs: Sequence[Tensor], has_residual: bool, num_others: int) -> BoundaryStep:
