@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adsc_kernels import reference
+from adsc_kernels import fakes, reference
 from adsc_kernels.backend import CHECK
 from adsc_kernels.compaction import CompactionResult, Ints, Pages, check_pages
 from adsc_kernels.errors import UnsupportedError
@@ -467,51 +467,7 @@ def _op_blocks(pinned: Blocks, like: Tensor) -> Tensor:
     return blocks.pin_memory().to(like.device, non_blocking=True)
 
 
-# ---- Schemas and shapes for tracing ----
-
-
-def _fake(
-    caches: list[Tensor],
-    num_layers: int,
-    segments: Tensor | None,
-    keep_indices: Tensor | None,
-    cu_kept: Tensor,
-    cu_rows: Tensor | None,
-    prefix_lens: Tensor | None,
-    seq_lens: Tensor | None,
-    seq_starts: Tensor | None,
-    layout: str,
-) -> tuple[Tensor, Tensor]:
-    batch = cu_kept.shape[0] - 1
-    return (
-        cu_kept.new_empty(batch, dtype=torch.int32),
-        cu_kept.new_empty(batch, dtype=torch.int64),
-    )
-
-
-def _fake_paged(
-    caches: list[Tensor],
-    num_layers: int,
-    block_table: Tensor,
-    block_size: int,
-    segments: Tensor | None,
-    keep_indices: Tensor | None,
-    cu_kept: Tensor,
-    cu_rows: Tensor | None,
-    prefix_lens: Tensor | None,
-    seq_lens: Tensor | None,
-    edit_table: bool,
-    pinned: Tensor | None,
-    layout: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch = cu_kept.shape[0] - 1
-    return (
-        cu_kept.new_empty(batch, dtype=torch.int32),
-        cu_kept.new_empty(batch, dtype=torch.int64),
-        cu_kept.new_empty(batch, dtype=torch.int32),
-        cu_kept.new_empty(batch + 1, dtype=torch.int32),
-        block_table.new_empty(block_table.shape if edit_table else (0, 0)),
-    )
+# ---- Schemas ----
 
 
 _ROWS = (
@@ -522,7 +478,7 @@ register(
     "compact_kv_",
     f"(Tensor(a!)[] caches, int num_layers, {_ROWS}, Tensor? seq_starts, str layout) "
     "-> (Tensor, Tensor)",
-    fake=_fake,
+    fake=fakes.compact_kv_,
     triton="compact",
 )
 register(
@@ -530,6 +486,6 @@ register(
     "(Tensor(a!)[] caches, int num_layers, Tensor block_table, SymInt block_size, "
     f"{_ROWS}, bool edit_table, Tensor? pinned, str layout) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake_paged,
+    fake=fakes.compact_paged_kv_,
     triton="compact",
 )

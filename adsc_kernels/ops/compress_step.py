@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adsc_kernels import reference
+from adsc_kernels import fakes, reference
 from adsc_kernels.compaction import CompactionResult
 from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.ops._cache import CacheStage, IntsLike, check_apart
@@ -17,7 +17,6 @@ from adsc_kernels.ops.boundary import (
     BoundaryStep,
     Layout,
     check_boundary,
-    empty_outputs,
     step_of,
 )
 from adsc_kernels.ops.compact import Blocks, CompactionCall, check_dense, check_paged
@@ -144,7 +143,7 @@ def compress_step(
         )
         outputs = [x for x in (step[0], step[1], *step[2], *(step[3] or ())) if x is not None]
     else:
-        outputs = empty_outputs(*arguments)
+        outputs = fakes.boundary_step(*arguments)
         results = op(*arguments, *_op_arguments(compaction), outputs)
     return CompressStep(
         step_of(outputs, residual is not None, len(others)),
@@ -187,51 +186,7 @@ def _op_arguments(call: CompactionCall) -> tuple[Any, ...]:
     return (caches, layers, None, 0, *rows, seq_starts, False, None, layout)
 
 
-# ---- Schema and shapes for tracing ----
-
-
-def _fake(
-    hidden: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    others: list[Tensor],
-    segments: Tensor | None,
-    keep_indices: Tensor | None,
-    cu_seqlens: Tensor | None,
-    spans: Tensor | None,
-    keep: list[int],
-    pattern: str,
-    max_height: int,
-    num_tokens: int,
-    caches: list[Tensor],
-    num_layers: int,
-    block_table: Tensor | None,
-    block_size: int,
-    cache_segments: Tensor | None,
-    cache_keep_indices: Tensor | None,
-    cu_kept: Tensor,
-    cu_rows: Tensor | None,
-    prefix_lens: Tensor | None,
-    seq_lens: Tensor | None,
-    seq_starts: Tensor | None,
-    edit_table: bool,
-    pinned: Tensor | None,
-    layout: str,
-    outs: list[Tensor],
-) -> tuple[Tensor, ...]:
-    batch = cu_kept.shape[0] - 1
-    lens = cu_kept.new_empty(batch, dtype=torch.int32)
-    slots = cu_kept.new_empty(batch, dtype=torch.int64)
-    if block_table is None:
-        return (lens, slots, *(cu_kept.new_empty(0, dtype=torch.int32) for _ in range(3)))
-    return (
-        lens,
-        slots,
-        cu_kept.new_empty(batch, dtype=torch.int32),
-        cu_kept.new_empty(batch + 1, dtype=torch.int32),
-        block_table.new_empty(block_table.shape if edit_table else (0, 0)),
-    )
+# ---- Schema ----
 
 
 register(
@@ -243,6 +198,6 @@ register(
     "Tensor cu_kept, Tensor? cu_rows, Tensor? prefix_lens, Tensor? seq_lens, Tensor? seq_starts, "
     "bool edit_table, Tensor? pinned, str layout, Tensor(b!)[] outs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake,
+    fake=fakes.compress_step,
     triton="compress_step",
 )

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adsc_kernels import reference
+from adsc_kernels import fakes, reference
 from adsc_kernels.ops._dispatch import Stage, call, check_rows, choose, register, row_source
 
 
@@ -62,17 +62,7 @@ def downsample_many(
     return call(op, xs, segments, keep_indices, num_tokens, grad=grad)
 
 
-# ---- Shapes for tracing, and gradients: the backward of a gather is a scatter ----
-
-
-def _fake(x: Tensor, segments: Tensor | None, keep_indices: Tensor | None, rows: int) -> Tensor:
-    return x.new_empty((rows, *x.shape[1:]))
-
-
-def _fake_many(
-    xs: list[Tensor], segments: Tensor | None, keep_indices: Tensor | None, rows: int
-) -> list[Tensor]:
-    return [_fake(x, segments, keep_indices, rows) for x in xs]
+# ---- Gradients: the backward of a gather is a scatter ----
 
 
 def upsample_grad(
@@ -126,7 +116,7 @@ def _upsample_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 register(
     "downsample",
     "(Tensor x, Tensor? segments, Tensor? keep_indices, SymInt num_tokens) -> Tensor",
-    fake=_fake,
+    fake=fakes.downsample,
     backward=_backward,
     setup=_setup,
     triton="downsample",
@@ -134,7 +124,7 @@ register(
 register(
     "downsample_many",
     "(Tensor[] xs, Tensor? segments, Tensor? keep_indices, SymInt num_tokens) -> Tensor[]",
-    fake=_fake_many,
+    fake=fakes.downsample_many,
     backward=_backward_many,
     setup=_setup_many,
     triton="downsample",
@@ -142,7 +132,7 @@ register(
 register(
     "upsample_grad",
     "(Tensor grad, Tensor? segments, Tensor? keep_indices, SymInt num_rows) -> Tensor",
-    fake=_fake,
+    fake=fakes.upsample_grad,
     backward=_upsample_backward,
     setup=_upsample_setup,
     triton="upsample_grad",

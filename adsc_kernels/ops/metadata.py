@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adsc_kernels import reference
+from adsc_kernels import fakes, reference
 from adsc_kernels.ops._dispatch import choose, register
 from adsc_kernels.schedule import PATTERNS
 
@@ -146,28 +146,10 @@ def exact_fraction(keep: object) -> Fraction:
     return fraction
 
 
-def empty_metadata(
-    cu_seqlens: Tensor, spans: Tensor, keep: list[int], pattern: str, max_height: int
-) -> tuple[Tensor, ...]:
-    """The metadata, uninitialized: its shapes depend on shapes alone."""
-    num_sequences, num_spans = cu_seqlens.shape[0] - 1, spans.shape[0]
-    grid = pattern == "grid"
-    blocks = -((-max_height * keep[0]) // keep[1]) if grid else 1
-    shapes = (
-        (num_sequences + 1,),
-        (num_spans, 5 if grid else 3),
-        (num_sequences + num_spans * (1 + blocks), 6),
-        (num_sequences,),
-        (),
-        (),
-    )
-    return tuple(cu_seqlens.new_empty(shape) for shape in shapes)
-
-
 register(
     "rebuild_metadata",
     "(Tensor cu_seqlens, Tensor spans, int[] keep, str pattern, SymInt max_height) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=empty_metadata,
-    triton="metadata",
+    fake=fakes.rebuild_metadata,
+    triton="rebuild_metadata",
 )

@@ -4,8 +4,8 @@
 import torch
 from torch import Tensor
 
-from adsc_kernels.ops.boundary import empty_outputs
-from adsc_kernels.triton.boundary import write_boundary_step
+from adsc_kernels import fakes
+from adsc_kernels.triton.boundary_step import write_boundary_step
 from adsc_kernels.triton.compact import compact_kv_, compact_paged_kv_
 
 
@@ -34,7 +34,7 @@ def _check_outs(outs, boundary) -> None:
             return [described(part) for part in x]
         return x.to("meta") if isinstance(x, Tensor) else x
 
-    wanted = empty_outputs(*map(described, boundary))
+    wanted = fakes.boundary_step(*map(described, boundary))
     if len(outs) != len(wanted):
         raise ValueError(f"outs: expected {len(wanted)} tensors, got {len(outs)}")
     for i, (x, like) in enumerate(zip(outs, wanted, strict=True)):

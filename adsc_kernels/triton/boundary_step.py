@@ -5,16 +5,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adsc_kernels.ops.boundary import empty_outputs
+from adsc_kernels import fakes
 from adsc_kernels.triton.downsample import move_tile, moves_of
 from adsc_kernels.triton.launch import BATCH_ARGUMENTS, RowMap, launch, row_layout, row_map
-from adsc_kernels.triton.metadata import (
+from adsc_kernels.triton.rebuild_metadata import (
     LAYOUT_ARGUMENTS,
     load_span,
     stage_layout,
     write_metadata,
 )
-from adsc_kernels.triton.norm import add_rms_norm_row, check_norm, norm_of
+from adsc_kernels.triton.downsample_add_rms_norm import add_rms_norm_row, check_norm, norm_of
 from adsc_kernels.triton.segment import START, kept_index, source_rows
 
 _SPANS = tl.constexpr(64)  # looked at together in search of the one that holds a row
@@ -208,7 +208,7 @@ def write_boundary_step(
     max_height: int,
     num_tokens: int,
 ) -> list[Tensor]:
-    """The same into outs, which are like those of `empty_outputs`; None: into new ones."""
+    """The same into outs, which are like those of `fakes.boundary_step`; None: into new ones."""
     if (residual is None) != (weight is None):
         raise ValueError("residual, weight: expected both or neither, got one")
     if (cu_seqlens is None) != (spans is None):
@@ -245,7 +245,7 @@ def write_boundary_step(
     if residual is not None and weight is not None:
         check_norm(hidden, residual, weight)
     if outs is None:
-        outs = empty_outputs(
+        outs = fakes.boundary_step(
             hidden, residual, weight, eps, others, segments, keep_indices, cu_seqlens, spans, keep,
             pattern, max_height, num_tokens,
         )  # fmt: skip

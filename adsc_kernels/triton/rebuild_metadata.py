@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adsc_kernels.ops.metadata import empty_metadata
+from adsc_kernels import fakes
 from adsc_kernels.segment_table import PATTERN_CODES
 from adsc_kernels.triton.launch import launch
 from adsc_kernels.triton.segment import COLUMNS, START, kept_count, kept_index
@@ -307,7 +307,7 @@ def rebuild_metadata(
 ) -> tuple[Tensor, ...]:
     """See `adsc_kernels.ops.rebuild_metadata`."""
     layout = stage_layout(cu_seqlens, spans, keep, pattern, max_height)
-    stage = empty_metadata(cu_seqlens, spans, keep, pattern, max_height)
+    stage = fakes.rebuild_metadata(cu_seqlens, spans, keep, pattern, max_height)
     arguments = (*layout.arguments, stage, *layout.constants)
     # With one program there is no reason to save registers, as ptxas else would, down to spilling.
     options = {"num_warps": layout.warps, "maxnreg": 128}
