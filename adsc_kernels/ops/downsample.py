@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from adsc_kernels import fakes, reference
@@ -65,11 +66,19 @@ def downsample_many(
 # ---- Gradients: the backward of a gather is a scatter ----
 
 
+_GRAD_DTYPES = (
+    torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128
+)  # fmt: skip
+
+
 def upsample_grad(
     ctx: Any, grad: Tensor, segments: Tensor | None, keep_indices: Tensor | None
 ) -> Tensor:
     """The gradient of x: [ctx.num_rows, ...], from that of x's surviving rows. Gradients come with
     any strides (that of a sum has all 0), hence the copy where a row is not dense."""
+    if grad.dtype not in _GRAD_DTYPES:
+        expected = ", ".join(str(dtype) for dtype in _GRAD_DTYPES)
+        raise ValueError(f"grad: expected one of {expected}, got {grad.dtype}")
     op = ctx.ops.upsample_grad.default
     return op(grad.contiguous(), segments, keep_indices, ctx.num_rows)
 

@@ -112,9 +112,9 @@ def check_layout(
         fractions = [exact_fraction(part) for part in keep]
         if spans.shape[1] != 5:
             raise ValueError(f"spans: expected shape [N, 5] for the grid, got {tuple(spans.shape)}")
-        if not isinstance(max_height, int) or max_height < 0:
+        if not isinstance(max_height, int) or not 0 <= max_height < 1 << 31:
             raise ValueError(
-                f"max_height: expected an int of at least 0 for the grid, got {max_height!r}"
+                f"max_height: expected an int in [0, 2^31) for the grid, got {max_height!r}"
             )
     else:
         fractions = [exact_fraction(keep)]

@@ -3,13 +3,13 @@
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from adsc_kernels.triton.launch import BATCH_ARGUMENTS, launch, row_layout, row_map, unit_of
-from adsc_kernels.triton.segment import source_rows
+from adsc_kernels import fakes
+from adsc_kernels.triton.launch import launch, row_layout, row_map, unit_of
+from adsc_kernels.triton.segment import ROW_MAP, RowMap, source_rows
 
 
 @triton.jit
@@ -38,75 +38,65 @@ def store_normed(total, scale, weight, normed, column, SIZE: tl.constexpr):
     tl.store(normed + column, (total * scale * weights).to(normed.dtype.element_ty), mask=inside)
 
 
+class Norm(NamedTuple):
+    """Five tensors as kernels take them; strides count units."""
+
+    x: Any
+    residual: Any
+    weight: Any
+    normed: Any  # to be written
+    residual_out: Any
+    x_stride: int
+    residual_stride: int
+
+
+class NormShape(NamedTuple):
+    """What kernels are compiled for."""
+
+    UNIT: int  # elements of a unit
+    WIDTH: int  # units of a row
+    BLOCK: int  # elements that a program holds at once
+    EPS: float
+
+
 @triton.jit
-def add_rms_norm_row(
-    x,
-    residual,
-    weight,
-    normed,
-    residual_out,
-    found,
-    SIZE: tl.constexpr,
-    EPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One row, given where it begins. Of one longer than BLOCK the sum is read back, from cache."""
-    if SIZE <= BLOCK:
-        column = tl.arange(0, BLOCK)
+def add_rms_norm_row(norm, row, source, found, SHAPE: tl.constexpr):
+    """Makes output row `row`. Of one longer than BLOCK the sum is read back, from cache."""
+    SIZE: tl.constexpr = SHAPE.WIDTH * SHAPE.UNIT
+    x = norm.x + source * norm.x_stride * SHAPE.UNIT
+    residual = norm.residual + source * norm.residual_stride * SHAPE.UNIT
+    normed = norm.normed + row * SIZE
+    residual_out = norm.residual_out + row * SIZE
+    if SIZE <= SHAPE.BLOCK:
+        column = tl.arange(0, SHAPE.BLOCK)
         total = add(x, residual, residual_out, column, found, SIZE)
-        scale = scale_of(total * total, found, SIZE, EPS)
-        store_normed(total, scale, weight, normed, column, SIZE)
+        scale = scale_of(total * total, found, SIZE, SHAPE.EPS)
+        store_normed(total, scale, norm.weight, normed, column, SIZE)
     else:
         COMPUTE: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-        squares = tl.zeros([BLOCK], COMPUTE)
-        for start in range(0, SIZE, BLOCK):
-            total = add(x, residual, residual_out, start + tl.arange(0, BLOCK), found, SIZE)
+        squares = tl.zeros([SHAPE.BLOCK], COMPUTE)
+        for start in range(0, SIZE, SHAPE.BLOCK):
+            column = start + tl.arange(0, SHAPE.BLOCK)
+            total = add(x, residual, residual_out, column, found, SIZE)
             squares += total * total
-        scale = scale_of(squares, found, SIZE, EPS)
+        scale = scale_of(squares, found, SIZE, SHAPE.EPS)
         tl.debug_barrier()  # what other threads of the program wrote is read below
-        for start in range(0, SIZE, BLOCK):
-            column = start + tl.arange(0, BLOCK)
+        for start in range(0, SIZE, SHAPE.BLOCK):
+            column = start + tl.arange(0, SHAPE.BLOCK)
             total = tl.load(residual_out + column, mask=column < SIZE, other=0).to(COMPUTE)
-            store_normed(total, scale, weight, normed, column, SIZE)
+            store_normed(total, scale, norm.weight, normed, column, SIZE)
 
 
-@triton.jit(do_not_specialize=BATCH_ARGUMENTS, do_not_specialize_on_alignment=BATCH_ARGUMENTS)
+@triton.jit(do_not_specialize=ROW_MAP, do_not_specialize_on_alignment=ROW_MAP)
 def add_rms_norm_kernel(
-    x,
-    residual,
-    weight,
-    normed,
-    residual_out,
-    x_stride,
-    residual_stride,
-    rows,
-    num_segments,
-    steps,
-    num_tokens,
-    num_rows,
-    UNIT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EPS: tl.constexpr,
-    BY_INDEX: tl.constexpr,
-    CHECK: tl.constexpr,
-):
-    """One program makes one row. Strides and WIDTH count units of UNIT elements."""
+    norm, rows, num_segments, steps, num_tokens, num_rows, BY_INDEX: tl.constexpr,
+    SHAPE: tl.constexpr, CHECK: tl.constexpr,
+):  # fmt: skip
+    """One program makes one row."""
+    row_map = RowMap(rows, num_segments, steps, num_tokens, num_rows, BY_INDEX)
     row = tl.program_id(0).to(tl.int64)
-    source, found = source_rows(
-        rows, num_segments, steps, row, num_tokens, num_rows, BY_INDEX, CHECK
-    )
-    add_rms_norm_row(
-        x + source * x_stride * UNIT,
-        residual + source * residual_stride * UNIT,
-        weight,
-        normed + row * (WIDTH * UNIT),
-        residual_out + row * (WIDTH * UNIT),
-        found,
-        WIDTH * UNIT,
-        EPS,
-        BLOCK,
-    )
+    source, found = source_rows(row_map, row, CHECK)
+    add_rms_norm_row(norm, row, source, found, SHAPE)
 
 
 _BLOCK_BYTES = 32 << 10
@@ -119,44 +109,17 @@ def block_of(size: int, element_size: int) -> tuple[int, int]:
     return block, min(max(block * element_size // _WARP_BYTES, 1), 16)
 
 
-class Norm(NamedTuple):
-    """Five tensors as kernels take them."""
-
-    pointers: tuple[Any, ...]  # x, residual, weight, normed, residual_out, and two strides
-    constants: tuple[int, ...]  # UNIT, WIDTH, BLOCK
-    warps: int
-
-
 def norm_of(
-    x: Tensor, residual: Tensor, weight: Tensor, normed: Tensor, residual_out: Tensor
-) -> Norm:
-    """normed and residual_out: to be written."""
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, normed: Tensor, residual_out: Tensor
+) -> tuple[Norm, NormShape, int]:
+    """As kernels take it, and the warps of a program. normed and residual_out: to be written."""
     tensors = (x, residual, weight, normed, residual_out)
-    bytes_, size = x.element_size(), x.shape[1]
-    lengths = [bytes_ * n for n in (size, x.stride(0), residual.stride(0))]
-    unit = unit_of(*(tensor.data_ptr() for tensor in tensors), *lengths).size // bytes_
-    block, warps = block_of(size, bytes_)
-    strides = (x.stride(0) // unit, residual.stride(0) // unit)
-    return Norm((*tensors, *strides), (unit, size // unit, block), warps)
-
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def check_norm(x: Tensor, residual: Tensor, weight: Tensor) -> None:
-    """Raises ValueError where they don't go together."""
-    if x.dim() != 2 or x.dtype not in _DTYPES:
-        raise ValueError(
-            f"x: expected floating-point [rows, hidden], got {x.dtype} and shape {tuple(x.shape)}"
-        )
-    for name, tensor, shape in (("residual", residual, x.shape), ("weight", weight, x.shape[1:])):
-        if tensor.shape != shape or tensor.dtype != x.dtype or tensor.device != x.device:
-            raise ValueError(
-                f"{name}: expected {x.dtype} and shape {tuple(shape)} on {x.device}, got "
-                f"{tensor.dtype} and shape {tuple(tensor.shape)} on {tensor.device}"
-            )
-    if not weight.is_contiguous():
-        raise ValueError(f"weight: expected a contiguous tensor, got strides {weight.stride()}")
+    (size, x_stride), (_, residual_stride) = row_layout(x), row_layout(residual)
+    addresses = (tensor.data_ptr() for tensor in tensors)
+    unit = unit_of(*addresses, size, x_stride, residual_stride).size
+    block, warps = block_of(x.shape[1], x.element_size())
+    norm = Norm(*tensors, x_stride // unit, residual_stride // unit)
+    return norm, NormShape(unit // x.element_size(), size // unit, block, eps), warps
 
 
 def downsample_add_rms_norm(
@@ -169,14 +132,11 @@ def downsample_add_rms_norm(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """See `adsc_kernels.ops.downsample_add_rms_norm`."""
-    check_norm(x, residual, weight)
-    x_rows = row_layout(x, "x")
-    row_layout(residual, "residual")
-    movement = row_map(segments, keep_indices, num_tokens, x_rows.num_rows, x.device)
-    normed, residual_out = (x.new_empty((num_tokens, x_rows.size)) for _ in range(2))
-    if normed.numel() > 0:
-        norm = norm_of(x, residual, weight, normed, residual_out)
-        constants = (*norm.constants, eps, movement.by_index)
-        arguments = (*norm.pointers, *movement.arguments, *constants)
-        launch(add_rms_norm_kernel, num_tokens, x.device, arguments, num_warps=norm.warps)
-    return normed, residual_out
+    outs = fakes.downsample_add_rms_norm(
+        x, residual, weight, segments, keep_indices, num_tokens, eps
+    )
+    if outs[0].numel() > 0:
+        norm, shape, warps = norm_of(x, residual, weight, eps, *outs)
+        rows = row_map(segments, keep_indices, num_tokens, x.shape[0])
+        launch(add_rms_norm_kernel, num_tokens, x.device, (norm, *rows, shape), num_warps=warps)
+    return outs
