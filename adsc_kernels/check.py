@@ -52,6 +52,7 @@ def row_source(
             raise ValueError(
                 f"keep_indices: expected shape [rows], got {tuple(keep_indices.shape)}"
             )
+        _check_room(keep_indices.shape[0], x, name, "keep_indices")
         return None, keep_indices.shape[0]
     assert stage is not None  # for the type checker
     segments = stage.segments
@@ -62,7 +63,23 @@ def row_source(
         raise ValueError(
             f"{name}: expected {stage.num_tokens_in} rows (stage.num_tokens_in), got {x.shape[0]}"
         )
-    return segments, stage.num_tokens
+    num_tokens = stage.num_tokens
+    if num_tokens < 0:
+        raise ValueError(f"num_tokens: expected at least 0, got {num_tokens}")
+    if num_tokens > 0 and segments.shape[0] == 0:
+        raise ValueError(
+            f"segments: expected a table for {num_tokens} output rows, got an empty one"
+        )
+    _check_room(num_tokens, x, name, "segments")
+    return segments, num_tokens
+
+
+def _check_room(num_tokens: int, x: Tensor, x_name: str, name: str) -> None:
+    if num_tokens > 0 and x.shape[0] == 0:
+        raise ValueError(
+            f"{name}: expected no output rows, since their sources lie in [0, 0), got 0 rows in "
+            f"{x_name} and {num_tokens} output rows"
+        )
 
 
 def check_table(

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from adsc_kernels import fakes
 from adsc_kernels.check import Stage, check_rows, row_source
 from adsc_kernels.ops._dispatch import call, choose, register
 from adsc_kernels.ops.downsample import upsample_grad
@@ -17,7 +18,6 @@ from adsc_kernels.ops.rebuild_metadata import (
     Metadata,
     as_ints,
     check_layout,
-    empty_metadata,
 )
 
 
@@ -182,30 +182,7 @@ def step_of(outputs: Sequence[Tensor], has_residual: bool, num_others: int) -> B
     )
 
 
-# ---- Shapes for tracing, and gradients ----
-
-
-def empty_outputs(
-    hidden: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    others: list[Tensor],
-    segments: Tensor | None,
-    keep_indices: Tensor | None,
-    cu_seqlens: Tensor | None,
-    spans: Tensor | None,
-    keep: list[int],
-    pattern: str,
-    max_height: int,
-    num_tokens: int,
-) -> list[Tensor]:
-    """What the op returns, uninitialized."""
-    moved = [hidden, *([] if residual is None else [residual]), *others]
-    outputs = [x.new_empty((num_tokens, *x.shape[1:])) for x in moved]
-    if cu_seqlens is not None and spans is not None:
-        outputs += empty_metadata(cu_seqlens, spans, keep, pattern, max_height)
-    return outputs
+# ---- Gradients ----
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -256,8 +233,8 @@ register(
     "(Tensor hidden, Tensor? residual, Tensor? weight, float eps, Tensor[] others, "
     "Tensor? segments, Tensor? keep_indices, Tensor? cu_seqlens, Tensor? spans, int[] keep, "
     "str pattern, SymInt max_height, SymInt num_tokens) -> Tensor[]",
-    fake=empty_outputs,
+    fake=fakes.boundary_step,
     backward=_backward,
     setup=_setup,
-    triton="boundary",
+    triton="boundary_step",
 )

@@ -1,9 +1,9 @@
 """Shrinking a KV cache that is already written: `compact_kv_` and `compact_paged_kv_`."""
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from adsc_kernels import fakes
 from adsc_kernels.kv.cache import (
     Blocks,
     CacheLayout,
@@ -136,52 +136,7 @@ def compact_paged_kv_(
     return call.result(*choose("compact_paged_kv_", call.device)(*call.arguments))
 
 
-# ---- Schemas and shapes for tracing ----
-
-
-def _fake(
-    caches: list[Tensor],
-    num_layers: int,
-    segments: Tensor | None,
-    keep_indices: Tensor | None,
-    cu_kept: Tensor,
-    cu_rows: Tensor | None,
-    prefix_lens: Tensor | None,
-    seq_lens: Tensor | None,
-    seq_starts: Tensor | None,
-    cache_layout: str,
-) -> tuple[Tensor, Tensor]:
-    batch = cu_kept.shape[0] - 1
-    return (
-        cu_kept.new_empty(batch, dtype=torch.int32),
-        cu_kept.new_empty(batch, dtype=torch.int64),
-    )
-
-
-def _fake_paged(
-    caches: list[Tensor],
-    num_layers: int,
-    block_table: Tensor,
-    block_size: int,
-    segments: Tensor | None,
-    keep_indices: Tensor | None,
-    cu_kept: Tensor,
-    cu_rows: Tensor | None,
-    prefix_lens: Tensor | None,
-    seq_lens: Tensor | None,
-    edit_table: bool,
-    read_only_blocks: Tensor | None,
-    cache_layout: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch = cu_kept.shape[0] - 1
-    return (
-        cu_kept.new_empty(batch, dtype=torch.int32),
-        cu_kept.new_empty(batch, dtype=torch.int64),
-        cu_kept.new_empty(batch, dtype=torch.int32),
-        cu_kept.new_empty(batch + 1, dtype=torch.int32),
-        block_table.new_empty(block_table.shape if edit_table else (0, 0)),
-    )
-
+# ---- Schemas ----
 
 _ROWS = (
     "Tensor? segments, Tensor? keep_indices, Tensor cu_kept, Tensor? cu_rows, "
@@ -191,7 +146,7 @@ register(
     "compact_kv_",
     f"(Tensor(a!)[] caches, int num_layers, {_ROWS}, Tensor? seq_starts, str cache_layout) "
     "-> (Tensor, Tensor)",
-    fake=_fake,
+    fake=fakes.compact_kv_,
     triton="compact",
 )
 register(
@@ -200,6 +155,6 @@ register(
     f"{_ROWS}, bool edit_table, Tensor? read_only_blocks, "
     "str cache_layout) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake_paged,
+    fake=fakes.compact_paged_kv_,
     triton="compact",
 )

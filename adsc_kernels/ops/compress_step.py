@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from adsc_kernels import fakes
 from adsc_kernels.check import Stage
 from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.kv.cache import DenseCache, PagedCache
@@ -18,7 +19,6 @@ from adsc_kernels.ops.boundary_step import (
     BatchLayout,
     BoundaryStep,
     check_boundary,
-    empty_outputs,
     step_of,
 )
 
@@ -82,7 +82,7 @@ def compress_step(
             f"k_caches[0]: expected the device of hidden, {hidden.device}, got {compaction.device}"
         )
     check_apart(inputs, compaction.caches.reaches)
-    outputs = empty_outputs(*arguments)
+    outputs = fakes.boundary_step(*arguments)
     op = choose("compress_step", hidden.device)
     results = op(*arguments, *_op_arguments(compaction), outputs)
     return CompressStep(
@@ -125,52 +125,7 @@ def _op_arguments(call: CompactionCall) -> tuple[Any, ...]:
     return (caches, layers, None, 0, *rows, seq_starts, False, None, layout)
 
 
-# ---- Schema and shapes for tracing ----
-
-
-def _fake(
-    hidden: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    others: list[Tensor],
-    segments: Tensor | None,
-    keep_indices: Tensor | None,
-    cu_seqlens: Tensor | None,
-    spans: Tensor | None,
-    keep: list[int],
-    pattern: str,
-    max_height: int,
-    num_tokens: int,
-    caches: list[Tensor],
-    num_layers: int,
-    block_table: Tensor | None,
-    block_size: int,
-    cache_segments: Tensor | None,
-    cache_keep_indices: Tensor | None,
-    cu_kept: Tensor,
-    cu_rows: Tensor | None,
-    prefix_lens: Tensor | None,
-    seq_lens: Tensor | None,
-    seq_starts: Tensor | None,
-    edit_table: bool,
-    read_only_blocks: Tensor | None,
-    cache_layout: str,
-    outs: list[Tensor],
-) -> tuple[Tensor, ...]:
-    batch = cu_kept.shape[0] - 1
-    lens = cu_kept.new_empty(batch, dtype=torch.int32)
-    slots = cu_kept.new_empty(batch, dtype=torch.int64)
-    if block_table is None:
-        return (lens, slots, *(cu_kept.new_empty(0, dtype=torch.int32) for _ in range(3)))
-    return (
-        lens,
-        slots,
-        cu_kept.new_empty(batch, dtype=torch.int32),
-        cu_kept.new_empty(batch + 1, dtype=torch.int32),
-        block_table.new_empty(block_table.shape if edit_table else (0, 0)),
-    )
-
+# ---- Schema ----
 
 register(
     "compress_step",
@@ -181,6 +136,6 @@ register(
     "Tensor cu_kept, Tensor? cu_rows, Tensor? prefix_lens, Tensor? seq_lens, Tensor? seq_starts, "
     "bool edit_table, Tensor? read_only_blocks, str cache_layout, Tensor(b!)[] outs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake,
+    fake=fakes.compress_step,
     triton="compress_step",
 )

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adsc_kernels import fakes
 from adsc_kernels.check import Stage, check_rows, row_source
 from adsc_kernels.ops._dispatch import call, choose, register
 from adsc_kernels.ops.downsample import upsample_grad
@@ -71,20 +72,7 @@ def _check_like(tensor: Tensor, name: str, x: Tensor, x_name: str, shape: torch.
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
-# ---- Shapes for tracing, and gradients ----
-
-
-def _fake(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    segments: Tensor | None,
-    keep_indices: Tensor | None,
-    num_tokens: int,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    shape = (num_tokens, x.shape[1])
-    return x.new_empty(shape), x.new_empty(shape)
+# ---- Gradients ----
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -122,8 +110,8 @@ register(
     "downsample_add_rms_norm",
     "(Tensor x, Tensor residual, Tensor weight, Tensor? segments, Tensor? keep_indices, "
     "SymInt num_tokens, float eps) -> (Tensor, Tensor)",
-    fake=_fake,
+    fake=fakes.downsample_add_rms_norm,
     backward=_backward,
     setup=_setup,
-    triton="norm",
+    triton="downsample_add_rms_norm",
 )

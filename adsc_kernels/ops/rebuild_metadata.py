@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adsc_kernels import fakes
 from adsc_kernels.check import check_table
 from adsc_kernels.ops._dispatch import choose, register
 from adsc_kernels.schedule import PATTERNS
@@ -93,9 +94,9 @@ def check_layout(
         fractions = [exact_fraction(part) for part in keep]
         if spans.shape[1] != 5:
             raise ValueError(f"spans: expected shape [N, 5] for the grid, got {tuple(spans.shape)}")
-        if not isinstance(max_height, int) or max_height < 0:
+        if not isinstance(max_height, int) or not 0 <= max_height < 1 << 31:
             raise ValueError(
-                f"max_height: expected an int of at least 0 for the grid, got {max_height!r}"
+                f"max_height: expected an int in [0, 2^31) for the grid, got {max_height!r}"
             )
     else:
         fractions = [exact_fraction(keep)]
@@ -127,28 +128,10 @@ def exact_fraction(keep: object) -> Fraction:
     return fraction
 
 
-def empty_metadata(
-    cu_seqlens: Tensor, spans: Tensor, keep: list[int], pattern: str, max_height: int
-) -> tuple[Tensor, ...]:
-    """The metadata, uninitialized: its shapes depend on shapes alone."""
-    num_sequences, num_spans = cu_seqlens.shape[0] - 1, spans.shape[0]
-    grid = pattern == "grid"
-    blocks = -((-max_height * keep[0]) // keep[1]) if grid else 1
-    shapes = (
-        (num_sequences + 1,),
-        (num_spans, 5 if grid else 3),
-        (num_sequences + num_spans * (1 + blocks), 6),
-        (num_sequences,),
-        (),
-        (),
-    )
-    return tuple(cu_seqlens.new_empty(shape) for shape in shapes)
-
-
 register(
     "rebuild_metadata",
     "(Tensor cu_seqlens, Tensor spans, int[] keep, str pattern, SymInt max_height) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=empty_metadata,
-    triton="metadata",
+    fake=fakes.rebuild_metadata,
+    triton="rebuild_metadata",
 )

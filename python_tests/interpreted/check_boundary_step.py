@@ -11,7 +11,7 @@ from test_rebuild_metadata import PATTERNS, fractions, int32, layouts
 from torch import Tensor
 
 from adsc_kernels import reference
-from adsc_kernels.triton.boundary import boundary_step
+from adsc_kernels.triton.boundary_step import boundary_step
 
 NO_LAYOUT = (None, None, [], "start", 0)
 

@@ -34,8 +34,8 @@ LISTS = (None, torch.tensor([[[0, 3, 1, 2]]]), torch.tensor([0, 2, 4]), torch.te
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        (1, torch.tensor([[[3, 0, 1, 2]]]), "segments, keep_indices: rows that don't rise"),
-        (1, torch.tensor([[[0, 4, 1, 2]]]), "segments, keep_indices: rows that don't rise"),
+        (1, torch.tensor([[[3, 0, 1, 2]]]), "segments, keep_indices: rows that don.*t rise"),
+        (1, torch.tensor([[[0, 4, 1, 2]]]), "segments, keep_indices: rows that don.*t rise"),
         (1, torch.tensor([[[0, 3, 1]]]), "keep_indices: fewer"),
         (2, torch.tensor([0, 5, 4]), "cu_kept: "),
         (3, torch.tensor([0, 1, 8]), "cu_kept: "),
@@ -114,7 +114,7 @@ def test_block_tables(drawn: Blocks) -> None:
     try:
         torch.ops.adsc_kernels.compact_paged_kv_(*arguments)
     except ValueError as error:
-        name = str(error).split(":")[0]
+        name = str(error).split(":")[0].replace("pinned", "read_only_blocks")
         with pytest.raises(Exception, match=f"{name}: a block"):
             torch.ops.adsc_triton.compact_paged_kv_(*same)
         assert all(map(torch.equal, got, saved))

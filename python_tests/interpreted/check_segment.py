@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from segment_tables import FakeStage, by_stage, stages
 
 from adsc_kernels import _C, reference
-from adsc_kernels.triton.segment import kept_count, kept_index, source_rows
+from adsc_kernels.triton.segment import RowMap, kept_count, kept_index, source_rows
 
 
 @triton.jit
@@ -32,7 +32,8 @@ def source_rows_kernel(
     table, out, found_out, count, steps, num_tokens, num_rows, SIZE: tl.constexpr
 ):
     row = tl.arange(0, SIZE).to(tl.int64)
-    source, found = source_rows(table, count, steps, row, num_tokens, num_rows, False, True)
+    row_map = RowMap(table, count, steps, num_tokens, num_rows, False)
+    source, found = source_rows(row_map, row, True)
     tl.store(out + row, source, mask=found)
     tl.store(found_out + row, found)
 
