@@ -195,8 +195,8 @@ def test_the_op_itself_checks_too() -> None:
         (4, None, "^segments, keep_indices: "), (4, STAGE.segments.long(), "^segments: "), (4, STAGE.segments[:0], "^segments: "),
         (5, INDICES[None, None], "^segments, keep_indices: .*both"), (6, INDICES[:0], "^cu_kept: "), (6, STAGE.cu_seqlens.float(), "^cu_kept: "),
         (7, None, "^cu_rows: "), (8, INDICES, "^prefix_lens: "), (9, torch.tensor([16, 17]), "^seq_lens: "), (9, torch.tensor([16, 1]), "^seq_lens: "),
-        (2, table_with(1), "^block_table: .*block 1 again at "), (11, torch.tensor([1]), "^pinned: .*block 1, but sequence 0"), (11, TABLE, "^pinned: "),
-        (12, "NHWC", "^layout: "),
+        (2, table_with(1), "^block_table: .*block 1 2 times, again at "), (11, torch.tensor([1]), "^read_only_blocks: .*block 1, but sequence 0"), (11, TABLE, "^read_only_blocks: "),
+        (12, "NHWC", "^cache_layout: "),
     ]:  # fmt: skip
         bad = list(good)
         bad[place] = value
@@ -272,7 +272,7 @@ def test_pinned_is_heeded_in_a_compiled_graph() -> None:
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     pool = torch.randn(9, 4, 3, 5)
     before = pool.clone()
-    with pytest.raises(ValueError, match=r"^pinned: .*block 1, but sequence 0"):
+    with pytest.raises(ValueError, match=r"^read_only_blocks: .*block 1, but sequence 0"):
         compiled(pool, torch.tensor([1]))
     assert torch.equal(pool, before)
     compiled(pool, torch.tensor([0]))

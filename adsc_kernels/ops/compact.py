@@ -520,7 +520,7 @@ _ROWS = (
 )
 register(
     "compact_kv_",
-    f"(Tensor(a!)[] caches, int num_layers, {_ROWS}, Tensor? seq_starts, str layout) "
+    f"(Tensor(a!)[] caches, int num_layers, {_ROWS}, Tensor? seq_starts, str cache_layout) "
     "-> (Tensor, Tensor)",
     fake=_fake,
     triton="compact",
@@ -528,7 +528,7 @@ register(
 register(
     "compact_paged_kv_",
     "(Tensor(a!)[] caches, int num_layers, Tensor block_table, SymInt block_size, "
-    f"{_ROWS}, bool edit_table, Tensor? pinned, str layout) "
+    f"{_ROWS}, bool edit_table, Tensor? read_only_blocks, str cache_layout) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_paged,
     triton="compact",

@@ -241,7 +241,7 @@ register(
     "str pattern, SymInt max_height, SymInt num_tokens, Tensor(a!)[] caches, int num_layers, "
     "Tensor? block_table, SymInt block_size, Tensor? cache_segments, Tensor? cache_keep_indices, "
     "Tensor cu_kept, Tensor? cu_rows, Tensor? prefix_lens, Tensor? seq_lens, Tensor? seq_starts, "
-    "bool edit_table, Tensor? pinned, str layout, Tensor(b!)[] outs) "
+    "bool edit_table, Tensor? read_only_blocks, str cache_layout, Tensor(b!)[] outs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
     triton="compress_step",

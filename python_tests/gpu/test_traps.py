@@ -65,7 +65,7 @@ CALLS = {
     "block shared": ("compact([[0, 1, 2, 3], [0, 5, 6, 7]])", "block_table"),
     "block shared, another pinned": ("compact([[0, 1, 2, 3], [0, 5, 6, 7]], [1])", "block_table"),
     "block twice": ("compact([[0, 1, 2, 2], [4, 5, 6, 7]])", "block_table"),
-    "pinned written": ("compact([[0, 1, 2, 3], [4, 5, 6, 7]], [6])", "pinned"),
+    "pinned written": ("compact([[0, 1, 2, 3], [4, 5, 6, 7]], [6])", "read_only_blocks"),
 }  # fmt: skip
 if DRY_RUN:
     CALLS = {name: CALLS[name] for name in ("good table", "index past x")}
