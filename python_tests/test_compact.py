@@ -103,7 +103,7 @@ def test_blocks(case: Case) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(case=paged_cases())
-def test_pinned_blocks_that_would_change_are_refused_and_only_those(case: Case) -> None:
+def test_read_only_blocks_that_would_change_are_refused_and_only_those(case: Case) -> None:
     """A block of the old cache is written exactly if pinning it raises."""
     case.extra["edit_table"] = not case.extra["edit_table"]
     before, after = case.build(), case.build()

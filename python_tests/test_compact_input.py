@@ -234,7 +234,7 @@ def test_the_op_itself_checks_too() -> None:
         (4, None, "^segments, keep_indices: "), (4, STAGE.segments.long(), "^segments: "), (4, STAGE.segments[:0], "^segments: "),
         (5, INDICES[None, None], "^segments, keep_indices: .*both"), (6, INDICES[:0], "^cu_kept: "), (6, STAGE.cu_seqlens.float(), "^cu_kept: "),
         (7, None, "^cu_rows: "), (8, INDICES, "^prefix_lens: "), (9, torch.tensor([16, 17]), "^seq_lens: "), (9, torch.tensor([16, 1]), "^seq_lens: "),
-        (2, table_with(1), "^block_table: .*block 1 again at "), (11, torch.tensor([1]), "^read_only_blocks: .*block 1, but sequence 0"), (11, TABLE, "^read_only_blocks: "),
+        (2, table_with(1), "^block_table: .*block 1 2 times, again at "), (11, torch.tensor([1]), "^read_only_blocks: .*block 1, but sequence 0"), (11, TABLE, "^read_only_blocks: "),
         (12, "NHWC", "^cache_layout: "),
     ]:  # fmt: skip
         bad = list(good)
@@ -301,7 +301,7 @@ def test_fullgraph() -> None:
         assert torch.equal(a, b)
 
 
-def test_pinned_is_heeded_in_a_compiled_graph() -> None:
+def test_read_only_blocks_are_heeded_in_a_compiled_graph() -> None:
     """The host doesn't look at the table there; the op does."""
 
     def run(pool: Tensor, read_only_blocks: Tensor) -> Tensor:

@@ -13,6 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adsc_kernels._planner import _C
+
+_NO_ROWS = np.empty(0, np.int64)
+
 
 class Ints(NamedTuple):
     """Lengths or boundaries that the host knows, with a copy on the device.
@@ -87,19 +91,6 @@ class HostRows:
         parts = zip(self.seq_lens, self.source_lens, self.kept_lens, strict=True)
         return tuple(total - source + kept for total, source, kept in parts)
 
-    def moves(self, b: int) -> bool:
-        """Whether any row of sequence b may move."""
-        return self.kept_lens[b] < self.source_lens[b]
-
-    def source_of(self, b: int, rows: np.ndarray) -> np.ndarray:
-        """The rows of the old cache that `rows` of the new one take."""
-        assert self.sources is not None
-        prefix, kept = self.prefix_lens[b], self.kept_lens[b]
-        moved = rows + (self.source_lens[b] - kept)  # right for the suffix
-        inside = (rows >= prefix) & (rows < prefix + kept)
-        moved[inside] = prefix + self.sources[b][rows[inside] - prefix]
-        return np.where(rows < prefix, rows, moved)
-
 
 @dataclass(frozen=True)
 class Pages:
@@ -124,78 +115,19 @@ def check_pages(
     Raises ValueError naming `name` for an entry outside the pool and for a block that is used twice
     and isn't in read_only_blocks, and naming read_only_blocks for one that would be written.
     """
-    old_pages = [-(-n // block_size) for n in rows.seq_lens]
-    new_pages = [-(-n // block_size) for n in rows.new_lens]
-    used = [table[b, :n] for b, n in enumerate(old_pages)]
-    for b, blocks in enumerate(used):
-        outside = np.flatnonzero((blocks < 0) | (blocks >= num_blocks))
-        if outside.size:
-            page = int(outside[0])
-            raise ValueError(
-                f"{name}: expected blocks in [0, {num_blocks}), got {blocks[page]} at [{b}, {page}]"
-            )
-    every = np.sort(_joined(used))
-    shared = every[1:][every[1:] == every[:-1]]  # the read-only ones too
-    if shared.size and not np.isin(shared, read_only_blocks).all():
-        block = shared[~np.isin(shared, read_only_blocks)][0]
-        raise ValueError(
-            f"{name}: expected every block once, or named in read_only_blocks, got "
-            f"block {block} {(every == block).sum()} times"
-        )
-    kept, released = [], []
-    for b, pages in enumerate(new_pages):
-        known = not edit_table or rows.sources is not None
-        homes = _homes(rows, b, pages, block_size, edit_table) if known else None
-        if read_only_blocks.size:
-            if homes is None:
-                first = rows.prefix_lens[b] // block_size
-                touched = used[b][first:] if rows.moves(b) and first < pages else used[b][:0]
-            else:
-                touched = used[b][homes[_written(rows, b, homes, block_size)]]
-            hit = np.isin(touched, read_only_blocks)
-            if hit.any():
-                raise ValueError(
-                    f"read_only_blocks: expected no move into block {touched[hit][0]}, but "
-                    f"sequence {b} would write to it"
-                )
-        if homes is not None:
-            stays = np.zeros(old_pages[b], bool)
-            stays[homes] = True
-            kept.append(used[b][stays])
-            released.append(used[b][~stays].astype(np.int64))
-    if len(kept) < len(used):
-        return None
-    free = np.sort(_joined(released))
-    if shared.size or read_only_blocks.size:
-        free = np.unique(free[~np.isin(free, _joined([*kept, read_only_blocks]))])
-    return Pages(tuple(released), free)
-
-
-def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
-
-
-def _homes(rows: HostRows, b: int, num_pages: int, block_size: int, edit_table: bool) -> np.ndarray:
-    """For each page of sequence b's new cache the old page whose block it takes."""
-    pages = np.arange(num_pages)
-    if not edit_table:
-        return pages
-    first = pages * block_size
-    last = np.minimum(first + block_size, rows.new_lens[b]) - 1
-    sources = rows.source_of(b, last)
-    in_place = sources % block_size == last % block_size
-    return np.where(in_place, sources, rows.source_of(b, first)) // block_size
-
-
-def _written(rows: HostRows, b: int, homes: np.ndarray, block_size: int) -> np.ndarray:
-    """Whether a row is moved into each page of sequence b's new cache."""
-    pages = np.arange(len(homes))
-    if rows.sources is None:
-        # Any page from the first that could move on, since nobody here knows which rows are kept.
-        return pages >= (rows.prefix_lens[b] // block_size if rows.moves(b) else len(pages))
-    first = pages * block_size
-    last = np.minimum(first + block_size, rows.new_lens[b]) - 1
-    # A row's distance to its source never falls within a sequence: if the first and the last row of
-    # a page are in their places, all are.
-    moved = rows.source_of(b, first) != homes * block_size
-    return moved | (rows.source_of(b, last) != homes * block_size + (last - first))
+    sources = None if rows.sources is None else np.concatenate([_NO_ROWS, *rows.sources])
+    num_pages = -(-max(rows.seq_lens, default=0) // block_size)
+    left = _C.check_pages(
+        table[:, :num_pages].astype(np.int64, copy=False),
+        rows.prefix_lens,
+        rows.source_lens,
+        rows.kept_lens,
+        rows.seq_lens,
+        sources,
+        block_size,
+        num_blocks,
+        edit_table,
+        read_only_blocks,
+        name,
+    )
+    return None if left is None else Pages(*left)

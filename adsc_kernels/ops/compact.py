@@ -152,8 +152,7 @@ register(
 register(
     "compact_paged_kv_",
     "(Tensor(a!)[] caches, int num_layers, Tensor block_table, SymInt block_size, "
-    f"{_ROWS}, bool edit_table, Tensor? read_only_blocks, "
-    "str cache_layout) "
+    f"{_ROWS}, bool edit_table, Tensor? read_only_blocks, str cache_layout) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=fakes.compact_paged_kv_,
     triton="compact",

@@ -114,7 +114,7 @@ def test_block_tables(drawn: Blocks) -> None:
     try:
         torch.ops.adsc_kernels.compact_paged_kv_(*arguments)
     except ValueError as error:
-        name = str(error).split(":")[0].replace("pinned", "read_only_blocks")
+        name = str(error).split(":")[0]
         with pytest.raises(Exception, match=f"{name}: a block"):
             torch.ops.adsc_triton.compact_paged_kv_(*same)
         assert all(map(torch.equal, got, saved))

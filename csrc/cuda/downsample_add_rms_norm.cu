@@ -1,6 +1,6 @@
+#include "downsample_add_rms_norm.h"
 #include "launch.h"
 #include "norm.cuh"
-#include "norm.h"
 
 namespace adsc::cuda {
 namespace {

@@ -1,4 +1,4 @@
-#include "norm.h"
+#include "downsample_add_rms_norm.h"
 
 #include <algorithm>
 #include <cmath>

@@ -1,4 +1,4 @@
-#include "metadata.h"
+#include "rebuild_metadata.h"
 
 #include <algorithm>
 
@@ -43,7 +43,7 @@ std::string find_layout_fault(const BatchLayout& layout, const Boundary& boundar
       if (height < 0 || width < 0 || height * width != length) {
         return fault("expected height x width of the length, got ", height, " x ", width);
       }
-      if (boundary.grid && kept(height, boundary.keep) > boundary.span_blocks) {
+      if (boundary.grid && kept(height, boundary.keep_rows) > boundary.span_segments) {
         return fault("expected a height of at most max_height, got ", height);
       }
     }
@@ -51,8 +51,8 @@ std::string find_layout_fault(const BatchLayout& layout, const Boundary& boundar
   return "";
 }
 
-void rebuild_metadata(const BatchLayout& layout, const Boundary& boundary,
-                      const StageMetadata& out) {
+void rebuild_metadata(const MetadataStep& step) {
+  const auto& [layout, boundary, out] = step;
   Segment* segment = out.segments;
   int64_t dst = 0;
   const auto emit = [&](int64_t src, int64_t span, int64_t keep, int32_t pattern) {
@@ -77,22 +77,22 @@ void rebuild_metadata(const BatchLayout& layout, const Boundary& boundary,
       emit(source, start - source, start - source, kStart);
       source = start + span[2];
 
-      int32_t* next = out.spans + i * (boundary.grid ? 5 : 3);
+      int32_t* next = out.spans + i * span_columns(boundary);
       next[0] = static_cast<int32_t>(b);
       next[1] = static_cast<int32_t>(dst - begin);
       if (boundary.grid) {
         const int64_t height = span[3];
         const int64_t width = span[4];
-        const int64_t rows = kept(height, boundary.keep);
-        const int64_t cols = kept(width, boundary.keep_cols);
+        const int64_t rows = kept(height, boundary.keep_rows);
+        const int64_t columns = kept(width, boundary.keep_columns);
         for (int64_t r = 0; r < rows; ++r) {
-          emit(start + kept_index(kStart, r, height, rows) * width, width, cols, kStart);
+          emit(start + kept_index(kStart, r, height, rows) * width, width, columns, kStart);
         }
-        for (int64_t r = rows; r < boundary.span_blocks; ++r) emit(source, 0, 0, kStart);
+        for (int64_t r = rows; r < boundary.span_segments; ++r) emit(source, 0, 0, kStart);
         next[3] = static_cast<int32_t>(rows);
-        next[4] = static_cast<int32_t>(cols);
+        next[4] = static_cast<int32_t>(columns);
       } else {
-        emit(start, span[2], kept(span[2], boundary.keep), boundary.pattern);
+        emit(start, span[2], kept(span[2], boundary.keep_columns), boundary.pattern);
       }
       next[2] = static_cast<int32_t>(dst - begin - next[1]);
     }

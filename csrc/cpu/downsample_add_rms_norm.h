@@ -1,4 +1,5 @@
-// Residual add and RMSNorm of the rows that survive, which are the only ones read.
+// downsample_add_rms_norm, also for boundary_step and compress_step: residual add and RMSNorm of
+// the rows that survive, which are the only ones read.
 #pragma once
 
 #include <cstdint>

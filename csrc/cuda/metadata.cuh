@@ -1,10 +1,11 @@
 // A boundary over a layout that lies on the device, by one block: a scan over the spans, which
-// tells for each how many rows are dropped before it and so where its survivors go.
+// tells for each how many rows are dropped before it and so where its survivors go. For
+// rebuild_metadata, boundary_step and compress_step.
 #pragma once
 
 #include <cstdint>
 
-#include "../layout.h"
+#include "../boundary.h"
 #include "rows.cuh"
 
 namespace adsc::cuda {
@@ -17,7 +18,7 @@ struct SpanMove {
   int32_t dropped;  // rows dropped before it; its first survivor is output row source - dropped
   int32_t height;   // for a grid
   int32_t width;
-  int32_t kept_cols;
+  int32_t kept_columns;
 };
 
 // What a block shares while it scans.
@@ -36,10 +37,10 @@ __device__ __forceinline__ SpanMove read_span(const BatchLayout& layout, const B
   if (boundary.grid) {
     move.height = load(span + 3);
     move.width = load(span + 4);
-    move.kept_cols = static_cast<int32_t>(kept(move.width, boundary.keep_cols));
-    move.kept = static_cast<int32_t>(kept(move.height, boundary.keep)) * move.kept_cols;
+    move.kept_columns = static_cast<int32_t>(kept(move.width, boundary.keep_columns));
+    move.kept = static_cast<int32_t>(kept(move.height, boundary.keep_rows)) * move.kept_columns;
   } else {
-    move.kept = static_cast<int32_t>(kept(move.length, boundary.keep));
+    move.kept = static_cast<int32_t>(kept(move.length, boundary.keep_columns));
   }
   return move;
 }
@@ -50,11 +51,11 @@ __device__ __forceinline__ int64_t survivor(const SpanMove& span, const Boundary
   if (!boundary.grid) {
     return span.source + kept_index(boundary.pattern, j, span.length, span.kept);
   }
-  const int64_t row = divide(j, span.kept_cols);
-  const int64_t column = j - row * span.kept_cols;
-  const int64_t kept_rows = divide(span.kept, span.kept_cols);
+  const int64_t row = divide(j, span.kept_columns);
+  const int64_t column = j - row * span.kept_columns;
+  const int64_t kept_rows = divide(span.kept, span.kept_columns);
   return span.source + kept_index(kStart, row, span.height, kept_rows) * span.width +
-         kept_index(kStart, column, span.width, span.kept_cols);
+         kept_index(kStart, column, span.width, span.kept_columns);
 }
 
 // rows[i] = the source row of output row begin + i, for i in [0, count), or kNoRow past the stage's
@@ -137,14 +138,16 @@ __device__ __forceinline__ Segment segment(int64_t dst, int64_t src, int64_t spa
 }
 
 // All of the stage's metadata, by one block. The table holds, sequence by sequence, for each span
-// its text before it and its span_blocks segments, and then the text after the last span; so the
+// its text before it and its span_segments, and then the text after the last span; so the
 // place of each is known from the numbers of its span and sequence alone. warp_sums: shared, one a
 // warp.
-__device__ inline void write_metadata(const BatchLayout& layout, const Boundary& boundary,
-                                      const StageMetadata& stage, int32_t* warp_sums) {
-  const int64_t per_span = 1 + boundary.span_blocks;
+__device__ inline void write_metadata(const MetadataStep& step, int32_t* warp_sums) {
+  const BatchLayout& layout = step.layout;
+  const Boundary& boundary = step.boundary;
+  const StageMetadata& stage = step.stage;
+  const int64_t per_span = 1 + boundary.span_segments;
   const int64_t columns = layout.span_columns;
-  const int64_t next_columns = boundary.grid ? 5 : 3;
+  const int64_t next_columns = span_columns(boundary);
 
   // Spans, each with the text before it.
   int64_t dropped = 0;
@@ -169,18 +172,19 @@ __device__ inline void write_metadata(const BatchLayout& layout, const Boundary&
     next[0] = sequence;
     next[2] = span.kept;
     if (boundary.grid) {
-      const int64_t kept_rows = kept(span.height, boundary.keep);
-      for (int64_t r = 0; r < boundary.span_blocks; ++r) {
+      const int64_t kept_rows = kept(span.height, boundary.keep_rows);
+      for (int64_t r = 0; r < boundary.span_segments; ++r) {
         if (r < kept_rows) {
           const int64_t source =
               span.source + kept_index(kStart, r, span.height, kept_rows) * span.width;
-          out[r] = segment(dst + r * span.kept_cols, source, span.width, span.kept_cols, kStart);
+          out[r] =
+              segment(dst + r * span.kept_columns, source, span.width, span.kept_columns, kStart);
         } else {
           out[r] = segment(dst + span.kept, span.source + span.length, 0, 0, kStart);
         }
       }
       next[3] = static_cast<int32_t>(kept_rows);
-      next[4] = span.kept_cols;
+      next[4] = span.kept_columns;
     } else {
       *out = segment(dst, span.source, span.length, span.kept, boundary.pattern);
     }

@@ -1,12 +1,13 @@
-// The arguments of a boundary, checked; for the ops that do all of it.
+// All that a boundary does, its arguments checked; for boundary_step and compress_step.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "cuda/boundary_step.h"
-#include "ops/check.h"
-#include "ops/metadata.h"
+#include "ops/metadata_call.h"
+#include "ops/outputs.h"
 
 namespace adsc::ops {
 
@@ -27,7 +28,7 @@ struct BoundaryArguments {
 };
 
 struct BoundaryCall {
-  RowMap map;  // with a layout only the numbers of rows
+  RowMap map;  // with metadata only the numbers of rows
   std::optional<MetadataCall> metadata;
   std::optional<RowNorm> norm;
   std::vector<RowCopy> copies;
@@ -35,6 +36,9 @@ struct BoundaryCall {
 
   // Tensors that are `outputs`.
   void set_outputs(const std::vector<Tensor>& tensors);
+
+  // For the launchers; it refers to this.
+  cuda::BoundaryMoves moves() const;
 };
 
 BoundaryCall boundary_call(const BoundaryArguments& arguments);
@@ -43,7 +47,6 @@ BoundaryCall boundary_call(const BoundaryArguments& arguments);
 void run_on_cpu(const BoundaryCall& call);
 
 #if defined(ADSC_WITH_CUDA)
-std::optional<cuda::LayoutStep> layout_step(const BoundaryCall& call);
 // ADSC_CHECK=1
 void check_on_cuda(const BoundaryCall& call, cuda::Stream stream);
 #endif
