@@ -409,7 +409,7 @@ def test_bad_shapes(tmp_path: Path) -> None:
         ModelShape.from_config(transformers.LlavaConfig(vision_config=transformers.ViTConfig()))
     with pytest.raises(ValueError, match="sliding windows"):
         ModelShape.from_config(transformers.MistralConfig(sliding_window=4096))
-    with pytest.raises(ValueError, match=r"model: expected one of llava-1.5-7b, .*'llava'"):
+    with pytest.raises(ValueError, match=r"model: expected one of 'llava-1.5-7b', .*'llava'"):
         ModelShape.preset("llava")
     with pytest.raises(FileNotFoundError, match=r"a folder with a config.json"):
         ModelShape.from_pretrained(tmp_path)

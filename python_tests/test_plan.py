@@ -268,8 +268,8 @@ LAYOUT = dict(cu_seqlens=[0, 10, 20], vision_spans=[(0, 2, 4)])
         (dict(chunks=[]), ValueError, "chunks: expected one .* 2 sequences, got 0"),
         (dict(chunks=[(0, 11), (0, 1)]), ValueError, "end <= 10 for sequence 0, got \\(0, 11\\)"),
         (dict(chunks=[(3, 2), (0, 1)]), ValueError, "chunks: expected 0 <= begin <= end"),
-        (dict(block_size=0), ValueError, "block_size: expected an int of at least 1, got 0"),
-        (dict(align="page"), ValueError, "align: expected 'block' or None, got 'page'"),
+        (dict(block_size=0), ValueError, "block_size: expected at least 1, got 0"),
+        (dict(align="page"), ValueError, "align: expected one of 'block' or None, got 'page'"),
         (dict(align="block"), ValueError, "align: expected a block_size to go with 'block'"),
         (dict(schedule="0:1/2"), TypeError, "schedule: expected a CompressionSchedule, got str"),
         (

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from adsc_kernels.accounting.cache import CacheFormat
 from adsc_kernels.accounting.conventions import DEFAULT_CONVENTION, Convention, find_convention
 from adsc_kernels.accounting.shapes import ModelShape
-from adsc_kernels.counts import at_least
+from adsc_kernels.checks import at_least
 from adsc_kernels.schedule import CompressionSchedule
 
 WEIGHT_BYTES = 2  # of a parameter in 16 bits

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from adsc_kernels.accounting.shapes import ModelShape
-from adsc_kernels.counts import at_least
+from adsc_kernels.checks import at_least
 
 KV_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "fp8": 8, "int8": 8, "int4": 4}
 

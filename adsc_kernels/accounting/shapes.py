@@ -14,7 +14,7 @@ from adsc_kernels.accounting.tower import (
     siglip,
     tower_from_config,
 )
-from adsc_kernels.counts import at_least
+from adsc_kernels.checks import at_least
 
 # Decoders of the Llama kind: RMSNorm before attention and before a SwiGLU of three matrices, RoPE.
 KNOWN_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "qwen2_5_vl_text")

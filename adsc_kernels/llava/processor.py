@@ -53,6 +53,8 @@ class Processor:
         for image in images:
             if not isinstance(image, Image.Image):
                 raise TypeError(f"images: expected PIL images, got {type(image).__name__}")
+            if not all(image.size):
+                raise ValueError(f"images: expected at least 1 x 1 pixels, got {image.size}")
             if max(image.size) > MAX_ASPECT * min(image.size):
                 raise ValueError(f"images: expected sides up to {MAX_ASPECT}:1, got {image.size}")
         shape = (len(images), 3, self.config.image_size, self.config.image_size)
