@@ -5,7 +5,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adsc_kernels import accounting, attention, integrations, llava, ops, reference
+    from adsc_kernels import accounting, attention, ops, reference
+    from adsc_kernels import integrations as integrations
+    from adsc_kernels import llava as llava
     from adsc_kernels.backend import available_backends, backend
     from adsc_kernels.errors import UnsupportedError
     from adsc_kernels.plan import CompressionPlan, StagePlan, make_plan

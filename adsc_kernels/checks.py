@@ -110,9 +110,9 @@ def flag(name: str, value: Any) -> bool:
     return instance(name, value, bool, "True or False")
 
 
-def sequence(name: str, value: Any, expected: type[T]) -> tuple[T, ...]:
-    """A list or tuple whose members are of one class."""
-    words = f"a list of {expected.__name__}"
+def sequence(name: str, value: Any, expected: type[T], words: str = "") -> tuple[T, ...]:
+    """A list or tuple whose members are of one class; ``words`` in place of "a list of" it."""
+    words = words or ("a list" if expected is object else f"a list of {expected.__name__}")
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise TypeError(f"{name}: expected {words}, got {kind(value)}")
     for at, member in enumerate(value):

@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from adsc_kernels import checks
+from adsc_kernels.schedule import MAX_LAYERS
 
 MOST_BYTES = 2**26  # of a JSON file: an index of a thousand shards is a hundredth of that
 MOST_DEPTH = 64  # of lists and objects in one another, where Python's own limit is a crash's
 _NUMBER = re.compile(r"-?[0-9]{1,400}")
+
+
+def bundled_checkpoint() -> Path:
+    """The folder of tiny-llava-digits, the checkpoint that comes with the package."""
+    return Path(__file__).parent / "checkpoints" / "tiny-llava-digits"
 
 
 def find_folder(path_or_id: str | Path) -> Path:
@@ -50,10 +56,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """:func:`read_json` of a config.json, whose layers transformers may list, however many."""
+    config = read_json(path)
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for name in ("num_hidden_layers", "depth"):
+            if isinstance(part.get(name), int) and part[name] > MAX_LAYERS:
+                got = checks.shown(part[name])
+                raise ValueError(f"{path}: {name}: expected at most {MAX_LAYERS}, got {got}")
+    return config
+
+
 def _depth(text: str) -> int:
     """How deep lists and objects lie in one another, brackets inside of texts left out."""
     depth = deepest = 0
-    for mark in re.findall(r'[\[{\]}]', re.sub(r'"(?:[^"\\]|\\.)*"', "", text)):
+    for mark in re.findall(r"[\[{\]}]", re.sub(r'"(?:[^"\\]|\\.)*"', "", text)):
         depth += 1 if mark in "[{" else -1
         deepest = max(deepest, depth)
     return deepest

@@ -9,8 +9,25 @@ if(NOT ADSC_CUDA MATCHES "^(auto|0|1)$")
   message(FATAL_ERROR "ADSC_CUDA must be auto, 0 or 1, not '${ADSC_CUDA}'")
 endif()
 
+string(REGEX REPLACE "[, ]+" ";" archs "${ADSC_CUDA_ARCHS}")
+if(NOT archs)
+  # The GPUs that are here: 9.0 is written 90a, with which the newer instructions come.
+  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
+    OUTPUT_VARIABLE found ERROR_QUIET RESULT_VARIABLE failed)
+  if(failed STREQUAL "0")
+    string(REGEX MATCHALL "[0-9]+\\.[0-9]" found "${found}")
+    string(REPLACE "." "" found "${found}")
+    string(REGEX REPLACE "(^|;)90(;|$)" "\\190a\\2" archs "${found}")
+    list(REMOVE_DUPLICATES archs)
+    list(SORT archs COMPARE NATURAL)
+  endif()
+endif()
+
 if(ADSC_CUDA STREQUAL "0")
   set(cuda_reason "built with ADSC_CUDA=0")
+elseif(ADSC_CUDA STREQUAL "auto" AND NOT archs)
+  # Minutes of compiling for what could not run here.
+  set(cuda_reason "no GPU was found at build time; ADSC_CUDA_ARCHS=all builds for every one")
 else()
   include(CheckLanguage)
   if(NOT CMAKE_CUDA_COMPILER)  # an earlier "not found" is looked into again
@@ -38,12 +55,12 @@ if(NOT adsc_cuda)
   return()
 endif()
 
-string(REGEX REPLACE "[, ]+" ";" archs "${ADSC_CUDA_ARCHS}")
-if(NOT archs)
-  # What this nvcc does not know yet, or no longer, is left out of the default list.
+if(NOT archs OR archs STREQUAL "all")
+  # What this nvcc does not know yet, or no longer, is left out.
+  set(archs "")
   execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch
     OUTPUT_VARIABLE known COMMAND_ERROR_IS_FATAL ANY)
-  foreach(arch ${default_archs})
+  foreach(arch ${all_archs})
     string(REGEX MATCH "[0-9]+" number "${arch}")
     if(known MATCHES "compute_${number}\n")
       list(APPEND archs ${arch})

@@ -23,7 +23,7 @@ _RENAMES = (
 )
 # Tables that old versions saved, and that follow from the config.
 _DERIVED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def load_weights(
@@ -45,7 +45,7 @@ def load_weights(
             if target in found:
                 raise ValueError(f"{file}: {name} is there twice")
             _, shape = wanted.get(target, (name, tensor.shape))
-            if tensor.shape != shape or tensor.dtype not in _FLOATS:
+            if tensor.shape != shape or tensor.dtype not in DTYPES:
                 got = f"{tuple(tensor.shape)} of {tensor.dtype}"
                 raise ValueError(f"{file}: {name}: expected floats {tuple(shape)}, got {got}")
             found[target] = tensor
