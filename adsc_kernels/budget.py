@@ -26,8 +26,9 @@ from adsc_kernels.schedule import (
 Share = str | int | float | Fraction
 KEEP = ("1/2", "1/3", "1/4")
 KEEP_GRID = ("1/2x1/2", "1/2x1", "1x1/2", "1/3x1/3")
+MOST_BOUNDARIES = 100
 MOST = 20_000  # schedules that a search lists
-MOST_TOKENS = 2**20  # vision tokens: the sums within reach are one bit each, for every layer
+MOST_BITS = 2**34  # of sums within reach, at the very most: one for each token, layer and boundary
 
 # Layers of the model, and the best schedule for its 576 tokens that leaves the first two layers
 # whole: one share at two boundaries, or for 64, which that can't reach, any at three. All average
@@ -92,7 +93,7 @@ def search(
     """
     asked = _average(average_tokens)
     layers = _allowed(num_layers, num_boundaries, first_layer, last_layer)
-    checks.integer("vision_tokens", vision_tokens, 1, MOST_TOKENS)
+    checks.integer("vision_tokens", vision_tokens, 1)
     checks.integer("block_size", block_size, 1)
     checks.choice("pattern", pattern, PATTERNS)
     checks.choice("positions", positions, POSITIONS)
@@ -106,10 +107,11 @@ def search(
             f"got {checks.shown(average_tokens)}"
         )
     shares = _shares(keep, pattern)
-    if mixed and len(shares) ** num_boundaries > MOST:
+    mixtures = len(shares) ** num_boundaries if mixed else len(shares)
+    if mixtures > MOST or mixtures * vision_tokens * len(layers) ** 2 * num_boundaries > MOST_BITS:
         raise ValueError(
-            f"num_boundaries: expected at most {MOST} mixtures of {len(shares)} shares, got "
-            f"{num_boundaries} boundaries"
+            "vision_tokens, num_layers, num_boundaries, keep: expected a search that fits memory, "
+            f"got {vision_tokens} tokens, {len(layers)} layers and {mixtures} choices of shares"
         )
     named = ", ".join(share.share() for share in shares)
     chains = []
@@ -246,6 +248,10 @@ def _allowed(num_layers: int, num_boundaries: int, first: int, last: int | None)
             f"got {first} and {last}"
         )
     layers = range(first, last + 1)
+    if num_boundaries > MOST_BOUNDARIES:
+        raise ValueError(
+            f"num_boundaries: expected at most {MOST_BOUNDARIES}, got {checks.shown(num_boundaries)}"
+        )
     if num_boundaries > len(layers):
         raise ValueError(
             f"num_boundaries: expected at most {len(layers)}, one for each layer from {first} to "
