@@ -28,7 +28,7 @@ KEEP = ("1/2", "1/3", "1/4")
 KEEP_GRID = ("1/2x1/2", "1/2x1", "1x1/2", "1/3x1/3")
 MOST_BOUNDARIES = 100
 MOST = 20_000  # schedules that a search lists
-MOST_BITS = 2**34  # of sums within reach, at the very most: one for each token, layer and boundary
+MOST_BITS = 2**33  # of sums within reach, at the very most: one for each token, layer and boundary
 
 # Layers of the model, and the best schedule for its 576 tokens that leaves the first two layers
 # whole: one share at two boundaries, or for 64, which that can't reach, any at three. All average
@@ -248,14 +248,10 @@ def _allowed(num_layers: int, num_boundaries: int, first: int, last: int | None)
             f"got {first} and {last}"
         )
     layers = range(first, last + 1)
-    if num_boundaries > MOST_BOUNDARIES:
+    if num_boundaries > (most := min(len(layers), MOST_BOUNDARIES)):
         raise ValueError(
-            f"num_boundaries: expected at most {MOST_BOUNDARIES}, got {checks.shown(num_boundaries)}"
-        )
-    if num_boundaries > len(layers):
-        raise ValueError(
-            f"num_boundaries: expected at most {len(layers)}, one for each layer from {first} to "
-            f"{last}, got {num_boundaries}"
+            f"num_boundaries: expected at most {most}, and one for each layer from {first} to "
+            f"{last}, got {checks.shown(num_boundaries)}"
         )
     return layers
 

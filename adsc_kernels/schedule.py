@@ -48,12 +48,13 @@ class Boundary:
         where = f"keep at layer {self.layer}"
         if (self.keep_rows is None) != (self.keep_columns is None):
             raise ValueError(f"{where}: expected keep_rows and keep_columns, or neither, got one")
-        for share in {self.keep, *self.factors}:
+        for share in (self.keep, *self.factors):
             # A float is not exact, and would be written as what no schedule parses.
             if isinstance(share, bool) or not isinstance(share, Fraction | int):
                 raise TypeError(f"{where}: expected a Fraction, got {checks.shown(share)}")
             if not 0 <= share <= 1:
-                raise ValueError(f"{where}: expected a share in [0, 1], got {share}")
+                got = checks.shown(share)
+                raise ValueError(f"{where}: expected a share in [0, 1], got {got}")
             if share.denominator >= _MAX_TERM:
                 raise ValueError(f"{where}: expected a denominator below 2^31, got {share}")
         if self.keep != prod(self.factors):
