@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -14,6 +15,12 @@ from adsc_kernels.hub import read_config, read_json
 from adsc_kernels.schedule import MAX_LAYERS
 
 MAX_TOKENS_PER_IMAGE = 2**20
+_BLOCK = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+_SIZES = {
+    "text_config": (*_BLOCK, "num_key_value_heads", "head_dim", "vocab_size")
+    + ("max_position_embeddings",),
+    "vision_config": (*_BLOCK, "num_channels", "image_size", "patch_size"),
+}
 
 
 @dataclass(frozen=True)
@@ -44,16 +51,17 @@ class LlavaConfig:
         raw = read_config(path)
         _expect(path, "model_type", raw.get("model_type"), "llava")
         _expect(path, "quantization_config", raw.get("quantization_config"), None)
+        _check_sizes(path, raw)
         try:  # transformers fills in what a sparse text_config leaves out
             hf = transformers.LlavaConfig.from_dict(raw)
         except Exception as error:  # its validators raise types of their own
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
         text, vision = hf.text_config, hf.vision_config
         _expect(path, "text_config.model_type", text.model_type, "llama")
         _expect(path, "text_config.hidden_act", text.hidden_act, "silu")
         _expect(path, "vision_config.model_type", vision.model_type, "clip_vision_model")
         layers = _feature_layers(path, hf)
-        _check_sizes(path, hf)
+        _check_fit(path, hf)
         grid = vision.image_size // vision.patch_size
         full = hf.vision_feature_select_strategy == "full"
         return cls(
@@ -81,21 +89,24 @@ def _feature_layers(path: Path, hf: transformers.LlavaConfig) -> tuple[int, ...]
     layers = layers if isinstance(layers, list | tuple) else [layers]
     if not layers:
         raise ValueError(f"{path}: vision_feature_layer: expected at least one layer, got none")
-    _count(path, "vision_config.num_hidden_layers", depth, 1, MAX_LAYERS)
     return tuple(_count(path, "vision_feature_layer", n, -depth - 1, depth) for n in layers)
 
 
-def _check_sizes(path: Path, hf: transformers.LlavaConfig) -> None:
+def _check_sizes(path: Path, raw: dict[str, Any]) -> None:
+    """What the file itself says, before transformers computes with it."""
+    for part, sizes in _SIZES.items():
+        config = raw.get(part, {})
+        if not isinstance(config, dict):
+            raise ValueError(f"{path}: {part}: expected an object, got {checks.shown(config)}")
+        for name in sizes:
+            derived = name in ("num_key_value_heads", "head_dim") and config.get(name) is None
+            if name in config and not derived:
+                most = MAX_LAYERS if name == "num_hidden_layers" else checks.INT32_MAX
+                _count(path, f"{part}.{name}", config[name], 1, most)
+
+
+def _check_fit(path: Path, hf: transformers.LlavaConfig) -> None:
     text, vision = hf.text_config, hf.vision_config
-    _count(path, "text_config.num_hidden_layers", text.num_hidden_layers, 1, MAX_LAYERS)
-    for part, config, names in (
-        ("text_config", text, "hidden_size intermediate_size num_attention_heads vocab_size"),
-        ("text_config", text, "num_key_value_heads head_dim max_position_embeddings"),
-        ("vision_config", vision, "hidden_size intermediate_size num_attention_heads"),
-        ("vision_config", vision, "num_channels image_size patch_size"),
-    ):
-        for name in names.split():
-            _count(path, f"{part}.{name}", getattr(config, name), 1, checks.INT32_MAX)
     _count(path, "image_token_index", hf.image_token_id, 0, text.vocab_size - 1)
     for name, fits in (
         ("num_key_value_heads", text.num_attention_heads % text.num_key_value_heads == 0),
