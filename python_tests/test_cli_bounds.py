@@ -13,9 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from adsc_kernels import __version__
+from adsc_kernels import __version__, llava
 from adsc_kernels.cli import main
 
+assert llava  # imported here, so that no command's time is that of transformers
 HUGE = ["1" * 30, "9" * 5000, "-1", "1e9", "1.5", "\u0663", "one", "", " 1", "0x10", "1_0"]
 SCHEDULES = ["8", "8:", "8:5/4", "9" * 5000 + ":1/2", "8:1/" + "9" * 50, "\u0663:1/4", "8:1/4@no"]
 DEVICES = ["nope", "cuda:99", "meta", "", "cpu:x"]

@@ -114,13 +114,13 @@ def execute(args: argparse.Namespace) -> None:
     prompts = [_prompt(question.text, len(images)) for question in questions]
     if args.model is not None and Path(args.model).is_dir():
         read_config(Path(args.model) / "config.json")  # transformers takes seconds to be imported
+    device = options.device(args.device)
     import torch
 
     from adsc_kernels.llava import Llava
     from adsc_kernels.llava.config import LlavaConfig
     from adsc_kernels.llava.generate import check_options
 
-    device = options.device(args.device)
     dtype = _dtype(args.dtype, device)
     folder = find_folder(bundled if args.model is None else args.model)
     depth = LlavaConfig.from_folder(folder).num_layers
