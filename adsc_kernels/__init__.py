@@ -30,6 +30,7 @@ _SUBMODULES = ("accounting", "attention", "integrations", "llava", "ops", "refer
 
 
 def __getattr__(name: str) -> Any:
+    value: Any
     if name == "__version__":
         value = _version()
     elif name in _HOMES:
@@ -59,6 +60,7 @@ def _version() -> str:
 # been imported. The command `adsc` alone leaves that to the commands that need torch.
 if "adsc_command" not in sys.modules:
     import_module("adsc_kernels.ops")
+    import_module("adsc_kernels.plan")  # without the native module there is nothing to go on with
     from adsc_kernels.backend import backend  # the class, in the place of its module
 
 __all__ = [

@@ -27,7 +27,7 @@ INT64_MAX = 2**63 - 1
 def shown(value: object, most: int = 60) -> str:
     """A value for an error's text: cut where it is long, and said in words where it can't be."""
     try:
-        text = repr(value)
+        text = str(value) if isinstance(value, Fraction) else repr(value)
     except Exception:  # an int of more digits than Python writes, or an object's own fault
         text = f"a {type(value).__name__}"
     return text if len(text) <= most else text[: most - 3] + "..."
@@ -52,7 +52,7 @@ def integer(name: str, value: Any, least: int | None = None, most: int | None = 
     if type(value) is not int:
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(value, torch.SymInt):
-            return value  # type: ignore[return-value]  # its range is not known yet
+            return value  # its range is not known yet
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name}: expected an int, got {shown(value)}")
     if least is not None and value < least:

@@ -167,7 +167,8 @@ class CompressionSchedule:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CompressionSchedule:
         """The inverse of :meth:`to_dict`; unknown or missing keys raise ``ValueError``."""
-        checks.instance("schedule", data, Mapping, "a mapping")
+        if not isinstance(data, Mapping):
+            raise TypeError(f"schedule: expected a mapping, got {checks.kind(data)}")
         unknown = set(data) - {"num_layers", "boundaries", "pattern", "positions"}
         if unknown or "num_layers" not in data:
             raise ValueError(

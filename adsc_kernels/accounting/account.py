@@ -269,16 +269,19 @@ def account_lengths(
     if not how.text:
         raise ValueError(f"convention: expected one that counts text as well, got {how.name!r}")
     _check_depth(shape, schedule)
-    stages = checks.sequence("seq_lens", seq_lens, Iterable, "lengths for each stage")
-    lengths: list[tuple[int, ...]] = [tuple(stage) for stage in stages]
+    lengths: list[tuple[int, ...]] = []
+    for stage in checks.sequence("seq_lens", seq_lens, object, "lengths for each stage"):
+        if not isinstance(stage, Iterable):
+            raise TypeError(f"seq_lens: expected lengths for each stage, got {checks.kind(stage)}")
+        lengths.append(tuple(stage))
     if token_grid is not None:
         checks.pair("token_grid", token_grid, 1, ("height", "width"))
     if len(lengths) != schedule.num_stages:
         raise ValueError(f"seq_lens: expected {schedule.num_stages} stages, got {len(lengths)}")
-    for stage in lengths:
-        if len(stage) != len(lengths[0]):
-            raise ValueError(f"seq_lens: expected {len(lengths[0])} sequences, got {len(stage)}")
-        for length in stage:
+    for given in lengths:
+        if len(given) != len(lengths[0]):
+            raise ValueError(f"seq_lens: expected {len(lengths[0])} sequences, got {len(given)}")
+        for length in given:
             at_least(0, seq_lens=length)
     return _account(
         shape,

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL.Image import Image
@@ -236,7 +236,10 @@ def read_turn(
     size = len(prompts)
     words = "a list of PIL images for each prompt"
     lists = [()] * size if images is None else checks.sequence("images", images, object, words)
-    given = [checks.sequence("images", some, object, words) for some in lists]
+    # What the lists hold is looked at by the processor, which is asked before anything moves on.
+    given: list[tuple[Any, ...]] = [
+        checks.sequence("images", some, object, words) for some in lists
+    ]
     talk = earlier or Conversation([[]] * size, [], [0] * size, model.new_cache(size))
     if not size == len(given) == len(talk.tokens) or not prompts:
         got = f"{size} prompts, {len(given)} lists of images, {len(talk.tokens)} sequences"
