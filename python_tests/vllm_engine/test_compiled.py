@@ -1,8 +1,6 @@
 """Compiled stages: each has an artifact of its own in vLLM's cache, and loads that one.
 
-vLLM turns its mode 3, that of a GPU, into mode 2 on a CPU, whose artifacts it saves but can't load.
-So mode 3 is kept here, without its passes over CUDA's operators: then a warm start loads what a cold
-one saved, as on a GPU.
+In mode 3, that of a GPU (`as_on_a_gpu`), a warm start loads what a cold one saved.
 """
 
 from __future__ import annotations
@@ -17,27 +15,6 @@ from adsc_kernels import CompressionSchedule
 from adsc_kernels.integrations.vllm import units
 
 SCHEDULE = "2:1/3,4:1/2"
-
-
-@pytest.fixture(autouse=True)
-def as_on_a_gpu(monkeypatch, tmp_path):
-    """Mode 3 with Inductor, an empty cache, and short prompts that are compiled for."""
-    from vllm.compilation.passes.pass_manager import PostGradPassManager
-    from vllm.config import CompilationMode
-    from vllm.platforms.cpu import CpuPlatform
-
-    update = CpuPlatform.check_and_update_config.__func__
-
-    def keep_mode(cls, vllm_config):
-        update(cls, vllm_config)
-        compilation = vllm_config.compilation_config
-        if compilation.mode == CompilationMode.DYNAMO_TRACE_ONCE:
-            compilation.mode, compilation.compile_sizes = CompilationMode.VLLM_COMPILE, []
-
-    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(keep_mode))
-    monkeypatch.setattr(PostGradPassManager, "__call__", lambda self, graph: None)
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
-    return tmp_path
 
 
 @contextmanager

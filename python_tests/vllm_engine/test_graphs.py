@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -67,7 +68,9 @@ class DecodeGraphs:
             vars(now[name]).update(parts)
             now[name].scheduler_metadata = self.divide(**parts["scheduler_metadata"].options)
         # Embeddings of the step's tokens are made outside of a graph, into a buffer that stays.
-        return {name: inputs[name] if name == "inputs_embeds" else x for name, x in captured.items()}
+        return {
+            name: inputs[name] if name == "inputs_embeds" else x for name, x in captured.items()
+        }
 
 
 def decode_graphs(llava, monkeypatch, **options) -> None:
@@ -160,5 +163,125 @@ def test_a_buffer_that_moved():
     made.build(0, common)
     assert captured.tolist() == [6, 10]
     moved = dataclasses.replace(common, slot_mapping=common.slot_mapping.clone())
-    with pytest.raises(RuntimeError, match="slot_mapping.*captured.*--enforce-eager"):
+    with pytest.raises(RuntimeError, match=r"slot_mapping.*captured.*--enforce-eager"):
         made.build(0, moved)
+
+
+class PieceGraph:
+    """In place of vLLM's wrapper of a piece between two attention layers: found by the batch's
+    token count, reads its arguments of the capture, and writes the results where they lay then.
+
+    The memory of a unit's results goes back to the graphs' pool: the next graph that runs has
+    written there, say NaN, before it reads.
+    """
+
+    capturing, replays = False, 0
+    given_back: ClassVar[list[torch.Tensor]] = []
+
+    def __init__(self, runnable, vllm_config, runtime_mode, cudagraph_options) -> None:
+        self.runnable, self.options, self.graphs = runnable, cudagraph_options, {}
+
+    def __call__(self, *args):
+        from vllm.config import CUDAGraphMode
+        from vllm.forward_context import get_forward_context
+
+        context, kind = get_forward_context(), type(self)
+        size = context.batch_descriptor and context.batch_descriptor.num_tokens
+        known = size in self.graphs or kind.capturing
+        if context.cudagraph_runtime_mode != CUDAGraphMode.PIECEWISE or not known:
+            return self.runnable(*args)
+        while kind.given_back:
+            kind.given_back.pop().fill_(torch.nan)
+        if size not in self.graphs:
+            self.graphs[size] = (args, self.runnable(*args))
+        args, results = self.graphs[size]
+        if not kind.capturing:
+            kind.replays += 1
+            for kept, new in zip(as_tuple(results), as_tuple(self.runnable(*args)), strict=True):
+                kept.copy_(new)
+        if self.options.weak_ref_output:
+            kind.given_back += as_tuple(results)
+        return results
+
+
+def as_tuple(results) -> tuple:
+    return (results,) if isinstance(results, torch.Tensor) else tuple(results)
+
+
+@pytest.fixture(scope="module")
+def compile_cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def piecewise(llava, monkeypatch, as_on_a_gpu, compile_cache):
+    """Runs requests in an engine with piecewise graphs of those token counts that a batch without
+    an image has had."""
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import BatchDescriptor
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(compile_cache))  # compiled once
+    torch.compiler.reset()
+    forward = GPUModelRunner._model_forward
+
+    def run(runner, **inputs):
+        from vllm.forward_context import get_forward_context
+
+        context = get_forward_context()
+        context.cudagraph_runtime_mode = CUDAGraphMode.PIECEWISE
+        context.batch_descriptor = BatchDescriptor(num_tokens=len(inputs["inputs_embeds"]))
+        return forward(runner, **inputs)
+
+    monkeypatch.setattr(GPUModelRunner, "_model_forward", run)
+    monkeypatch.setattr(
+        CpuPlatform, "get_static_graph_wrapper_cls", lambda: f"{__name__}.PieceGraph", raising=False
+    )
+    update = CpuPlatform.check_and_update_config
+
+    def with_graphs(cls, vllm_config):
+        update(vllm_config)
+        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.PIECEWISE
+        vllm_config.compilation_config.max_cudagraph_capture_size = 80
+
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(with_graphs))
+    monkeypatch.setattr(PieceGraph, "replays", 0)
+
+    def answers_right() -> None:
+        options = dict(enforce_eager=False, max_num_batched_tokens=70, max_num_seqs=4)
+        text = Ask(words(11, 80))  # chunks of 70 tokens and of the rest
+        with engine(llava, SCHEDULE, **options) as llm:
+            monkeypatch.setattr(PieceGraph, "capturing", True)
+            for count in (1, 2):
+                answer(llm, [text] * count, 2)
+            monkeypatch.setattr(PieceGraph, "capturing", False)
+            for asks in ([text], MIXED[:3], MIXED[3:]):
+                check(llava, SCHEDULE, asks, answer(llm, asks, 4))
+        assert PieceGraph.replays
+
+    return answers_right
+
+
+def test_piecewise_graphs(piecewise):
+    piecewise()
+
+
+@pytest.mark.parametrize(
+    ("name", "mistake"),
+    [
+        # A stage with fewer rows in a graph of the batch's token count.
+        (
+            "run",
+            lambda self, unit, positions, hidden, residual, narrow: unit(
+                positions, hidden, residual
+            ),
+        ),
+        # A unit's results read where they lay, in memory that was given back.
+        ("_stay", lambda self, name, rows: rows),
+    ],
+)
+def test_piecewise_graphs_can_go_wrong(piecewise, monkeypatch, name, mistake):
+    monkeypatch.setattr(units.PiecewiseGraphs, name, mistake)
+    with pytest.raises((AssertionError, RuntimeError)):
+        piecewise()

@@ -106,7 +106,9 @@ class StageBuilder:
             _num_computed_tokens_cache=None,
         )
 
-    def _compress(self, common: CommonAttentionMetadata, rows: StageRows) -> CommonAttentionMetadata:
+    def _compress(
+        self, common: CommonAttentionMetadata, rows: StageRows
+    ) -> CommonAttentionMetadata:
         """The rows that are left of the batch, of the requests that have any."""
         block_table = common.block_table_tensor
         if rows.requests is not None:

@@ -22,7 +22,7 @@ from adsc_kernels.plan import CompressionPlan, make_plan
 from adsc_kernels.schedule import CompressionSchedule
 
 if TYPE_CHECKING:
-    from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+    from vllm.v1.attention.backend import CommonAttentionMetadata
 
 
 class Batch:

@@ -116,9 +116,13 @@ class PiecewiseGraphs:
             with override_forward_context(without):
                 return unit(positions, hidden, residual)
         hidden = self._stay("hidden", hidden)
-        return unit(positions, hidden, None if residual is None else self._stay("residual", residual))
+        return unit(
+            positions, hidden, None if residual is None else self._stay("residual", residual)
+        )
 
     def _stay(self, name: str, rows: Tensor) -> Tensor:
         if name not in self._buffers:
-            self._buffers[name] = rows.new_empty(self._config.max_cudagraph_capture_size, *rows.shape[1:])
+            self._buffers[name] = rows.new_empty(
+                self._config.max_cudagraph_capture_size, *rows.shape[1:]
+            )
         return self._buffers[name][: len(rows)].copy_(rows)
