@@ -41,6 +41,20 @@ def test_chunked_prefill(llava, budget):
     run(llava, "2:1/64,4:1", max_num_batched_tokens=budget, max_num_seqs=4)
 
 
+def test_named_kv_layouts():
+    """A stage's backend takes those of the backend that it is made of."""
+    from vllm.v1.attention.backend import subclass_attention_backend
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    from adsc_kernels.integrations.vllm.builder import stage_builder
+
+    builder = stage_builder(CPUAttentionBackend.get_builder_cls())
+    made = subclass_attention_backend("Adsc", CPUAttentionBackend, builder)
+    named = CPUAttentionBackend.supported_kv_cache_layouts()
+    assert named
+    assert made.supported_kv_cache_layouts() == named
+
+
 def test_bigger_blocks(llava):
     run(llava, "2:1/3,4:1/2", block_size=128)
 
