@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from engines import IMAGE_TOKENS, MIXED, answer, check, engine, words
+from engines import IMAGE_TOKENS, MIXED, answer, assert_pool_free, check, engine, words
 from PIL import Image
 from tiny_checkpoints import IMAGE_ID, picture
 from vllm import SamplingParams
 from vllm.sampling_params import BeamSearchParams
-from vllm.v1.engine.exceptions import EngineDeadError
 
 REQUESTS = int(os.environ.get("ADSC_BAD_REQUESTS", "250"))
 HIDDEN = 128  # of the tiny model: 4 heads of 32
@@ -34,7 +33,7 @@ def embeddings(rng: random.Random) -> Any:
 
 
 def image(rng: random.Random) -> Image.Image:
-    size = rng.choice([(32, 32), (1, 1), (0, 4), (4, 0), (4000, 3), (2000, 2000)])
+    size = rng.choice([(32, 32), (1, 1), (0, 4), (4, 0), (2000, 3), (600, 600)])
     return rng.choice([picture(rng.randrange(4)), Image.new(rng.choice(["RGB", "L", "P"]), size)])
 
 
@@ -44,22 +43,22 @@ def prompt(rng: random.Random) -> str | list[int]:
         words(rng.randrange(40), rng.randrange(30)) for _ in range(rng.randrange(4))
     )
     tokens = [rng.choice([5, 6, 7, IMAGE_ID, 10**6, -1]) for _ in range(rng.randrange(9))]
-    return rng.choice([places, places, places + " <image>", "", words(1, 700), tokens])
+    return rng.choice([places] * 6 + [places + " <image>", "", words(1, 700), tokens])
 
 
 def request(rng: random.Random) -> dict[str, Any]:
     text = prompt(rng)
     made: dict[str, Any] = {"prompt" if isinstance(text, str) else "prompt_token_ids": text}
     count = text.count("<image>") if isinstance(text, str) else text.count(IMAGE_ID)
-    count = rng.choice([count, count, count, 0, 1, 2, 9])
-    data = rng.choice(["images", "images", "embeddings", "none", "video"])
+    count = rng.choice([count] * 6 + [0, 1, 2, 9])
+    data = rng.choice(["images"] * 4 + ["embeddings", "none", "video"])
     if data == "images":
         made["multi_modal_data"] = {"image": [image(rng) for _ in range(count)]}
     elif data == "embeddings":
         made["multi_modal_data"] = {"image": embeddings(rng)}
     elif data == "video":
         made["multi_modal_data"] = {"video": torch.zeros(2, 3, 8, 8)}
-    if rng.random() < 0.2:
+    if rng.random() < 0.15:
         names = [rng.choice(["one", "two", None]) for _ in range(count)]
         made["multi_modal_uuids"] = {"image": names}
         if rng.random() < 0.5:
@@ -68,23 +67,40 @@ def request(rng: random.Random) -> dict[str, Any]:
 
 
 def parameters(rng: random.Random) -> SamplingParams:
-    options: dict[str, Any] = {"max_tokens": rng.choice([1, 2, 8, 400]), "temperature": 0}
+    options: dict[str, Any] = {"max_tokens": rng.choice([1, 2, 8, 60]), "temperature": 0}
     options |= rng.choice(
         [{}, {}, {}, {"n": 3, "temperature": 1}, {"prompt_logprobs": 1}, {"seed": 3}]
     )
     return SamplingParams(**options)
 
 
+class EngineEndedError(BaseException):
+    """In a process of its own, the engine would have ended by this."""
+
+
+def guard(core: Any) -> None:
+    """What the core raises once it has a request ends it; what comes before is the request's."""
+    for name in ("add_request", "step_fn"):
+        call = getattr(core, name)
+
+        def guarded(*args: Any, call: Callable[..., Any] = call) -> Any:
+            try:
+                return call(*args)
+            except Exception as error:
+                raise EngineEndedError from error
+
+        setattr(core, name, guarded)
+
+
 def bad_requests(llm: Any, count: int, refused: Counter) -> None:
     """Added while others run, aborted at any stage of their lives."""
     rng, core, alive = random.Random(0), llm.llm_engine, []
+    guard(core.engine_core.engine_core)
     for number in range(count):
         name = f"bad-{number}"
         try:
             core.add_request(name, request(rng), parameters(rng), priority=rng.randrange(3))
             alive.append(name)
-        except EngineDeadError:
-            raise
         except Exception as error:
             refused[type(error).__name__] += 1
         for _ in range(rng.choice([0, 0, 1, 3])):
@@ -101,9 +117,7 @@ def step(core: Any, refused: Counter) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["2:1/3,4:1/2", "2:1/2x1/4,4:1/2x1@grid"])
-def test_bad_requests(llava, schedule, monkeypatch):
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+def test_bad_requests(llava, schedule):
     options = dict(enable_prefix_caching=True, enable_mm_embeds=True, scheduling_policy="priority")
     refused: Counter = Counter()
     with engine(llava, schedule, num_gpu_blocks_override=60, **options) as llm:
@@ -112,8 +126,7 @@ def test_bad_requests(llava, schedule, monkeypatch):
         beams(llm)
         print(dict(refused))
         assert good(llava, llm, schedule) == before
-        usage = [m.value for m in llm.get_metrics() if m.name == "vllm:kv_cache_usage_perc"]
-        assert usage == [0]
+        assert_pool_free(llm)
     assert sum(refused.values()) >= REQUESTS / 2
     assert refused["finished: length"]
 

@@ -236,7 +236,10 @@ def piecewise(llava, monkeypatch, as_on_a_gpu, compile_cache):
 
     monkeypatch.setattr(GPUModelRunner, "_model_forward", run)
     monkeypatch.setattr(
-        CpuPlatform, "get_static_graph_wrapper_cls", lambda: f"{__name__}.PieceGraph", raising=False
+        CpuPlatform,
+        "get_static_graph_wrapper_cls",
+        lambda self: f"{__name__}.PieceGraph",
+        raising=False,
     )
     update = CpuPlatform.check_and_update_config
 
