@@ -4,11 +4,11 @@ on a CPU, trap before they touch memory outside; on valid ones they agree with t
 from fractions import Fraction
 
 import torch
-from cache_cases import Blocks
-from cache_cases import blocks as block_cases
+from cases.compact import Blocks
+from cases.compact import blocks as block_cases
+from cases.segment_tables import FakeStage, stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from segment_tables import FakeStage, stages
 from simt import Schedule, emulated, schedules
 from test_rebuild_metadata import fractions, layouts
 from torch import Tensor

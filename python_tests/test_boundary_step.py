@@ -7,10 +7,10 @@ from fractions import Fraction
 
 import pytest
 import torch
+from cases.row_bits import STRIDES, random_bits, same_bits, strided_rows
+from cases.segment_tables import FakeStage, image_stage, stage_of, stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from row_bits import STRIDES, random_bits, same_bits, strided_rows
-from segment_tables import FakeStage, image_stage, stage_of, stages
 from test_rebuild_metadata import PATTERNS, fractions, int32, layouts
 from torch import Tensor
 from torch.library import opcheck

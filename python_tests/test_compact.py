@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cache_cases import Case, dense_cases, paged_cases
+from cases.compact import Case, dense_cases, paged_cases
 from hypothesis import given, settings
 from torch import Tensor
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cache_cases import Blocks, Built, Case, blocks, dense_cases, on_device, paged_cases
+from cases.compact import Blocks, Built, Case, blocks, dense_cases, on_device, paged_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_compact import image_plan

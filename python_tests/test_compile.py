@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from segment_tables import FakeStage, image_stage, stage_of
+from cases.segment_tables import FakeStage, image_stage, stage_of
 from torch import Tensor
 from torch.library import opcheck
 

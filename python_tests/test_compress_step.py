@@ -10,11 +10,11 @@ import pytest
 import test_boundary_step
 import test_compact_input
 import torch
-from cache_cases import Case, dense_cases, on_device, paged_cases
-from compress_cases import Rows, boundaries, run, same_boundary
+from cases.compact import Case, dense_cases, on_device, paged_cases
+from cases.compress_step import Rows, boundaries, run, same_boundary
+from cases.segment_tables import FakeStage
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from segment_tables import FakeStage
 from test_compact_kernels import check_buffers, check_results
 from torch import Tensor
 from torch.library import opcheck

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cases.row_bits import DTYPES, STRIDES, TRAILING, bits, random_bits, same_bits, strided_rows
+from cases.segment_tables import FakeStage, image_stage, stage_of, stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from row_bits import DTYPES, STRIDES, TRAILING, bits, random_bits, same_bits, strided_rows
-from segment_tables import FakeStage, image_stage, stage_of, stages
 from torch import Tensor
 
 from adsc_kernels import ops, reference

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from cases.segment_tables import FakeStage, image_stage, stage_of, stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from segment_tables import FakeStage, image_stage, stage_of, stages
 from torch import Tensor
 
 from adsc_kernels import ops, reference

@@ -3,10 +3,10 @@
 from fractions import Fraction
 
 import torch
+from cases.row_bits import STRIDES, random_bits, same_bits, strided_rows
+from cases.segment_tables import FakeStage, stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from row_bits import STRIDES, random_bits, same_bits, strided_rows
-from segment_tables import FakeStage, stages
 from simt import Schedule, emulated, guards_intact, needs_simt, schedules, shifted
 from test_rebuild_metadata import PATTERNS, fractions, layouts
 from test_simt_norm import drawn

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cache_cases import Case, dense_cases, on_device, paged_cases
+from cases.compact import Case, dense_cases, on_device, paged_cases
 from hypothesis import given, settings
 from simt import Schedule, emulated, needs_simt, schedules, serving
 from test_compact import image_plan

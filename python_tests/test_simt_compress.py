@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from cache_cases import Case, dense_cases, on_device, paged_cases
-from compress_cases import Rows, boundaries, run, same_boundary
+from cases.compact import Case, dense_cases, on_device, paged_cases
+from cases.compress_step import Rows, boundaries, run, same_boundary
 from hypothesis import given, settings
 from simt import POISON, Schedule, emulated, guards_intact, needs_simt, schedules, serving
 from test_compact import image_plan

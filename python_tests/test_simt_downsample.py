@@ -5,10 +5,10 @@ The emulator reports on its own whatever a kernel touches outside of its argumen
 
 import pytest
 import torch
+from cases.row_bits import STRIDES, random_bits, same_bits, strided_rows
+from cases.segment_tables import FakeStage, image_stage, stage_of, stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from row_bits import STRIDES, random_bits, same_bits, strided_rows
-from segment_tables import FakeStage, image_stage, stage_of, stages
 from simt import Schedule, emulated, guards_intact, needs_simt, schedules, shifted
 from torch import Tensor
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from cases.segment_tables import FakeStage, stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from segment_tables import FakeStage, stages
 from simt import Schedule, emulated, guards_intact, needs_simt, schedules, shifted
 from torch import Tensor
 

@@ -15,8 +15,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from row_bits import bits, random_bits
-from segment_tables import FakeStage
+from cases.row_bits import bits, random_bits
+from cases.segment_tables import FakeStage
 from torch import Tensor
 
 DRY_RUN = os.environ.get("ADSC_GPU_DRY_RUN") == "1"

@@ -12,9 +12,9 @@ import sys
 from collections.abc import Iterator
 
 import torch
+from cases.row_bits import same_bits
+from cases.segment_tables import FakeStage, image_stage, stage_of
 from gpu_device import DEVICE, Framed, on_device, tensors, to_device
-from row_bits import same_bits
-from segment_tables import FakeStage, image_stage, stage_of
 
 import adsc_kernels as adsc
 from adsc_kernels import ops, reference

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cache_cases import Built, Case, dense_cases, paged_cases
+from cases.compact import Built, Case, dense_cases, paged_cases
 from gpu_device import DEVICE, DRY_RUN, another_stream, capture, hold_back
 from hypothesis import given
 from torch import Tensor

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from cache_cases import Case, dense_cases, paged_cases
-from compress_cases import Rows, boundaries, run, same_boundary
+from cases.compact import Case, dense_cases, paged_cases
+from cases.compress_step import Rows, boundaries, run, same_boundary
 from gpu_device import BACKEND, DEVICE, DRY_RUN, another_stream, capture, hold_back
 from hypothesis import given
 from hypothesis import strategies as st

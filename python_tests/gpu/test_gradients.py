@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases.segment_tables import stage_of
 from gpu_device import DEVICE, on_device, to_device
-from segment_tables import stage_of
 from test_norm import drawn
 
 from adsc_kernels import ops

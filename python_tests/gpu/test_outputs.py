@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from cases.segment_tables import image_stage
 from gpu_device import BACKEND, DEVICE, DRY_RUN, SENTINEL, on_device, tensors, to_device
-from segment_tables import image_stage
 from torch import Tensor
 
 from adsc_kernels import ops

@@ -3,9 +3,9 @@
 from fractions import Fraction
 
 import torch
+from cases.segment_tables import FakeStage, stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from segment_tables import FakeStage, stages
 from test_downsample import random_bits, same_bits
 from test_rebuild_metadata import PATTERNS, fractions, int32, layouts
 from torch import Tensor

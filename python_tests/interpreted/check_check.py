@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 import torch
-from cache_cases import Blocks, blocks
+from cases.compact import Blocks, blocks
+from cases.segment_tables import stage_of
 from hypothesis import given, settings
-from segment_tables import stage_of
 from test_rebuild_metadata import int32
 from triton.runtime import interpreter
 

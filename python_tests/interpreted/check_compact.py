@@ -1,7 +1,7 @@
 """The compaction ops in Triton against the reference: every byte, and every output."""
 
 import torch
-from cache_cases import Case, dense_cases, paged_cases
+from cases.compact import Case, dense_cases, paged_cases
 from hypothesis import given, settings
 from test_compact_kernels import check_same
 

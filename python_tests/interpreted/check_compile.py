@@ -3,7 +3,7 @@
 import pytest
 import test_compile
 import torch
-from segment_tables import stage_of
+from cases.segment_tables import stage_of
 from test_compile import SAMPLES, batch_of, boundary, faked, fresh_dynamo, same, x
 from torch.library import opcheck
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cache_cases import Case, dense_cases, on_device, paged_cases
-from compress_cases import Rows, boundaries, run, same_boundary
+from cases.compact import Case, dense_cases, on_device, paged_cases
+from cases.compress_step import Rows, boundaries, run, same_boundary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_compact_kernels import check_buffers, check_results

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from cases.segment_tables import FakeStage, image_stage, stage_of, stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from segment_tables import FakeStage, image_stage, stage_of, stages
 
 from adsc_kernels import ops, reference
 from adsc_kernels.backend import backend

@@ -6,8 +6,8 @@ import random
 import torch
 import triton
 import triton.language as tl
+from cases.segment_tables import FakeStage, stages
 from hypothesis import given, settings
-from segment_tables import FakeStage, stages
 
 from adsc_kernels import _C, reference
 from adsc_kernels.triton.segment import kept_count, kept_index, source_rows

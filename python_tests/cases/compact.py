@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from strategies import plans
 from torch import Tensor
 
 from adsc_kernels import make_plan, ops
 from adsc_kernels.ops import compact
+from cases.plans import plans
 
 DTYPES = [
     torch.uint8,

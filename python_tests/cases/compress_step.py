@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cache_cases import Built, Case
 from hypothesis import strategies as st
-from row_bits import STRIDES, random_bits, same_bits, strided_rows
-from segment_tables import stages
 from test_rebuild_metadata import PATTERNS, fractions, layouts
 
 from adsc_kernels import ops, reference
+from cases.compact import Built, Case
+from cases.row_bits import STRIDES, random_bits, same_bits, strided_rows
+from cases.segment_tables import stages
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 OTHERS = st.lists(
