@@ -1,69 +1,28 @@
-"""Boundaries drawn by hypothesis, to go with the caches of cache_cases; and what a step must do."""
+"""compress_step: what it must do with drawn boundaries and the drawn caches of cases.compact."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from test_rebuild_metadata import PATTERNS, fractions, layouts
+from torch import Tensor
 
-from adsc_kernels import ops, reference
-from cases.compact import Built, Case
-from cases.row_bits import STRIDES, random_bits, same_bits, strided_rows
-from cases.segment_tables import stages
-
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-OTHERS = st.lists(
-    st.tuples(
-        st.sampled_from([torch.int64, torch.float32, torch.bool, torch.bfloat16]),
-        st.sampled_from([(), (3,), (64,), (2, 8)]),
-        st.sampled_from(STRIDES),
-    ),
-    max_size=3,
+from adsc_kernels import CompressionSchedule, make_plan, ops
+from cases.boundary_step import Rows, same_step
+from cases.compact import (
+    Built,
+    Case,
+    check_buffers,
+    check_results,
+    dense_cases,
+    on_device,
+    paged_cases,
 )
+from cases.run import Run, reference
 
-
-@dataclass(frozen=True)
-class Rows:
-    """The arguments of a boundary_step, and whether it norms."""
-
-    arguments: dict[str, Any]
-    norm: bool
-
-
-@st.composite
-def boundaries(draw: st.DrawFn, max_length: int = 40) -> Rows:
-    form = draw(st.sampled_from(["stage", "keep_indices", "layout"]))
-    arguments: dict[str, Any] = {}
-    if form == "layout":
-        cu_seqlens, spans = draw(layouts())
-        pattern = draw(st.sampled_from([*PATTERNS, "grid"]))
-        grid = pattern == "grid"
-        keep = (draw(fractions), draw(fractions)) if grid else draw(fractions)
-        given = (cu_seqlens, spans, keep, pattern, 6 if grid else None)
-        total = int(ops.rebuild_metadata(*given).num_tokens)
-        arguments["layout"] = ops.Layout(*given, num_tokens=total + draw(st.integers(0, 5)))
-        rows = int(cu_seqlens[-1]) + draw(st.integers(0, 3))
-    else:
-        stage = draw(stages(max_length=max_length))
-        rows = stage.num_tokens_in
-        arguments["stage"] = stage
-        if form == "keep_indices":
-            arguments = {"keep_indices": torch.tensor(reference.source_rows(stage)).long()}
-    width, dtype = draw(st.sampled_from([1, 7, 8, 64, 520])), draw(st.sampled_from(DTYPES))
-    generator = torch.Generator().manual_seed(rows)
-    norm = draw(st.booleans())
-    arguments["hidden"] = torch.randn(rows, width, generator=generator).to(dtype)
-    if norm:
-        arguments["residual"] = torch.randn(rows, width, generator=generator).to(dtype)
-        arguments["weight"] = torch.randn(width, generator=generator).to(dtype) + 1
-    arguments["others"] = [
-        strided_rows(random_bits(rows, trailing, kind, i), stride)
-        for i, (kind, trailing, stride) in enumerate(draw(OTHERS))
-    ]
-    return Rows(arguments, norm)
+caches = st.one_of(dense_cases(), paged_cases())
 
 
 def cache_of(case: Case, arguments: dict[str, Any]) -> ops.DenseCache | ops.PagedCache:
@@ -71,22 +30,51 @@ def cache_of(case: Case, arguments: dict[str, Any]) -> ops.DenseCache | ops.Page
     return ops.PagedCache(**arguments) if paged else ops.DenseCache(**arguments)
 
 
-def run(
-    case: Case, built: Built, rows: Rows, arguments: dict[str, Any] | None = None
-) -> ops.CompressStep:
-    """arguments: those of the cache; None: as they were built."""
-    cache = cache_of(case, built.arguments if arguments is None else arguments)
-    return ops.compress_step(cache=cache, **rows.arguments)
+def step(case: Case, built: Built, rows: Rows, run: Run, uploaded: bool) -> ops.CompressStep:
+    """uploaded: lists of ints are Ints."""
+    arguments = on_device(built.arguments) if uploaded else built.arguments
+    return run(ops.compress_step, cache=cache_of(case, arguments), **rows.arguments)
 
 
-def same_boundary(got: ops.BoundaryStep, wanted: ops.BoundaryStep, exact: bool) -> None:
-    """exact: the norm too, as of one backend."""
-    if exact:
-        assert same_bits(got.hidden, wanted.hidden)
-    else:
-        torch.testing.assert_close(got.hidden, wanted.hidden)
-    pairs = [(got.residual, wanted.residual), *zip(got.others, wanted.others, strict=True)]
-    pairs += zip(got.metadata or (), wanted.metadata or (), strict=True)
-    for mine, theirs in pairs:
-        assert (mine is None) == (theirs is None)
-        assert mine is None or (same_bits(mine, theirs) and mine.is_contiguous())
+def check(
+    case: Case,
+    rows: Rows,
+    run: Run,
+    *,
+    uploaded: bool = True,
+    close: Callable[[Tensor, Tensor], None] = torch.testing.assert_close,
+) -> None:
+    built, wanted = case.build(), case.build()
+    got = step(case, built, rows, run, uploaded)
+    truth = step(case, wanted, rows, reference, False)
+    check_results(got.compaction, truth.compaction)
+    check_buffers(built, wanted)
+    same_step(got.boundary, truth.boundary, close)
+
+
+# ---- Arguments of the op itself ----
+
+SCHEDULE = CompressionSchedule.parse("1:1/2,2:1/4@center", num_layers=4)
+PLAN = make_plan(SCHEDULE, [0, 40, 60], [(0, 5, 24), (1, 2, 9)])
+S = PLAN.stages[1]
+OWN = (S.segments, None, S.cu_seqlens, S.cu_seqlens_in, None, None)
+TABLE = torch.randperm(30)[:20].reshape(2, 10)
+HIDDEN = torch.randn(S.num_tokens_in, 8)
+WEIGHT = torch.randn(8)
+
+
+def sample(kind: str) -> tuple[Any, ...]:
+    boundary = (HIDDEN, None, None, 1e-6, [torch.arange(S.num_tokens_in)], S.segments, None)
+    boundary += (None, None, [], "start", 0, S.num_tokens)
+    outs = [HIDDEN.new_empty(S.num_tokens, 8), torch.empty(S.num_tokens, dtype=torch.int64)]
+    if kind == "layout":
+        cu, spans = S.cu_seqlens_in, torch.tensor([[0, 5, 24], [1, 2, 9]], dtype=torch.int32)
+        boundary = (HIDDEN, HIDDEN + 1, WEIGHT, 1e-6, [], None, None, cu, spans)
+        boundary += ([1, 2], "start", 0, S.num_tokens)
+        metadata = ops.rebuild_metadata(cu, spans, "1/2")
+        outs = [outs[0], outs[0].clone(), *(torch.empty_like(x) for x in metadata)]
+    if kind == "paged":
+        pools = [torch.randn(30, 4, 2, 3) for _ in range(2)]
+        return (*boundary, pools, 1, TABLE, 4, *OWN, None, True, torch.tensor([99]), "NHD", outs)
+    cache = torch.randn(S.num_tokens_in, 2, 3)
+    return (*boundary, [cache], 1, None, 0, *OWN, S.cu_seqlens_in, False, None, "NHD", outs)

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 
 import torch
 from cases.row_bits import same_bits
+from cases.run import tensors
 from cases.segment_tables import FakeStage, image_stage, stage_of
-from gpu_device import DEVICE, Framed, on_device, tensors, to_device
+from gpu_device import DEVICE, Framed, on_device, to_device
 
 import adsc_kernels as adsc
 from adsc_kernels import ops, reference

@@ -5,26 +5,18 @@ The samples are those of the CPU tests, with their tensors on the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from gpu_device import BACKEND, DEVICE, DRY_RUN, cpu_tests, to_device
+from gpu_device import BACKEND, DEVICE, DRY_RUN, cases_here, to_device
 from torch import Tensor
 from torch.library import opcheck
 
 from adsc_kernels import ops, reference
 
-cases = cpu_tests("test_compile")
+cases = cases_here("compile")
+fresh_dynamo = cases.fresh_dynamo  # a fixture for every test
 OPS = torch.ops.adsc_triton if BACKEND == "triton" else torch.ops.adsc_kernels
 COMPILER = "aot_eager" if DRY_RUN else "inductor"
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("name", cases.SAMPLES)

@@ -1,11 +1,10 @@
 """The compaction ops in Triton against the reference: every byte, and every output."""
 
 import torch
-from cases.compact import Case, dense_cases, paged_cases
+from cases.compact import Case, check, dense_cases, paged_cases
+from cases.run import on
 from hypothesis import given, settings
-from test_compact_kernels import check_same
 
-from adsc_kernels import ops
 from adsc_kernels.backend import backend, resolve
 
 
@@ -17,10 +16,10 @@ def test_triton_serves() -> None:
 @settings(max_examples=40, deadline=None)
 @given(case=dense_cases())
 def test_dense(case: Case) -> None:
-    check_same(case, ops.compact_kv_, "triton", uploaded=True)
+    check(case, on("triton"))
 
 
 @settings(max_examples=40, deadline=None)
 @given(case=paged_cases())
 def test_paged(case: Case) -> None:
-    check_same(case, ops.compact_paged_kv_, "triton", uploaded=True)
+    check(case, on("triton"))

@@ -1,10 +1,9 @@
 """The Triton ops under opcheck and torch.compile: as for the native ones in test_compile.py."""
 
 import pytest
-import test_compile
 import torch
+from cases.compile import ROWS, SAMPLES, TABLE, batch_of, boundary, faked, fresh_dynamo, same, x
 from cases.segment_tables import stage_of
-from test_compile import SAMPLES, batch_of, boundary, faked, fresh_dynamo, same, x
 from torch.library import opcheck
 
 from adsc_kernels import ops
@@ -44,7 +43,7 @@ def test_gradients_of_a_graph() -> None:
 
 
 def test_a_wrong_table_is_an_error_of_the_op_too() -> None:
-    table, rows = test_compile.TABLE, test_compile.ROWS
+    table, rows = TABLE, ROWS
     op = torch.ops.adsc_triton.downsample
     for arguments, message in [
         ((x(9), table, rows, 4), "^segments, keep_indices: .*both"),

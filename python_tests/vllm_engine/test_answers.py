@@ -9,6 +9,7 @@ import pytest
 from engines import (
     BLOCK,
     MIXED,
+    SHARING,
     Ask,
     answer,
     assert_pool_free,
@@ -43,17 +44,6 @@ def test_chunked_prefill(llava, budget):
 
 def test_bigger_blocks(llava):
     run(llava, "2:1/3,4:1/2", block_size=128)
-
-
-# One image with different text before and behind it, other images with the same, text alone.
-SHARING = (
-    Ask(f"{words(5, 40)} <image> {words(9, 80)}", (2,)),
-    Ask(f"{words(5, 40)} <image> {words(9, 60)} {words(30, 9)}", (2,)),
-    Ask(f"{words(5, 40)} <image> {words(9, 80)}", (3,)),
-    Ask(f"<image> {words(3, 80)}", (2,)),
-    Ask(f"<image> {words(20, 80)}", (2,)),
-    Ask(words(5, 100)),
-)
 
 
 def test_prefix_caching(llava):

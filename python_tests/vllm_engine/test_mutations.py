@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from engines import BLOCK, MIXED, answer, check, engine, scheduler_of
-from test_answers import SHARING
+from engines import BLOCK, MIXED, SHARING, answer, check, engine, scheduler_of
 
 from adsc_kernels.integrations.vllm import layout, manager, metadata
 
