@@ -49,16 +49,17 @@ def drawn_rows(
     return st.builds(Rows, *sampled, offsets, seeds)
 
 
-def sources(stage: FakeStage) -> list[dict[str, Any]]:
-    """The ways to say which rows survive."""
-    rows = torch.tensor(source_rows(stage), dtype=torch.int64)
-    return [{"stage": stage}, {"keep_indices": rows}, {"keep_indices": rows.int()}]
+def sources(stage: FakeStage, *widths: torch.dtype) -> list[dict[str, Any]]:
+    """Ways to say which rows survive: the stage, and a list of indices of each width."""
+    rows = source_rows(stage)
+    lists = [{"keep_indices": torch.tensor(rows, dtype=width)} for width in widths]
+    return [{"stage": stage}, *lists]
 
 
 def check(stage: FakeStage, x: Tensor, run: Run) -> None:
     before, table = bits(x).clone(), stage.segments.clone()
     wanted = reference(ops.downsample, x, stage)
-    for source in sources(stage):
+    for source in sources(stage, torch.int32, torch.int64):
         out = run(ops.downsample, x, **source)
         assert out.is_contiguous()
         assert same_bits(out, wanted)
@@ -69,7 +70,7 @@ def check(stage: FakeStage, x: Tensor, run: Run) -> None:
 def check_many(stage: FakeStage, xs: list[Tensor], run: Run) -> None:
     before = [bits(x).clone() for x in xs]
     wanted = reference(ops.downsample_many, xs, stage)
-    for source in sources(stage):
+    for source in sources(stage, torch.int32):
         outs = run(ops.downsample_many, tuple(xs), **source)
         assert isinstance(outs, list)
         assert all(same_bits(out, truth) for out, truth in zip(outs, wanted, strict=True))

@@ -45,7 +45,7 @@ def check(
     before = [x.clone() for x in inputs]
     wanted = reference(ops.downsample_add_rms_norm, *inputs, stage, eps)
     norms = []
-    for source in sources(stage):
+    for source in sources(stage, torch.int32):
         normed, summed = run(ops.downsample_add_rms_norm, *inputs, eps=eps, **source)
         assert normed.is_contiguous() and normed.dtype == inputs[0].dtype
         assert torch.equal(summed, wanted[1])
@@ -86,7 +86,7 @@ def check_only_survivors_are_read(hidden: int, dtype: torch.dtype, run: Run) -> 
     x, residual, weight = drawn(stage.num_tokens_in, hidden, dtype)
     dropped = torch.ones(stage.num_tokens_in, dtype=torch.bool)
     dropped[source_rows(stage)] = False
-    for source in sources(stage):
+    for source in sources(stage, torch.int64):
         clean = run(ops.downsample_add_rms_norm, x, residual, weight, **source)
         marked, residue = x.clone(), residual.clone()
         marked[dropped], residue[dropped] = torch.nan, torch.inf
