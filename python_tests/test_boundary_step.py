@@ -11,7 +11,7 @@ from cases.boundary_step import (
     check,
     drawn,
     moved,
-    others,
+    others_of,
     same_step,
 )
 from cases.rebuild_metadata import int32
@@ -30,7 +30,11 @@ from adsc_kernels.backend import backend
 
 @settings(max_examples=100, deadline=None)
 @given(
-    stages(), st.sampled_from([0, 1, 7, 64, 513]), st.sampled_from(DTYPES), st.booleans(), others
+    stages(),
+    st.sampled_from([0, 1, 7, 64, 513]),
+    st.sampled_from(DTYPES),
+    st.booleans(),
+    others_of(),
 )
 def test_equals_the_ops_it_joins(
     stage: FakeStage,

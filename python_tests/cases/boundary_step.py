@@ -20,14 +20,15 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 FORMS = ("stage", "keep_indices", "layout")
 WIDTHS = [0, 1, 7, 8, 64, 520, 1032]
 Kind = tuple[torch.dtype, tuple[int, ...], str]
-others = st.lists(
-    st.tuples(
-        st.sampled_from([torch.int64, torch.float32, torch.bool, torch.bfloat16]),
-        st.sampled_from([(), (3,), (64,), (2, 8), (0,)]),
-        st.sampled_from(STRIDES),
-    ),
-    max_size=4,
-)
+TRAILING = [(), (3,), (64,), (2, 8), (0,)]
+
+
+def others_of(
+    trailing: list[tuple[int, ...]] = TRAILING, max_size: int = 4
+) -> st.SearchStrategy[list[Kind]]:
+    dtypes = [torch.int64, torch.float32, torch.bool, torch.bfloat16]
+    kinds = st.tuples(*map(st.sampled_from, (dtypes, trailing, STRIDES)))
+    return st.lists(kinds, max_size=max_size)
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,13 @@ def batch_layouts(draw: st.DrawFn) -> ops.Layout:
 
 
 @st.composite
-def boundaries(draw: st.DrawFn, max_length: int = 40, forms: tuple[str, ...] = FORMS) -> Rows:
+def boundaries(
+    draw: st.DrawFn,
+    max_length: int = 40,
+    forms: tuple[str, ...] = FORMS,
+    narrow: bool = False,
+) -> Rows:
+    """narrow: of few and short rows, for what is interpreted one program after another."""
     form = draw(st.sampled_from(forms))
     arguments: dict[str, Any] = {}
     behind = 0  # rows that no sequence has
@@ -81,13 +88,17 @@ def boundaries(draw: st.DrawFn, max_length: int = 40, forms: tuple[str, ...] = F
         if form == "keep_indices":
             width = draw(st.sampled_from([torch.int32, torch.int64]))
             arguments = {"keep_indices": torch.tensor(source_rows(stage), dtype=width)}
-    inputs = drawn(rows, draw(st.sampled_from(WIDTHS)), draw(st.sampled_from(DTYPES)))
+    inputs = drawn(
+        rows,
+        draw(st.sampled_from([0, 3, 16, 40] if narrow else WIDTHS)),
+        draw(st.sampled_from(DTYPES)),
+    )
     norm = draw(st.booleans())
     arguments.update(inputs if norm else {"hidden": inputs["hidden"]})
     arguments["eps"] = draw(st.sampled_from([1e-6, 1e-5]))
     arguments["hidden"][rows - behind :] = torch.nan
     arguments["hidden"] = shifted(arguments["hidden"], draw(st.sampled_from([0, 0, 1])))
-    arguments["others"] = moved(rows, draw(others))
+    arguments["others"] = moved(rows, draw(others_of([(), (3,)], 2) if narrow else others_of()))
     return Rows(arguments, norm)
 
 

@@ -17,19 +17,19 @@ def near(got: Tensor, wanted: Tensor) -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(boundaries(max_length=12, forms=("stage",)))
+@given(boundaries(max_length=12, forms=("stage",), narrow=True))
 def test_of_a_stage(rows: Rows) -> None:
     check(rows, on("triton"), near)
 
 
 @settings(max_examples=20, deadline=None)
-@given(boundaries(max_length=12, forms=("keep_indices",)))
+@given(boundaries(max_length=12, forms=("keep_indices",), narrow=True))
 def test_of_indices(rows: Rows) -> None:
     check(rows, on("triton"), near)
 
 
 @settings(max_examples=30, deadline=None)
-@given(boundaries(forms=("layout",)))
+@given(boundaries(forms=("layout",), narrow=True))
 def test_of_a_layout(rows: Rows) -> None:
     check(rows, on("triton"), near)
 
