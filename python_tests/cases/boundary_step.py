@@ -71,9 +71,10 @@ def boundaries(
     draw: st.DrawFn,
     max_length: int = 40,
     forms: tuple[str, ...] = FORMS,
-    narrow: bool = False,
+    widths: list[int] = WIDTHS,
+    kinds: st.SearchStrategy[list[Kind]] | None = None,
 ) -> Rows:
-    """narrow: of few and short rows, for what is interpreted one program after another."""
+    """widths: of hidden. kinds: of the others."""
     form = draw(st.sampled_from(forms))
     arguments: dict[str, Any] = {}
     behind = 0  # rows that no sequence has
@@ -88,17 +89,13 @@ def boundaries(
         if form == "keep_indices":
             width = draw(st.sampled_from([torch.int32, torch.int64]))
             arguments = {"keep_indices": torch.tensor(source_rows(stage), dtype=width)}
-    inputs = drawn(
-        rows,
-        draw(st.sampled_from([0, 3, 16, 40] if narrow else WIDTHS)),
-        draw(st.sampled_from(DTYPES)),
-    )
+    inputs = drawn(rows, draw(st.sampled_from(widths)), draw(st.sampled_from(DTYPES)))
     norm = draw(st.booleans())
     arguments.update(inputs if norm else {"hidden": inputs["hidden"]})
     arguments["eps"] = draw(st.sampled_from([1e-6, 1e-5]))
     arguments["hidden"][rows - behind :] = torch.nan
     arguments["hidden"] = shifted(arguments["hidden"], draw(st.sampled_from([0, 0, 1])))
-    arguments["others"] = moved(rows, draw(others_of([(), (3,)], 2) if narrow else others_of()))
+    arguments["others"] = moved(rows, draw(kinds or others_of()))
     return Rows(arguments, norm)
 
 

@@ -13,7 +13,7 @@ OP = torch.ops.adsc_triton.compress_step.default
 
 
 @settings(max_examples=30, deadline=None)
-@given(case=caches, rows=boundaries(max_length=12, narrow=True))
+@given(case=caches, rows=boundaries(max_length=12, widths=[1, 7, 8, 64, 520]))
 def test_equals_the_reference(case: Case, rows: Rows) -> None:
     check(case, rows, on("triton"))
 
