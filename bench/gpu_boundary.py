@@ -60,7 +60,7 @@ def boundary_step(batch: Batch) -> Iterator[Case]:
     bounds, spans = (
         torch.tensor(t, dtype=torch.int32, device=DEVICE).contiguous() for t in batch.layout()
     )
-    layout = ops.Layout(bounds, spans, "1/4", num_tokens=stage.num_tokens)
+    layout = ops.BatchLayout(bounds, spans, "1/4", num_tokens=stage.num_tokens)
 
     def make() -> list[Tensor]:
         count = stage.num_tokens_in

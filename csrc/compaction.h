@@ -65,13 +65,13 @@ struct Compaction {
   bool edit_table = false;
 };
 
-// Blocks that may not be written: any values, in any order.
+// Blocks of a paged cache: any values, in any order.
 struct BlockList {
   IntList blocks;
   int64_t count = 0;
 };
 
-// What is reported, each null where it is not asked for.
+// Where what is reported goes; null: it isn't asked for.
 struct CompactionOutputs {
   int32_t* seq_lens = nullptr;       // [batch]
   int64_t* slots = nullptr;          // [batch]
@@ -238,12 +238,17 @@ ADSC_HOST_DEVICE int64_t next_slot(const Compaction& c, const SequenceRows& rows
   return last.block * size + last.token + 1;
 }
 
+// The block of page `page` of the new cache.
+ADSC_HOST_DEVICE int64_t page_block(const Compaction& c, const SequenceRows& rows, int64_t index,
+                                    int32_t b, int32_t page) {
+  const auto size = static_cast<int32_t>(c.num_tokens);
+  return place_in_cache(c, b, place_of(c, rows, index, page * size)).block;
+}
+
 // Entry `page` of the new table.
 ADSC_HOST_DEVICE int64_t table_entry(const Compaction& c, const SequenceRows& rows, int32_t b,
                                      int32_t page) {
-  if (page >= pages_of(c, rows.new_total())) return -1;
-  const auto size = static_cast<int32_t>(c.num_tokens);
-  return place_in_cache(c, b, place_of(c, rows, 0, page * size)).block;
+  return page < pages_of(c, rows.new_total()) ? page_block(c, rows, 0, b, page) : -1;
 }
 
 // Rows in the last block of `length` rows; 0 for none.

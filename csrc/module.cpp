@@ -1,5 +1,5 @@
 // The pybind11 module adsc_kernels._C: the host planner (integers in, one packed int32 buffer out),
-// and what this build is made of.
+// the page rule of compact_paged_kv_, and what this build is made of.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "build_info.h"
+#include "pages.h"
 #include "planner.h"
 
 namespace py = pybind11;
@@ -106,14 +107,17 @@ adsc::VisionSpan to_span(const int64_t* row, Py_ssize_t width_of_row, bool grid)
 
 // Boundaries are (pattern, numerator, denominator), or under grid (pattern, row numerator, row
 // denominator, column numerator, column denominator).
-std::vector<adsc::BoundaryRule> to_boundaries(py::handle items) {
-  std::vector<adsc::BoundaryRule> boundaries;
+std::vector<adsc::Boundary> to_boundaries(py::handle items) {
+  std::vector<adsc::Boundary> boundaries;
   for_each_row(items, "boundaries", {3, 5}, [&](const int64_t* v, Py_ssize_t width) {
     const auto pattern = static_cast<int32_t>(v[0]);
     if (width == 5) {
-      boundaries.push_back({true, pattern, {v[3], v[4]}, {v[1], v[2]}});
+      boundaries.push_back({.pattern = pattern,
+                            .grid = true,
+                            .keep_rows = {v[1], v[2]},
+                            .keep_columns = {v[3], v[4]}});
     } else {
-      boundaries.push_back({false, pattern, {v[1], v[2]}, {1, 1}});
+      boundaries.push_back({.pattern = pattern, .keep_columns = {v[1], v[2]}});
     }
   });
   return boundaries;
@@ -124,7 +128,7 @@ std::vector<adsc::BoundaryRule> to_boundaries(py::handle items) {
 // drops; `rounded` has a row (sequence, start, length, stage, wanted, kept) for each rounding.
 py::tuple plan(py::object boundaries, py::object cu_seqlens, py::object spans, py::object chunks,
                int64_t align) {
-  const std::vector<adsc::BoundaryRule> rules = to_boundaries(boundaries);
+  const std::vector<adsc::Boundary> rules = to_boundaries(boundaries);
   const bool grid = !rules.empty() && rules.front().grid;
   const std::vector<int64_t> bounds = to_ints(cu_seqlens, "cu_seqlens");
   std::vector<adsc::VisionSpan> layout;
@@ -189,6 +193,63 @@ Int32Array compress(const Int64Array& sources) {
   return out;
 }
 
+Int64Array to_array(const std::vector<int64_t>& values) {
+  return Int64Array(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+std::vector<int64_t> boundaries_of(const std::vector<int64_t>& lengths) {
+  std::vector<int64_t> boundaries{0};
+  for (const int64_t length : lengths) boundaries.push_back(boundaries.back() + length);
+  return boundaries;
+}
+
+// -> (released, free), or None where that takes rows that the host doesn't know: sources is None,
+// and edit_table is set. A fault raises ValueError.
+py::object check_pages(const Int64Array& table, const std::vector<int64_t>& prefix_lens,
+                       const std::vector<int64_t>& source_lens,
+                       const std::vector<int64_t>& kept_lens, const std::vector<int64_t>& seq_lens,
+                       const std::optional<Int64Array>& sources, int64_t block_size,
+                       int64_t num_blocks, bool edit_table, const Int64Array& read_only_blocks,
+                       const std::string& table_name) {
+  const std::vector<int64_t> cu_kept = boundaries_of(kept_lens);
+  const std::vector<int64_t> cu_rows = boundaries_of(source_lens);
+  const auto batch = static_cast<py::ssize_t>(seq_lens.size());
+  const int64_t longest =
+      seq_lens.empty() ? 0 : *std::max_element(seq_lens.begin(), seq_lens.end());
+  if (table.ndim() != 2 || table.shape(0) != batch || table.shape(1) * block_size < longest ||
+      (sources.has_value() && sources->size() != cu_kept.back())) {
+    throw py::value_error("check_pages: expected a table and rows for all of the lengths");
+  }
+  adsc::PagedCache cache{.read_only_blocks = {.blocks = {read_only_blocks.data(), true},
+                                              .count = read_only_blocks.size()},
+                         .rows_known = sources.has_value(),
+                         .table_name = table_name.c_str()};
+  adsc::Compaction& c = cache.compaction;
+  c.batch = static_cast<int32_t>(batch);
+  if (sources.has_value()) {
+    c.indices = {sources->data(), true};
+    c.num_indices = sources->size();
+  }
+  c.cu_kept = {cu_kept.data(), true};
+  c.cu_rows = {cu_rows.data(), true};
+  c.prefix_lens = {prefix_lens.data(), true};
+  c.seq_lens = {seq_lens.data(), true};
+  c.placement = adsc::Placement::kPaged;
+  c.table = {table.data(), true};
+  c.table_stride = c.table_width = table.shape(1);
+  c.num_blocks = num_blocks;
+  c.num_tokens = block_size;
+  c.edit_table = edit_table;
+
+  const std::string fault = adsc::find_page_fault(cache);
+  if (!fault.empty()) throw py::value_error(fault);
+  if (edit_table && !cache.rows_known) return py::none();
+  const adsc::LeftOverBlocks left = adsc::find_left_over_blocks(cache);
+  py::tuple released(batch);
+  for (py::ssize_t b = 0; b < batch; ++b) released[b] = to_array(left.released[b]);
+  return py::make_tuple(released, to_array(left.free));
+}
+
 std::optional<std::string> some(const char* text) {
   return *text ? std::optional<std::string>(text) : std::nullopt;
 }
@@ -217,7 +278,7 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "The host side of adsc_kernels in C++: the planner, and build information.";
+  m.doc() = "The host side of adsc_kernels in C++: the planner, the page rule, build information.";
   m.def(
       "build_info", &build_info,
       "What this build is made of: version, compiler, build_type, cxx_flags, torch (the one built\n"
@@ -226,6 +287,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("chunks"), py::arg("align") = 1);
   m.def("expand", &expand, py::arg("segments").noconvert(), py::arg("rows"));
   m.def("compress", &compress, py::arg("sources").noconvert());
+  m.def("check_pages", &check_pages);
   m.def("kept_count", &adsc::kept_count);
   m.def("aligned_kept_count", &adsc::aligned_kept_count);
   m.def("kept_index", &adsc::kept_index);

@@ -1,6 +1,6 @@
 // What the kernels of the token path are given, on a CPU and on a GPU alike: where output rows come
-// from, and what is done with them. Pointers and strides; strides are in bytes between rows, and
-// what has none is dense.
+// from, and what is done with them. Pointers, and strides in bytes from one row to the next; rows
+// without a stride lie right behind one another.
 #pragma once
 
 #include <cstddef>
@@ -23,25 +23,25 @@ struct RowMap {
 
 // One tensor whose surviving rows are copied.
 struct RowCopy {
-  const std::byte* x;
-  int64_t stride;
-  std::byte* out;
-  int64_t row_bytes;
+  const std::byte* x = nullptr;
+  int64_t stride = 0;
+  std::byte* out = nullptr;
+  int64_t row_bytes = 0;
 };
 
 // Residual add and RMSNorm: residual_out = x + residual in the element type, and
 // normed = residual_out / sqrt(mean(residual_out^2) + eps) * weight, rounded once.
 struct RowNorm {
-  const std::byte* x;
-  int64_t x_stride;
-  const std::byte* residual;
-  int64_t residual_stride;
-  const std::byte* weight;
-  std::byte* normed;
-  std::byte* residual_out;
-  int64_t width;  // elements of a row
-  double eps;
-  Element element;
+  const std::byte* x = nullptr;
+  int64_t x_stride = 0;
+  const std::byte* residual = nullptr;
+  int64_t residual_stride = 0;
+  const std::byte* weight = nullptr;
+  std::byte* normed = nullptr;
+  std::byte* residual_out = nullptr;
+  int64_t width = 0;  // elements of a row
+  double eps = 0;
+  Element element = Element::kFloat;
 };
 
 // The backward of moving rows: every source row gets the sum of the gradients of the output rows

@@ -30,17 +30,14 @@ struct Extent {
 
 std::string text(int64_t value) { return std::to_string(value); }
 
-Extent next_extent(const BoundaryRule& rule, Extent e) {
-  if (!rule.grid) {
-    return {1, kept_count(e.height * e.width, rule.keep.numerator, rule.keep.denominator)};
-  }
-  return {kept_count(e.height, rule.rows.numerator, rule.rows.denominator),
-          kept_count(e.width, rule.keep.numerator, rule.keep.denominator)};
+Extent next_extent(const Boundary& boundary, Extent e) {
+  if (!boundary.grid) return {1, kept(e.height * e.width, boundary.keep_columns)};
+  return {kept(e.height, boundary.keep_rows), kept(e.width, boundary.keep_columns)};
 }
 
 // How many of the first v survivors of one stage are survivors of the next.
-int64_t survivors_before(const BoundaryRule& rule, Extent e, Extent next, int64_t v) {
-  if (!rule.grid) return kept_before(rule.pattern, v, e.height * e.width, next.width);
+int64_t survivors_before(const Boundary& boundary, Extent e, Extent next, int64_t v) {
+  if (!boundary.grid) return kept_before(boundary.pattern, v, e.height * e.width, next.width);
   if (v == 0) return 0;
   const int64_t row = v / e.width;
   const int64_t rows = kept_before(kStart, row, e.height, next.height);
@@ -140,13 +137,13 @@ void layout_runs(const VisionSpan* spans, int64_t first, int64_t last, Chunk chu
   append_run(runs, {kText, 0, chunk.end - p});
 }
 
-void sample_run(const BoundaryRule& rule, Extent e, Extent next, const Run& run, int64_t source,
+void sample_run(const Boundary& boundary, Extent e, Extent next, const Run& run, int64_t source,
                 TableWriter& writer) {
-  if (!rule.grid) {
+  if (!boundary.grid) {
     const int64_t n = e.height * e.width;
     writer.sample(source - run.begin, n, next.width,
-                  kept_before(rule.pattern, run.begin, n, next.width),
-                  kept_before(rule.pattern, run.end, n, next.width), rule.pattern);
+                  kept_before(boundary.pattern, run.begin, n, next.width),
+                  kept_before(boundary.pattern, run.end, n, next.width), boundary.pattern);
     return;
   }
   for (int64_t i = kept_before(kStart, run.begin / e.width, e.height, next.height); i < next.height;
@@ -212,7 +209,7 @@ void check_layout(const std::vector<int64_t>& cu_seqlens, const std::vector<Visi
 
 }  // namespace
 
-std::vector<StageTables> make_plan(const std::vector<BoundaryRule>& boundaries,
+std::vector<StageTables> make_plan(const std::vector<Boundary>& boundaries,
                                    const std::vector<int64_t>& cu_seqlens,
                                    std::vector<VisionSpan> spans, const std::vector<Chunk>& chunks,
                                    int64_t align) {
@@ -277,7 +274,7 @@ std::vector<StageTables> make_plan(const std::vector<BoundaryRule>& boundaries,
       if (s == 0) {
         for (const Run& run : runs) writers[0].copy(writers[0].rows(), run.size());
       } else {
-        const BoundaryRule& rule = boundaries[s - 1];
+        const Boundary& boundary = boundaries[s - 1];
         int64_t source = stages[s - 1].cu_seqlens[b];
         next_runs.clear();
         for (const Run& run : runs) {
@@ -287,9 +284,9 @@ std::vector<StageTables> make_plan(const std::vector<BoundaryRule>& boundaries,
           } else {
             const Extent e = extents[run.span * num_stages + s - 1];
             const Extent next = extents[run.span * num_stages + s];
-            sample_run(rule, e, next, run, source, writers[s]);
-            append_run(next_runs, {run.span, survivors_before(rule, e, next, run.begin),
-                                   survivors_before(rule, e, next, run.end)});
+            sample_run(boundary, e, next, run, source, writers[s]);
+            append_run(next_runs, {run.span, survivors_before(boundary, e, next, run.begin),
+                                   survivors_before(boundary, e, next, run.end)});
           }
           source += run.size();
         }

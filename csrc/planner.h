@@ -5,23 +5,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "segment.h"
+#include "boundary.h"
 
 namespace adsc {
-
-struct Fraction {
-  int64_t numerator;
-  int64_t denominator;
-};
-
-// One boundary of the schedule. Under the grid pattern `rows` and `columns` apply; else `keep`
-// does.
-struct BoundaryRule {
-  bool grid;
-  int32_t pattern;
-  Fraction keep;  // of the whole span, or of the columns under grid
-  Fraction rows;
-};
 
 // An image inside a prompt: `length` tokens from position `start` of sequence `sequence`. With a
 // height the span is that many rows of `width` vision tokens, `pitch` tokens apart: what lies
@@ -63,7 +49,7 @@ struct StageTables {
 // gone; the roundings do not add up, since each starts from what the schedule itself asks of the
 // span. A grid keeps whole rows and columns: it is left as it is, and the rounding that it lacks is
 // in `rounded`. Throws std::invalid_argument that names the argument.
-std::vector<StageTables> make_plan(const std::vector<BoundaryRule>& boundaries,
+std::vector<StageTables> make_plan(const std::vector<Boundary>& boundaries,
                                    const std::vector<int64_t>& cu_seqlens,
                                    std::vector<VisionSpan> spans, const std::vector<Chunk>& chunks,
                                    int64_t align = 1);

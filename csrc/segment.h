@@ -31,12 +31,25 @@ ADSC_HOST_DEVICE int64_t divide(int64_t a, int64_t b) {
   return a / b;
 }
 
+// How m rows are spread over n: kept row j lies at (offset + j * step) / divisor, rounded down.
+struct Sampling {
+  int64_t offset;
+  int64_t step;
+  int64_t divisor;
+};
+
+// Requires 0 < m <= n < 2^31. Linspace is round_half_up(j * (n - 1) / (m - 1)); of a single row it
+// is the first, as under kStart.
+ADSC_HOST_DEVICE Sampling sampling(int32_t pattern, int64_t n, int64_t m) {
+  if (pattern == kCenter) return {n, 2 * n, 2 * m};
+  if (pattern == kLinspace && m > 1) return {m - 1, 2 * (n - 1), 2 * (m - 1)};
+  return {0, n, m};
+}
+
 // The index, in [0, n), of the j-th of m kept rows. Requires 0 <= j < m <= n < 2^31.
 ADSC_HOST_DEVICE int64_t kept_index(int32_t pattern, int64_t j, int64_t n, int64_t m) {
-  if (pattern == kStart) return divide(j * n, m);
-  if (pattern == kCenter) return divide((2 * j + 1) * n, 2 * m);
-  // round_half_up(j * (n - 1) / (m - 1)); a single row is the first.
-  return m == 1 ? 0 : divide(2 * j * (n - 1) + (m - 1), 2 * (m - 1));
+  const Sampling s = sampling(pattern, n, m);
+  return divide(s.offset + j * s.step, s.divisor);
 }
 
 // How many kept indices lie below x: the inverse of kept_index, which cuts a span into chunks
@@ -45,14 +58,10 @@ ADSC_HOST_DEVICE int64_t kept_before(int32_t pattern, int64_t x, int64_t n, int6
   if (x <= 0) return 0;
   if (x >= n) return m;  // whole spans, the common case, cost no division
   if (m == 0) return 0;
-  if (pattern == kStart) return divide(x * m + n - 1, n);  // j * n < x * m
-  if (pattern == kCenter) {                                // (2j + 1) * n < 2 * m * x
-    const int64_t room = 2 * m * x - n;
-    return room <= 0 ? 0 : divide(room + 2 * n - 1, 2 * n);
-  }
-  if (m == 1) return 1;
-  const int64_t step = 2 * (n - 1);  // j * step < (m - 1)(2x - 1)
-  const int64_t count = divide((m - 1) * (2 * x - 1) + step - 1, step);
+  const Sampling s = sampling(pattern, n, m);
+  const int64_t room = x * s.divisor - s.offset;  // of the j with j * step < room
+  if (room <= 0) return 0;
+  const int64_t count = divide(room + s.step - 1, s.step);
   return count < m ? count : m;
 }
 

@@ -53,11 +53,8 @@ for b, first in enumerate((0, 90)):
 table = csr_to_block_table(kv_indices, kv_indptr)
 cache = from_flashinfer(kv, table, page_size=PAGE, kv_layout="NHD")
 after = adsc.ops.compact_paged_kv_(
-    cache.k_caches,
-    cache.v_caches,
-    cache.block_table,
-    stage,
-    layout=cache.layout,
+    cache,
+    stage=stage,
     seq_lens=seq_lens,
     block_table_host=table.cpu(),  # engines keep one; here it is fetched
 )

@@ -36,11 +36,8 @@ before = [x.clone() for x in (*k_buffer, *v_buffer)]
 table = req_to_token_to_block_table(req_to_token, req_pool_indices, max_len=max(seq_lens))
 cache = from_sglang(k_buffer, v_buffer, table)
 after = adsc.ops.compact_paged_kv_(
-    cache.k_caches,
-    cache.v_caches,
-    cache.block_table,
-    stage,
-    layout=cache.layout,
+    cache,
+    stage=stage,
     seq_lens=seq_lens,
     block_table_host=table.cpu(),  # engines keep one; here it is fetched
     edit_table=True,

@@ -29,14 +29,11 @@ shared = pool[int(free[0])].clone()
 
 cache = from_tensorrt_llm(buffers, block_ids.to(device), tokens_per_block=BLOCK)
 after = adsc.ops.compact_paged_kv_(
-    cache.k_caches,
-    cache.v_caches,
-    cache.block_table,
-    stage,
-    layout=cache.layout,
+    cache,
+    stage=stage,
     seq_lens=seq_lens,
     block_table_host=block_ids,
-    pinned=[int(free[0])],
+    read_only_blocks=[int(free[0])],
 )
 assert after.free_blocks is not None
 assert pool[int(free[0])].view(torch.uint8).equal(shared.view(torch.uint8))

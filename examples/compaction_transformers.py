@@ -39,10 +39,7 @@ def answer(cache, change, steps: int = 8) -> list[list[int]]:
 
 
 def shrink(cache) -> None:
-    views = from_transformers(cache)
-    after = adsc.ops.compact_kv_(
-        views.k_caches, views.v_caches, stage, layout=views.layout, seq_lens=[100, 100]
-    )
+    after = adsc.ops.compact_kv_(from_transformers(cache), stage=stage, seq_lens=[100, 100])
     crop_transformers(cache, after.seq_lens.host)
 
 

@@ -40,12 +40,8 @@ cache = from_vllm(
     kv_caches, table, block_size=BLOCK, num_kv_heads=HEADS, head_dim=DIM, packing="content"
 )
 after = adsc.ops.compact_paged_kv_(
-    cache.k_caches,
-    cache.v_caches,
-    cache.block_table,
-    stage,
-    cache.block_size,
-    layout=cache.layout,
+    cache,
+    stage=stage,
     seq_lens=seq_lens,
     block_table_host=table_host,
     edit_table=True,  # the pictures gave whole blocks: what follows stays, and the table says where

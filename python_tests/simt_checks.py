@@ -84,7 +84,7 @@ def layout(
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(block_cases(outside=True), schedules)
 def blocks(drawn: Blocks, schedule: Schedule) -> None:
-    """A block outside of the pool, shared, or pinned and written: no byte is written before."""
+    """A block outside of the pool, shared, or read-only and written: no byte is written before."""
 
     def op(*arguments: Any) -> Any:
         caches, *rest = arguments

@@ -18,13 +18,13 @@ from cases.rebuild_metadata import int32
 from cases.refused.boundary_step import BAD_CALLS, CU, LAYOUT, SPANS, STAGE, H, P, R, W
 from cases.row_bits import same_bits
 from cases.run import on
-from cases.segment_tables import FakeStage, image_stage, stages
+from cases.segment_tables import FakeStage, image_stage, source_rows, stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
-from adsc_kernels import CompressionSchedule, make_plan, ops, reference
+from adsc_kernels import CompressionSchedule, make_plan, ops
 from adsc_kernels.backend import backend
 
 
@@ -46,7 +46,7 @@ def test_equals_the_ops_it_joins(
     inputs = drawn(stage.num_tokens_in, width, dtype)
     hidden, residual, weight = inputs.values()
     rest = moved(stage.num_tokens_in, kinds)
-    rows = torch.tensor(reference.source_rows(stage), dtype=torch.int32)
+    rows = torch.tensor(source_rows(stage), dtype=torch.int32)
     for source in ({"stage": stage}, {"keep_indices": rows}):
         if norm:
             out = ops.boundary_step(**inputs, eps=1e-5, others=rest, **source)
@@ -90,7 +90,7 @@ def test_a_layout_equals_the_reference(rows: Rows) -> None:
 def test_zeros_stay_zeros_with_any_weight(eps: float) -> None:
     inputs = drawn(4, 8)
     inputs["weight"][:] = torch.inf
-    layout = ops.Layout(int32([0, 4], 2), int32([], 0, 3), 1, num_tokens=6)
+    layout = ops.BatchLayout(int32([0, 4], 2), int32([], 0, 3), 1, num_tokens=6)
     out = ops.boundary_step(**inputs, eps=eps, layout=layout)
     assert not out.hidden[4:].any()
 
@@ -155,7 +155,7 @@ def test_one_graph_for_all_lengths() -> None:
     def step(
         hidden: Tensor, residual: Tensor, cu_seqlens: Tensor, spans: Tensor
     ) -> ops.BoundaryStep:
-        layout = ops.Layout(cu_seqlens, spans, "1/2", num_tokens=hidden.shape[0])
+        layout = ops.BatchLayout(cu_seqlens, spans, "1/2", num_tokens=hidden.shape[0])
         return ops.boundary_step(
             hidden * 2, residual=residual, weight=W, others=[residual], layout=layout
         )

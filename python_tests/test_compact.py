@@ -101,7 +101,7 @@ def test_blocks(case: Case) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(case=paged_cases())
-def test_pinned_blocks_that_would_change_are_refused_and_only_those(case: Case) -> None:
+def test_read_only_blocks_that_would_change_are_refused_and_only_those(case: Case) -> None:
     """A block of the old cache is written exactly if pinning it raises."""
     case.extra["edit_table"] = not case.extra["edit_table"]
     before, after = case.build(), case.build()
@@ -121,7 +121,7 @@ def test_pinned_blocks_that_would_change_are_refused_and_only_those(case: Case) 
         built = case.build()
         saved = [buffer.clone() for buffer in built.buffers]
         try:
-            ops.compact_paged_kv_(**built.arguments, pinned=[block])
+            ops.compact_paged_kv_(**built.arguments, read_only_blocks=[block])
         except ValueError as error:
             assert f"into block {block}," in str(error)  # noqa: PT017
             assert all(map(torch.equal, built.buffers, saved))
@@ -135,7 +135,9 @@ def test_an_aligned_suffix_stays_where_it_is() -> None:
     pool = torch.arange(8 * 16 * 2.0).reshape(8, 16, 1, 2)
     before = pool.clone()
     table = torch.tensor([[7, 0, 6, 1, 5, 2, 4, 3]], dtype=torch.int32)
-    result = ops.compact_paged_kv_(pool, None, table, stage, edit_table=True, pinned=[7, 0, 4, 3])
+    result = ops.compact_paged_kv_(
+        pool, None, table, stage, edit_table=True, read_only_blocks=[7, 0, 4, 3]
+    )
     assert result.block_table.tolist() == [[7, 0, 6, 4, 3, -1, -1, -1]]
     assert result.free_blocks.tolist() == [1, 2, 5]
     changed = (pool != before).flatten(1).any(1).nonzero().flatten().tolist()
@@ -180,7 +182,9 @@ def test_page_size_one_moves_nothing() -> None:
     pool = torch.randn(300, 2, 4)
     before = pool.clone()
     table = torch.randperm(300)[: 2 * 128].reshape(2, 128)
-    result = ops.compact_paged_kv_(pool, None, table, stage, 1, edit_table=True, pinned=table)
+    result = ops.compact_paged_kv_(
+        pool, None, table, stage, 1, edit_table=True, read_only_blocks=table
+    )
     assert torch.equal(pool, before)
     rows = torch.from_numpy(stage.source_rows()).reshape(2, -1)
     for b in range(2):
@@ -189,17 +193,19 @@ def test_page_size_one_moves_nothing() -> None:
 
 
 def test_shared_prefix() -> None:
-    """Two sequences share their first blocks: named in pinned, they stay; unnamed, an error."""
+    """Two sequences share their first blocks: named as read-only they stay; unnamed, an error."""
     stage = image_plan(2, keep="0", text=32, vision=16, tail=16)
     pool = torch.randn(6, 16, 1, 2)
     table = torch.tensor([[0, 1, 2, 3], [0, 1, 4, 5]])
-    with pytest.raises(ValueError, match=r"^block_table: .*named in pinned, got block 0 2 times"):
+    with pytest.raises(
+        ValueError, match=r"^block_table: .*named in read_only_blocks, got block 0 2 times"
+    ):
         ops.compact_paged_kv_(pool, None, table, stage)
-    result = ops.compact_paged_kv_(pool, None, table, stage, pinned=[0, 1])
+    result = ops.compact_paged_kv_(pool, None, table, stage, read_only_blocks=[0, 1])
     assert [b.tolist() for b in result.released_blocks or []] == [[3], [5]]
     assert result.free_blocks.tolist() == [3, 5]
     stage = image_plan(2, keep="0", text=0, vision=64, tail=0)
-    result = ops.compact_paged_kv_(pool, None, table, stage, pinned=[0, 1])
+    result = ops.compact_paged_kv_(pool, None, table, stage, read_only_blocks=[0, 1])
     assert [b.tolist() for b in result.released_blocks or []] == [[0, 1, 2, 3], [0, 1, 4, 5]]
     assert result.free_blocks.tolist() == [2, 3, 4, 5]
 

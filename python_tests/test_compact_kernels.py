@@ -32,7 +32,7 @@ def test_cpu_paged(case: Case, uploaded: bool) -> None:
 @settings(max_examples=200, deadline=None)
 @given(drawn=blocks(outside=False))
 def test_cpu_refuses_what_the_reference_refuses(drawn: Blocks) -> None:
-    """Shared and pinned blocks, by the op itself; the reference looks at every row."""
+    """Shared and read-only blocks, by the op itself; the reference looks at every row."""
     (wanted, arguments), (got, same) = drawn.build(), drawn.build()
     saved = [buffer.clone() for buffer in wanted]
     names = []

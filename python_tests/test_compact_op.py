@@ -7,25 +7,57 @@ from typing import Any
 
 import pytest
 import torch
-from cases.refused.compact import BAD_CALLS, INDICES, STAGE, TABLE, table_with
+from cases.refused.compact import BAD_CALLS, BAD_OBJECTS, INDICES, STAGE, TABLE, table_with
 from torch import Tensor
 from torch.library import opcheck
 
 from adsc_kernels import ops
 
 
-@pytest.mark.parametrize("name", BAD_CALLS)
+@pytest.mark.parametrize("name", [*BAD_CALLS, *BAD_OBJECTS])
 def test_bad_input(name: str) -> None:
-    call, error, message = BAD_CALLS[name]
+    call, error, message = (BAD_CALLS | BAD_OBJECTS)[name]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_cache_and_words_for_what_it_leaves_open() -> None:
+    """A call with an object does what the same call in words does, wherever a thing is said."""
+    pools = [torch.randn(9, 3, 4, 5) for _ in range(3)]  # HND
+    saved, scales = [x.clone() for x in pools], torch.randn(9, 3, 4)
+    wanted = ops.compact_paged_kv_(
+        pools, None, TABLE, STAGE, layout="HND", k_scales=[scales, scales.clone(), scales + 1],
+        edit_table=True, read_only_blocks=[0],
+    )  # fmt: skip
+    moved = [x.clone() for x in pools]
+    assert not all(map(torch.equal, moved, saved))
+    for said in ((), ("stage",), ("stage", "edit_table", "read_only_blocks", "k_scales")):
+        every = {
+            "stage": STAGE,
+            "edit_table": True,
+            "read_only_blocks": [0],
+            "k_scales": [scales.clone() for _ in range(3)],
+        }
+        for x, before in zip(pools, saved, strict=True):
+            x.copy_(before)
+        own = {name: value for name, value in every.items() if name in said}
+        rest = {name: value for name, value in every.items() if name not in said}
+        cache = ops.PagedCache(pools, None, TABLE, layout="HND", **own)
+        result = ops.compact_paged_kv_(cache, **rest)
+        assert all(map(torch.equal, pools, moved))
+        assert torch.equal(result.block_table, wanted.block_table)
+        assert (cache.stage is None) == ("stage" not in said)  # the object stays as it was
 
 
 def test_nothing_is_written_by_a_call_that_raises() -> None:
     k = torch.randn(9, 4, 3, 5)
     before = k.clone()
-    for options in ({"pinned": [5]}, {"block_table": table_with(9)}, {"seq_lens": [16, 99]}):
-        with pytest.raises(ValueError, match=r"pinned|block_table|seq_lens"):
+    for options in (
+        {"read_only_blocks": [5]},
+        {"block_table": table_with(9)},
+        {"seq_lens": [16, 99]},
+    ):
+        with pytest.raises(ValueError, match=r"read_only_blocks|block_table|seq_lens"):
             ops.compact_paged_kv_(k, None, **{"block_table": TABLE, "stage": STAGE, **options})
         assert torch.equal(k, before)
 
@@ -70,8 +102,8 @@ def test_the_op_itself_checks_too() -> None:
         (4, None, "^segments, keep_indices: "), (4, STAGE.segments.long(), "^segments: "), (4, STAGE.segments[:0], "^segments: "),
         (5, INDICES[None, None], "^segments, keep_indices: .*both"), (6, INDICES[:0], "^cu_kept: "), (6, STAGE.cu_seqlens.float(), "^cu_kept: "),
         (7, None, "^cu_rows: "), (8, INDICES, "^prefix_lens: "), (9, torch.tensor([16, 17]), "^seq_lens: "), (9, torch.tensor([16, 1]), "^seq_lens: "),
-        (2, table_with(1), "^block_table: .*block 1 again at "), (11, torch.tensor([1]), "^pinned: .*block 1, but sequence 0"), (11, TABLE, "^pinned: "),
-        (12, "NHWC", "^layout: "),
+        (2, table_with(1), "^block_table: .*block 1 2 times, again at "), (11, torch.tensor([1]), "^read_only_blocks: .*block 1, but sequence 0"), (11, TABLE, "^read_only_blocks: "),
+        (12, "NHWC", "^cache_layout: "),
     ]:  # fmt: skip
         bad = list(good)
         bad[place] = value
@@ -137,17 +169,17 @@ def test_fullgraph() -> None:
         assert torch.equal(a, b)
 
 
-def test_pinned_is_heeded_in_a_compiled_graph() -> None:
+def test_read_only_blocks_are_heeded_in_a_compiled_graph() -> None:
     """The host doesn't look at the table there; the op does."""
 
-    def run(pool: Tensor, pinned: Tensor) -> Tensor:
-        ops.compact_paged_kv_(pool, None, TABLE, STAGE, pinned=pinned)
+    def run(pool: Tensor, read_only_blocks: Tensor) -> Tensor:
+        ops.compact_paged_kv_(pool, None, TABLE, STAGE, read_only_blocks=read_only_blocks)
         return pool.sum()
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     pool = torch.randn(9, 4, 3, 5)
     before = pool.clone()
-    with pytest.raises(ValueError, match=r"^pinned: .*block 1, but sequence 0"):
+    with pytest.raises(ValueError, match=r"^read_only_blocks: .*block 1, but sequence 0"):
         compiled(pool, torch.tensor([1]))
     assert torch.equal(pool, before)
     compiled(pool, torch.tensor([0]))

@@ -17,12 +17,13 @@ from cases.compile import (
     planned,
     same,
 )
+from cases.segment_tables import source_rows
 from torch import Tensor
 from torch.library import opcheck
 
-from adsc_kernels import ops, reference
+from adsc_kernels import ops
 from adsc_kernels.backend import backend
-from adsc_kernels.ops._dispatch import Stage
+from adsc_kernels.check import Stage
 
 __all__ = ["fresh_dynamo"]  # a fixture for every test
 
@@ -57,7 +58,7 @@ def test_no_recompile_with_indices() -> None:
     compiled = torch.compile(boundary_of_indices, fullgraph=True, dynamic=True, backend="aot_eager")
     for i, (batch, text) in enumerate([(2, 11), (3, 30), (9, 12)]):
         stage = faked(batch, text)
-        inputs = (*batch_of(stage), torch.tensor(reference.source_rows(stage)))
+        inputs = (*batch_of(stage), torch.tensor(source_rows(stage)))
         with torch.compiler.set_stance("default" if i == 0 else "fail_on_recompile"):
             outputs = compiled(*inputs)
         same(outputs, boundary_of_indices(*inputs))

@@ -15,12 +15,12 @@ from cases.downsample import (
 from cases.refused.downsample import BAD_CALLS, GOOD, X
 from cases.row_bits import DTYPES, STRIDES, TRAILING, random_bits, same_bits, strided_rows
 from cases.run import on
-from cases.segment_tables import FakeStage, image_stage, stage_of, stages
+from cases.segment_tables import FakeStage, image_stage, source_rows, stage_of, stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adsc_kernels import ops, reference
+from adsc_kernels import ops
 
 
 @settings(max_examples=300, deadline=None)
@@ -61,7 +61,7 @@ def test_threads(threads: int, trailing: tuple[int, ...]) -> None:
     """Large enough to be shared between threads, which meet inside a segment."""
     stage = image_stage(60 if trailing == () else 2, text=1001)
     x = random_bits(stage.num_tokens_in, trailing, torch.int64, 1)
-    rows = torch.tensor(reference.source_rows(stage))
+    rows = torch.tensor(source_rows(stage))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -134,7 +134,7 @@ def test_dropped_rows_have_gradient_zero_exactly(dtype: torch.dtype) -> None:
     grad = torch.randn(stage.num_tokens, 300, dtype=dtype)
     ops.downsample(x, stage).backward(grad)
     wanted = torch.zeros_like(x)
-    wanted[reference.source_rows(stage)] = grad
+    wanted[source_rows(stage)] = grad
     assert x.grad is not None
     assert torch.equal(x.grad, wanted)
 

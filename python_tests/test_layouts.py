@@ -7,7 +7,7 @@ the adapter: what the op should do is written with `row` alone, and compared ove
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -241,12 +241,8 @@ def test_compaction_in_place(name, block_size):
 
     cache = engine.adapt(table)
     result = adsc.ops.compact_paged_kv_(
-        cache.k_caches,
-        cache.v_caches,
-        cache.block_table,
-        stage,
-        cache.block_size,
-        layout=cache.layout,
+        cache,
+        stage=stage,
         seq_lens=SEQ_LENS,
     )
     assert all(x.equal(y) for x, y in zip(engine.storages, want, strict=True))
@@ -265,11 +261,8 @@ def test_compaction_by_the_table(name, align):
     rows, left = everything(engine, table, SEQ_LENS), survivors(stage)
     cache = engine.adapt(table)
     result = adsc.ops.compact_paged_kv_(
-        cache.k_caches,
-        cache.v_caches,
-        cache.block_table,
-        stage,
-        layout=cache.layout,
+        cache,
+        stage=stage,
         seq_lens=SEQ_LENS,
         edit_table=True,
     )
@@ -303,10 +296,8 @@ def test_nothing_moves_at_page_size_one():
     before = [x.clone() for x in engine.storages]
     cache = engine.adapt(layouts.req_to_token_to_block_table(req_to_token, requests))
     result = adsc.ops.compact_paged_kv_(
-        cache.k_caches,
-        cache.v_caches,
-        cache.block_table,
-        stage,
+        cache,
+        stage=stage,
         seq_lens=SEQ_LENS,
         edit_table=True,
     )
@@ -475,11 +466,12 @@ def sglang_fp4(size: int):
     return cache, lambda block, offset: [x[block * size + offset] for x in (k, v, *scales)]
 
 
+@pytest.mark.parametrize("step", [False, True])
 @pytest.mark.parametrize("size", [1, 4])
 @pytest.mark.parametrize(
     "make", [vllm_inline_scales, flashinfer_nvfp4("NHD"), flashinfer_nvfp4("HND"), sglang_fp4]
 )
-def test_scales_move_with_their_rows(make, size):
+def test_scales_move_with_their_rows(make, size, step):
     cache, row = make(size)
     table = block_table(size)
     stage = adsc.make_plan(SCHEDULE, *LAYOUT).stages[1]
@@ -488,17 +480,12 @@ def test_scales_move_with_their_rows(make, size):
         return [x.clone() for x in row(int(table[b, r // size]), r % size)]
 
     before = [[read(b, r) for r in range(n)] for b, n in enumerate(SEQ_LENS)]
-    adsc.ops.compact_paged_kv_(
-        cache.k_caches,
-        cache.v_caches,
-        table,
-        stage,
-        cache.block_size,
-        layout=cache.layout,
-        seq_lens=SEQ_LENS,
-        k_scales=cache.k_scales,
-        v_scales=cache.v_scales,
-    )
+    if step:
+        hidden = torch.randn(stage.num_tokens_in, 4)
+        adsc.ops.compress_step(hidden, replace(cache, block_table=table, seq_lens=SEQ_LENS), stage)
+    else:
+        cache = replace(cache, block_table=table)
+        adsc.ops.compact_paged_kv_(cache, stage=stage, seq_lens=SEQ_LENS)
     for b, own in enumerate(survivors(stage)):
         for i, source in enumerate(own):
             assert all(map(torch.equal, read(b, i), before[b][source]))
@@ -625,9 +612,7 @@ def test_transformers_decodes_as_over_a_gathered_cache(static):
     cache = StaticCache(config=config, max_cache_len=40) if static else DynamicCache()
     cache, _ = prefilled(cache)
     views = layouts.from_transformers(cache)
-    result = adsc.ops.compact_kv_(
-        views.k_caches, views.v_caches, stage, layout=views.layout, seq_lens=(21, 21)
-    )
+    result = adsc.ops.compact_kv_(views, stage=stage, seq_lens=(21, 21))
     layouts.crop_transformers(cache, result.seq_lens.host)
     assert int(cache.get_seq_length()) == 13
     assert decode(cache, token) == expected

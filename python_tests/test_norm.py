@@ -13,12 +13,12 @@ from cases.downsample_add_rms_norm import (
 )
 from cases.refused.downsample_add_rms_norm import BAD_CALLS, STAGE, W, X
 from cases.run import on
-from cases.segment_tables import FakeStage, image_stage, stages
+from cases.segment_tables import FakeStage, image_stage, source_rows, stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adsc_kernels import ops, reference
+from adsc_kernels import ops
 
 
 @settings(max_examples=100, deadline=None)
@@ -82,7 +82,7 @@ def test_gradcheck(keep_indices: Tensor | None) -> None:
 def test_gradient_close_to_pytorchs(dtype: torch.dtype) -> None:
     """The same through PyTorch's own ops in float64; dropped rows exactly 0."""
     stage = image_stage()
-    rows = torch.tensor(reference.source_rows(stage))
+    rows = torch.tensor(source_rows(stage))
     inputs = [t.requires_grad_() for t in drawn(stage.num_tokens_in, 64, dtype)]
     wide = [t.detach().double().requires_grad_() for t in inputs]
     grads = drawn(stage.num_tokens, 64, dtype)[:2]

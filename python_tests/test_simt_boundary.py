@@ -47,7 +47,7 @@ def test_more_spans_than_a_block_has_threads() -> None:
     arguments = {
         **drawn(bounds[-1], 64, torch.bfloat16),
         "others": [torch.arange(bounds[-1])],
-        "layout": ops.Layout(*given, num_tokens=total + 5),
+        "layout": ops.BatchLayout(*given, num_tokens=total + 5),
     }
     for enough in (1, 132 * 1024):
         check(Rows(arguments, norm=True), emulating((4, 0, enough)))

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from simt import Schedule, emulated, emulating_in_place, needs_simt, schedules, serving
 
 from adsc_kernels import CompressionSchedule, backend, make_plan, ops
-from adsc_kernels.compaction import Ints
+from adsc_kernels.kv.pages import Ints
 
 pytestmark = needs_simt
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,12 +15,11 @@ from hypothesis import given, settings
 from simt import POISON, Schedule, emulating_in_place, guards_intact, needs_simt, schedules
 from torch import Tensor
 
-from adsc_kernels import backend, ops
-from adsc_kernels.compaction import Ints
-from adsc_kernels.ops.boundary import check_boundary, empty_outputs
+from adsc_kernels import backend, fakes, ops
+from adsc_kernels.kv.pages import Ints
+from adsc_kernels.ops.boundary_step import check_boundary
 
 pytestmark = needs_simt
-MODULE = sys.modules["adsc_kernels.ops.compress_step"]
 NAMES = ("hidden", "stage", "residual", "weight", "eps", "others", "keep_indices", "layout")
 GUARD = 64  # bytes
 
@@ -37,9 +35,9 @@ def guarded(like: Tensor) -> Tensor:
 def outputs_of(rows: Rows) -> Iterator[list[Tensor]]:
     """What the op is to write, in place of what Python would allocate."""
     given = {"eps": 1e-6, "others": [], **rows.arguments}
-    outs = list(map(guarded, empty_outputs(*check_boundary(*map(given.get, NAMES)))))
+    outs = list(map(guarded, fakes.boundary_step(*check_boundary(*map(given.get, NAMES)))))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MODULE, "empty_outputs", lambda *_: outs)
+        patch.setattr(fakes, "boundary_step", lambda *_: outs)
         yield outs
     assert all(map(guards_intact, outs))
 

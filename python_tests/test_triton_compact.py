@@ -68,10 +68,10 @@ def test_compact(name: str) -> None:
 
 
 def test_check() -> None:
-    pinned = torch.tensor([0, 1])
+    read_only = torch.tensor([0, 1])
     with ahead_of_time(80) as kernels:
-        compact.compact_paged_kv_(BLOCKS, 2, TABLE, 16, *ROWS, True, pinned, "NHD")
-    names = ["pin_kernel", "check_kernel", "compact_kernel", "outputs_kernel"]
+        compact.compact_paged_kv_(BLOCKS, 2, TABLE, 16, *ROWS, True, read_only, "NHD")
+    names = ["mark_read_only_kernel", "check_kernel", "compact_kernel", "outputs_kernel"]
     assert [kernel.name for kernel in kernels] == names
     assert "__assertfail" in kernels[1].ptx
     assert not any("__assertfail" in kernel.ptx for kernel in kernels if kernel is not kernels[1])

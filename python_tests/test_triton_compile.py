@@ -11,7 +11,14 @@ pytest.importorskip("triton")
 
 from triton_ahead import Kernel, ahead_of_time
 
-from adsc_kernels.triton import boundary, downsample, launch, metadata, norm, upsample_grad
+from adsc_kernels.triton import (
+    boundary_step,
+    downsample,
+    downsample_add_rms_norm,
+    launch,
+    rebuild_metadata,
+    upsample_grad,
+)
 
 ARCHITECTURES = [80, 90]
 STAGE = image_stage(2)
@@ -73,7 +80,9 @@ def test_misaligned_rows_are_not_read_in_wide_words() -> None:
 def test_norm(arch: int) -> None:
     def run(width: int, dtype: torch.dtype) -> None:
         x = torch.zeros(T, width, dtype=dtype)
-        norm.downsample_add_rms_norm(x, x, torch.zeros(width, dtype=dtype), *TABLE, 1e-6)
+        downsample_add_rms_norm.downsample_add_rms_norm(
+            x, x, torch.zeros(width, dtype=dtype), *TABLE, 1e-6
+        )
 
     each(
         arch,
@@ -90,7 +99,7 @@ def test_rebuild_metadata(arch: int) -> None:
     def run(batch: int, grid: bool) -> None:
         cu_seqlens, spans = torch.zeros(batch + 1).int(), torch.zeros(batch, 5).int()
         keep = [1, 2, 1, 2] if grid else [1, 4]
-        metadata.rebuild_metadata(cu_seqlens, spans, keep, "grid" if grid else "start", 24)
+        rebuild_metadata.rebuild_metadata(cu_seqlens, spans, keep, "grid" if grid else "start", 24)
 
     each(arch, {"small": (lambda: run(128, False), 0), "large grids": (lambda: run(129, True), 0)})
 
@@ -121,10 +130,10 @@ def test_boundary_step(arch: int) -> None:
     each(
         arch,
         {
-            "norm, layout": (lambda: boundary.boundary_step(*pre_norm, others, *layout), 128),
-            "norm, table": (lambda: boundary.boundary_step(*pre_norm, [], *table), 128),
-            "layout": (lambda: boundary.boundary_step(*plain, others, *layout), 128),
-            "table": (lambda: boundary.boundary_step(*plain, others, *table), 128),
+            "norm, layout": (lambda: boundary_step.boundary_step(*pre_norm, others, *layout), 128),
+            "norm, table": (lambda: boundary_step.boundary_step(*pre_norm, [], *table), 128),
+            "layout": (lambda: boundary_step.boundary_step(*plain, others, *layout), 128),
+            "table": (lambda: boundary_step.boundary_step(*plain, others, *table), 128),
         },
     )
 
@@ -136,7 +145,7 @@ def test_checking(monkeypatch: pytest.MonkeyPatch) -> None:
     with ahead_of_time(90) as kernels:
         downsample.downsample(HIDDEN, *TABLE)
         downsample.downsample(HIDDEN, None, ROWS, 10)
-        metadata.rebuild_metadata(cu_seqlens, spans, [1, 4], "start", 0)
+        rebuild_metadata.rebuild_metadata(cu_seqlens, spans, [1, 4], "start", 0)
     names = ("segments:", "keep_indices:", "spans:")
     for name, kernel in zip(names, kernels, strict=True):
         assert "__assertfail" in kernel.ptx

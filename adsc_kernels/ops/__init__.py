@@ -1,23 +1,24 @@
 """The ops of the token path and of the cache.
 
-Each module holds one family: signature, checks, fake and autograd.
+Each module holds one family: signature, fake and autograd, and the checks that are its own.
 """
 
-from adsc_kernels.compaction import CompactionResult, Ints
-from adsc_kernels.ops.boundary import BoundaryStep, Layout, boundary_step
+from adsc_kernels.kv.cache import DenseCache, PagedCache
+from adsc_kernels.kv.pages import CompactionResult, Ints
+from adsc_kernels.ops.boundary_step import BatchLayout, BoundaryStep, boundary_step
 from adsc_kernels.ops.compact import compact_kv_, compact_paged_kv_
-from adsc_kernels.ops.compress_step import CompressStep, DenseCache, PagedCache, compress_step
+from adsc_kernels.ops.compress_step import CompressStep, compress_step
 from adsc_kernels.ops.downsample import downsample, downsample_many
-from adsc_kernels.ops.metadata import Metadata, rebuild_metadata
-from adsc_kernels.ops.norm import downsample_add_rms_norm
+from adsc_kernels.ops.downsample_add_rms_norm import downsample_add_rms_norm
+from adsc_kernels.ops.rebuild_metadata import Metadata, rebuild_metadata
 
 __all__ = [
+    "BatchLayout",
     "BoundaryStep",
     "CompactionResult",
     "CompressStep",
     "DenseCache",
     "Ints",
-    "Layout",
     "Metadata",
     "PagedCache",
     "boundary_step",

@@ -1,87 +1,13 @@
-"""Registering an op, choosing its implementation, calling it, and what every op checks first."""
+"""Registering an op, choosing its implementation, and calling it."""
 
 import importlib
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
+from adsc_kernels import reference
 from adsc_kernels.backend import INTERPRETED, native_problem, resolve
-
-
-class Stage(Protocol):
-    """What the ops need of a StagePlan: the movement of rows into a stage."""
-
-    @property
-    def segments(self) -> Tensor: ...  # int32 [S, 6], on the device of the rows
-
-    @property
-    def num_tokens(self) -> int: ...  # rows of the stage
-
-    @property
-    def num_tokens_in(self) -> int: ...  # rows of the stage before
-
-
-def check_rows(x: Tensor, name: str) -> None:
-    """x: [rows, ...], strided between rows at most."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name}: expected a strided tensor, got layout {x.layout}")
-    if x.dim() == 0:
-        raise ValueError(f"{name}: expected at least one dimension (rows first), got a scalar")
-    if x.is_contiguous() or x.numel() == 0:
-        return
-    dense = 1
-    for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
-        if size != 1 and stride != dense:
-            raise ValueError(
-                f"{name}: expected rows that are contiguous inside (only dimension 0 may be "
-                f"strided), got shape {tuple(x.shape)} with strides {tuple(x.stride())}"
-            )
-        dense *= size
-
-
-def row_source(
-    stage: Stage | None, keep_indices: Tensor | None, x: Tensor, name: str
-) -> tuple[Tensor | None, int]:
-    """The segment table (None with keep_indices) and the number of output rows."""
-    if (stage is None) == (keep_indices is None):
-        both = "both" if stage is not None else "neither"
-        raise ValueError(f"stage, keep_indices: expected exactly one of them, got {both}")
-    if keep_indices is not None:
-        check_table(keep_indices, "keep_indices", (torch.int32, torch.int64), x, name)
-        if keep_indices.dim() != 1:
-            raise ValueError(
-                f"keep_indices: expected shape [rows], got {tuple(keep_indices.shape)}"
-            )
-        return None, keep_indices.shape[0]
-    assert stage is not None  # for the type checker
-    segments = stage.segments
-    check_table(segments, "stage.segments", (torch.int32,), x, name)
-    if segments.dim() != 2 or segments.shape[1] != 6:
-        raise ValueError(f"stage.segments: expected shape [S, 6], got {tuple(segments.shape)}")
-    if x.shape[0] != stage.num_tokens_in:
-        raise ValueError(
-            f"{name}: expected {stage.num_tokens_in} rows (stage.num_tokens_in), got {x.shape[0]}"
-        )
-    return segments, stage.num_tokens
-
-
-def check_table(
-    table: Tensor, name: str, dtypes: tuple[torch.dtype, ...], x: Tensor, x_name: str
-) -> None:
-    if not isinstance(table, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(table).__name__}")
-    if table.dtype not in dtypes:
-        expected = " or ".join(str(dtype) for dtype in dtypes)
-        raise TypeError(f"{name}: expected {expected}, got {table.dtype}")
-    if table.device != x.device:
-        raise ValueError(f"{name}: expected the device of {x_name}, {x.device}, got {table.device}")
-    if not table.is_contiguous():
-        raise ValueError(f"{name}: expected a contiguous tensor, got strides {table.stride()}")
-
 
 _triton_ops = torch.library.Library("adsc_triton", "DEF")
 
@@ -138,16 +64,17 @@ def _with_namespace(setup: Callable[..., None], ops: Any) -> Callable[..., None]
     return setup_here
 
 
-def choose(name: str, device: torch.device) -> torch._ops.OpOverload | None:
-    """The op that serves tensors on `device`; None where the reference does."""
+def choose(name: str, device: torch.device) -> Callable[..., Any]:
+    """What serves an op's tensors on `device`: native, Triton or the reference, called alike."""
     found = resolve(device)
     if found == "reference":
-        return None
+        function: Callable[..., Any] = getattr(reference, name)
+        return function
     ops = torch.ops.adsc_triton if found == "triton" else torch.ops.adsc_kernels
     return getattr(ops, name).default
 
 
-def call(op: torch._ops.OpOverload, *arguments: Any, grad: bool) -> Any:
+def call(op: Callable[..., Any], *arguments: Any, grad: bool) -> Any:
     """Calls op, past its autograd kernel where no gradient is asked for (grad is False).
 
     That kernel is Python, and takes longer than moving a small tensor does.

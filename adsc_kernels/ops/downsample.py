@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from adsc_kernels import reference
-from adsc_kernels.ops._dispatch import Stage, call, check_rows, choose, register, row_source
+from adsc_kernels import fakes
+from adsc_kernels.check import Stage, check_rows, row_source
+from adsc_kernels.ops._dispatch import call, choose, register
 
 
 def downsample(
@@ -29,8 +31,6 @@ def downsample(
     check_rows(x, "x")
     segments, num_tokens = row_source(stage, keep_indices, x, "x")
     op = choose("downsample", x.device)
-    if op is None:
-        return reference.downsample(x, stage, keep_indices=keep_indices)
     return call(op, x, segments, keep_indices, num_tokens, grad=x.requires_grad)
 
 
@@ -56,23 +56,16 @@ def downsample_many(
             raise ValueError(f"xs[{i}]: expected {xs[0].shape[0]} rows, as xs[0], got {x.shape[0]}")
     segments, num_tokens = row_source(stage, keep_indices, xs[0], "xs[0]")
     op = choose("downsample_many", xs[0].device)
-    if op is None:
-        return reference.downsample_many(xs, stage, keep_indices=keep_indices)
     grad = any(x.requires_grad for x in xs)
     return call(op, xs, segments, keep_indices, num_tokens, grad=grad)
 
 
-# ---- Shapes for tracing, and gradients: the backward of a gather is a scatter ----
+# ---- Gradients: the backward of a gather is a scatter ----
 
 
-def _fake(x: Tensor, segments: Tensor | None, keep_indices: Tensor | None, rows: int) -> Tensor:
-    return x.new_empty((rows, *x.shape[1:]))
-
-
-def _fake_many(
-    xs: list[Tensor], segments: Tensor | None, keep_indices: Tensor | None, rows: int
-) -> list[Tensor]:
-    return [_fake(x, segments, keep_indices, rows) for x in xs]
+_GRAD_DTYPES = (
+    torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128
+)  # fmt: skip
 
 
 def upsample_grad(
@@ -80,6 +73,9 @@ def upsample_grad(
 ) -> Tensor:
     """The gradient of x: [ctx.num_rows, ...], from that of x's surviving rows. Gradients come with
     any strides (that of a sum has all 0), hence the copy where a row is not dense."""
+    if grad.dtype not in _GRAD_DTYPES:
+        expected = ", ".join(str(dtype) for dtype in _GRAD_DTYPES)
+        raise ValueError(f"grad: expected one of {expected}, got {grad.dtype}")
     op = ctx.ops.upsample_grad.default
     return op(grad.contiguous(), segments, keep_indices, ctx.num_rows)
 
@@ -126,7 +122,7 @@ def _upsample_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 register(
     "downsample",
     "(Tensor x, Tensor? segments, Tensor? keep_indices, SymInt num_tokens) -> Tensor",
-    fake=_fake,
+    fake=fakes.downsample,
     backward=_backward,
     setup=_setup,
     triton="downsample",
@@ -134,7 +130,7 @@ register(
 register(
     "downsample_many",
     "(Tensor[] xs, Tensor? segments, Tensor? keep_indices, SymInt num_tokens) -> Tensor[]",
-    fake=_fake_many,
+    fake=fakes.downsample_many,
     backward=_backward_many,
     setup=_setup_many,
     triton="downsample",
@@ -142,7 +138,7 @@ register(
 register(
     "upsample_grad",
     "(Tensor grad, Tensor? segments, Tensor? keep_indices, SymInt num_rows) -> Tensor",
-    fake=_fake,
+    fake=fakes.upsample_grad,
     backward=_upsample_backward,
     setup=_upsample_setup,
     triton="upsample_grad",

@@ -1,4 +1,7 @@
-"""What the launchers share: which rows move, checks as in csrc/ops, units of access, the launch."""
+"""What the launchers share: which rows move, units of access, the launch.
+
+They check nothing: adsc_kernels.ops has, and it calls them with what it found to be right.
+"""
 
 import contextlib
 import math
@@ -11,83 +14,27 @@ from torch import Tensor
 
 from adsc_kernels.backend import CHECK as CHECK
 
-# Arguments that differ from batch to batch: the code is the same for all their values. `steps` is
-# the number of those of a binary search over the segments.
-BATCH_ARGUMENTS = ["rows", "num_segments", "steps", "num_tokens", "num_rows"]
-
-
-class RowMap(NamedTuple):
-    """Which source row each output row takes: a segment table or a list of indices."""
-
-    arguments: tuple[Any, ...]  # of every kernel that takes BATCH_ARGUMENTS
-    by_index: bool
-
 
 def row_map(
-    segments: Tensor | None,
-    keep_indices: Tensor | None,
-    num_tokens: int,
-    num_rows: int,
-    device: torch.device,
-) -> RowMap:
-    """Raises ValueError for a table or a list that can't describe the movement."""
-    if (segments is None) == (keep_indices is None):
-        raise ValueError(
-            "segments, keep_indices: expected exactly one of them, got "
-            + ("neither" if segments is None else "both")
-        )
-    if num_tokens < 0:
-        raise ValueError(f"num_tokens: expected at least 0, got {num_tokens}")
-    rows, name = (segments, "segments") if segments is not None else (keep_indices, "keep_indices")
-    assert rows is not None  # for the type checker
-    if rows.device != device:
-        raise ValueError(f"{name}: expected the device of x, {device}, got {rows.device}")
-    if not rows.is_contiguous():
-        raise ValueError(f"{name}: expected a contiguous tensor, got strides {rows.stride()}")
-    if segments is not None:
-        if segments.dtype != torch.int32 or segments.dim() != 2 or segments.shape[1] != 6:
-            raise ValueError(
-                f"segments: expected a contiguous int32 table [S, 6], got {segments.dtype} and "
-                f"shape {tuple(segments.shape)}"
-            )
-        if num_tokens > 0 and len(segments) == 0:
-            raise ValueError(f"segments: expected some for {num_tokens} output rows, got none")
-    else:
-        if rows.dtype not in (torch.int32, torch.int64) or rows.shape != (num_tokens,):
-            raise ValueError(
-                f"keep_indices: expected int32 or int64 [{num_tokens}], got {rows.dtype} and "
-                f"shape {tuple(rows.shape)}"
-            )
-    if num_tokens > 0 and num_rows == 0:
-        raise ValueError(f"{name}: expected no output rows for x without rows, got {num_tokens}")
-    count = len(segments) if segments is not None else 0
-    steps = max(count - 1, 0).bit_length()
-    return RowMap((rows, count, steps, num_tokens, num_rows), segments is None)
+    segments: Tensor | None, keep_indices: Tensor | None, num_tokens: int, num_rows: int
+) -> tuple[Any, ...]:
+    """The fields of a `RowMap`, as kernels take them."""
+    count = 0 if segments is None else len(segments)
+    rows = keep_indices if segments is None else segments
+    return (rows, count, max(count - 1, 0).bit_length(), num_tokens, num_rows, segments is None)
 
 
 class RowLayout(NamedTuple):
-    """Rows along dimension 0, any distance apart, each dense inside. In elements."""
+    """Rows along dimension 0, any distance apart, each dense inside. In bytes."""
 
-    num_rows: int
     size: int
     stride: int
 
 
-def row_layout(x: Tensor, name: str) -> RowLayout:
-    """Raises ValueError where rows are not dense inside."""
-    if x.dim() == 0:
-        raise ValueError(f"{name}: expected at least one dimension (rows first), got a scalar")
-    size = math.prod(x.shape[1:])
-    if not x.is_contiguous() and x.numel() > 0:
-        dense = 1
-        for length, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
-            if length != 1 and stride != dense:
-                raise ValueError(
-                    f"{name}: expected rows that are contiguous inside (only dimension 0 may be "
-                    f"strided), got shape {tuple(x.shape)} with strides {x.stride()}"
-                )
-            dense *= length
-    return RowLayout(x.shape[0], size, x.stride(0))
+def row_layout(x: Tensor) -> RowLayout:
+    """x: [rows, ...]."""
+    width = x.element_size()
+    return RowLayout(math.prod(x.shape[1:]) * width, x.stride(0) * width)
 
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -4,6 +4,8 @@
 Arguments are scalars or tensors of integers. Results are int64: products reach 2^62.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -68,35 +70,43 @@ def segment_source(table, num_segments, steps, row):
     return src + kept_index(pattern, number, span, keep), number < keep
 
 
+class RowMap(NamedTuple):
+    """Which source row each output row takes.
+
+    Kernels take the fields one by one and put them together: Triton compiles anew for the values in
+    a tuple, and not for those of an argument named in ROW_MAP.
+    """
+
+    rows: Any  # a segment table or, BY_INDEX, a list of num_tokens source rows
+    num_segments: Any
+    steps: Any  # of a binary search over the segments
+    num_tokens: Any  # output rows
+    num_rows: Any  # source rows
+    BY_INDEX: Any
+
+
+ROW_MAP = [*RowMap._fields[:-1]]  # what differs from batch to batch: the code is the same for all
+
+
 @triton.jit
-def source_rows(
-    rows,
-    num_segments,
-    steps,
-    row,
-    num_tokens,
-    num_rows,
-    BY_INDEX: tl.constexpr,
-    CHECK: tl.constexpr,
-):
+def source_rows(row_map, row, CHECK: tl.constexpr):
     """The source rows (int64) of the output rows `row`, and which of them have one.
 
-    rows: a segment table of num_segments segments or, BY_INDEX, a list of num_tokens source rows.
     CHECK: stop the program with a message where the source lies outside of [0, num_rows).
     """
-    wanted = row < num_tokens
-    if BY_INDEX:
-        source = tl.load(rows + row, mask=wanted, other=0).to(tl.int64)
+    wanted = row < row_map.num_tokens
+    if row_map.BY_INDEX:
+        source = tl.load(row_map.rows + row, mask=wanted, other=0).to(tl.int64)
         found = wanted
         if CHECK:
-            ok = (source >= 0) & (source < num_rows) | ~wanted
+            ok = (source >= 0) & (source < row_map.num_rows) | ~wanted
             tl.device_assert(ok, "keep_indices: a value outside of the rows of x")
     else:
-        source, found = segment_source(rows, num_segments, steps, row)
+        source, found = segment_source(row_map.rows, row_map.num_segments, row_map.steps, row)
         if CHECK:
-            ok = found & (source >= 0) & (source < num_rows) | ~wanted
+            ok = found & (source >= 0) & (source < row_map.num_rows) | ~wanted
             tl.device_assert(ok, "segments: an output row without a source row in x")
         found = found & wanted
     if CHECK:
-        found = found & (source >= 0) & (source < num_rows)
+        found = found & (source >= 0) & (source < row_map.num_rows)
     return source, found

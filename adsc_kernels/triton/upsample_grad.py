@@ -11,28 +11,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adsc_kernels import fakes
 from adsc_kernels.triton.downsample import tile_of
-from adsc_kernels.triton.launch import BATCH_ARGUMENTS, CHECK, launch, row_map, unit_of
-from adsc_kernels.triton.segment import source_rows
+from adsc_kernels.triton.launch import CHECK, launch, row_map, unit_of
+from adsc_kernels.triton.segment import ROW_MAP, RowMap, source_rows
 
 
-@triton.jit(do_not_specialize=BATCH_ARGUMENTS, do_not_specialize_on_alignment=BATCH_ARGUMENTS)
+@triton.jit(do_not_specialize=ROW_MAP, do_not_specialize_on_alignment=ROW_MAP)
 def source_rows_kernel(
-    out,
-    rows,
-    num_segments,
-    steps,
-    num_tokens,
-    num_rows,
-    BLOCK: tl.constexpr,
-    BY_INDEX: tl.constexpr,
-    CHECK: tl.constexpr,
-):
+    out, rows, num_segments, steps, num_tokens, num_rows, BY_INDEX: tl.constexpr,
+    BLOCK: tl.constexpr, CHECK: tl.constexpr,
+):  # fmt: skip
     """The source row of every output row; num_rows for a row without one."""
+    row_map = RowMap(rows, num_segments, steps, num_tokens, num_rows, BY_INDEX)
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    source, found = source_rows(
-        rows, num_segments, steps, row, num_tokens, num_rows, BY_INDEX, CHECK
-    )
+    source, found = source_rows(row_map, row, CHECK)
     tl.store(out + row, tl.where(found, source, num_rows), mask=row < num_tokens)
 
 
@@ -96,7 +89,6 @@ def upsample_grad_kernel(
     tl.store(place, total.to(out.dtype.element_ty), mask=wanted)
 
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _BLOCK = 256
 
 
@@ -104,26 +96,18 @@ def upsample_grad(
     grad: Tensor, segments: Tensor | None, keep_indices: Tensor | None, num_rows: int
 ) -> Tensor:
     """The gradient of x: [num_rows, ...], from that of its surviving rows, which is contiguous."""
-    if not grad.is_contiguous():
-        raise ValueError(f"grad: expected a contiguous tensor, got strides {grad.stride()}")
-    if num_rows < 0:
-        raise ValueError(f"num_rows: expected at least 0, got {num_rows}")
     num_tokens, device = grad.shape[0], grad.device
-    movement = row_map(segments, keep_indices, num_tokens, num_rows, device)
-    out = grad.new_empty((num_rows, *grad.shape[1:]))
-    if grad.is_complex():
-        grad, real_out = torch.view_as_real(grad), torch.view_as_real(out)
-    else:
-        real_out = out
-    if grad.dtype not in _DTYPES:
-        raise ValueError(f"grad: expected a floating-point or complex dtype, got {grad.dtype}")
+    out = fakes.upsample_grad(grad, segments, keep_indices, num_rows)
     if out.numel() == 0:
         return out
+    real_out = out
+    if grad.is_complex():
+        grad, real_out = torch.view_as_real(grad), torch.view_as_real(out)
 
     if keep_indices is None or CHECK:
         rows = torch.empty(num_tokens, dtype=torch.int64, device=device)
         if num_tokens > 0:
-            arguments = (rows, *movement.arguments, _BLOCK, movement.by_index)
+            arguments = (rows, *row_map(segments, keep_indices, num_tokens, num_rows), _BLOCK)
             launch(source_rows_kernel, triton.cdiv(num_tokens, _BLOCK), device, arguments)
     else:
         rows = keep_indices

@@ -6,6 +6,7 @@
 #include <tuple>
 #include <utility>
 
+#include "../pages.h"
 #include "../text.h"
 #include "copy.h"
 #include "rows.h"
@@ -62,15 +63,6 @@ std::string find_length_fault(const Compaction& c, int32_t b) {
     return join("seq_lens: expected at most ", room, " rows, the room of sequence ", b, ", got ",
                 rows.total);
   }
-  if (c.placement == Placement::kPaged) {
-    for (int32_t page = 0; page < pages_of(c, rows.total); ++page) {
-      const int64_t block = c.table[b * c.table_stride + page];
-      if (block < 0 || block >= c.num_blocks) {
-        return join("block_table: expected blocks in [0, ", c.num_blocks, "), got ", block, " at [",
-                    b, ", ", page, "]");
-      }
-    }
-  }
   return "";
 }
 
@@ -95,46 +87,9 @@ std::string find_order_fault(const Compaction& c, int64_t index) {
   return "";
 }
 
-// A block that two pages share and that isn't pinned, or a pinned one that a move would write.
-std::string find_block_fault(const Compaction& c, const BlockList& pinned) {
-  std::vector<bool> is_pinned(pinned.count == 0 ? 0 : c.num_blocks);
-  for (int64_t i = 0; i < pinned.count; ++i) {
-    const int64_t block = pinned.blocks[i];
-    if (block >= 0 && block < c.num_blocks) is_pinned[block] = true;
-  }
-  std::vector<bool> used(c.num_blocks);
-  for (int32_t b = 0; b < c.batch; ++b) {
-    for (int32_t page = 0; page < pages_of(c, sequence_rows(c, b).total); ++page) {
-      const int64_t block = c.table[b * c.table_stride + page];
-      if (used[block] && !(pinned.count > 0 && is_pinned[block])) {
-        return join("block_table: expected every block once, or named in pinned, got block ", block,
-                    " again at [", b, ", ", page, "]");
-      }
-      used[block] = true;
-    }
-  }
-  if (pinned.count == 0) return "";
-  for (int32_t b = 0; b < c.batch; ++b) {
-    const SequenceRows rows = sequence_rows(c, b);
-    if (rows.dropped() == 0) continue;
-    for (int64_t s = 0; s < int64_t{c.index_layers} * c.index_heads; ++s) {
-      for (int32_t page = 0; page < pages_of(c, rows.new_total()); ++page) {
-        const int64_t index = s * c.num_indices;
-        const auto first = static_cast<int32_t>(page * c.num_tokens);
-        const int64_t block = place_in_cache(c, b, place_of(c, rows, index, first)).block;
-        if (is_pinned[block] && page_is_written(c, rows, index, page)) {
-          return join("pinned: expected no move into block ", block, ", but sequence ", b,
-                      " would write to it");
-        }
-      }
-    }
-  }
-  return "";
-}
-
 }  // namespace
 
-std::string find_fault(const Compaction& c, const BlockList& pinned) {
+std::string find_fault(const Compaction& c, const BlockList& read_only_blocks) {
   if (c.cu_kept[0] != 0) return join("cu_kept: expected the first to be 0, got ", c.cu_kept[0]);
   if (c.cu_rows.data != nullptr && c.cu_rows[0] != 0) {
     return join("cu_rows: expected the first to be 0, got ", c.cu_rows[0]);
@@ -164,7 +119,8 @@ std::string find_fault(const Compaction& c, const BlockList& pinned) {
       if (!fault.empty()) return fault;
     }
   }
-  return c.placement == Placement::kPaged ? find_block_fault(c, pinned) : "";
+  if (c.placement != Placement::kPaged) return "";
+  return find_page_fault({.compaction = c, .read_only_blocks = read_only_blocks});
 }
 
 namespace {

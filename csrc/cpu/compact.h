@@ -1,4 +1,4 @@
-// Compacting a KV cache in place.
+// compact_kv_, compact_paged_kv_ and compress_step: compacting a KV cache in place.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 namespace adsc::cpu {
 
 // What is wrong with the contents of the lists and tables, in words; empty when nothing is.
-std::string find_fault(const Compaction& compaction, const BlockList& pinned);
+std::string find_fault(const Compaction& compaction, const BlockList& read_only_blocks);
 
 // Rows of one sequence that move together: places that follow one another on either side.
 struct Run {

@@ -1,4 +1,5 @@
-// Moving rows, byte for byte.
+// downsample and downsample_many, also for boundary_step and compress_step: moving rows, byte for
+// byte.
 #pragma once
 
 #include <cstdint>

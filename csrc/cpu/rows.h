@@ -15,32 +15,19 @@ std::string find_fault(const RowMap& map);
 
 inline bool is_run(const Segment& segment) { return segment.keep == segment.span; }
 
-// The kept rows of one segment in order, without a division for each: kept_index is
-// (offset + j * step) / divisor in every pattern, so the next one needs an addition and a carry.
+// The kept rows of one segment in order, without a division for each: from one to the next it takes
+// an addition and a carry.
 class KeptRows {
  public:
   KeptRows(const Segment& segment, int64_t output_row) {
-    const int64_t n = segment.span;
-    const int64_t m = segment.keep;
-    const int64_t j = segment.first + (output_row - segment.dst);
-    int64_t offset = 0;
-    int64_t step = n;
-    divisor_ = m;
-    if (segment.pattern == kCenter) {
-      offset = n;
-      step = 2 * n;
-      divisor_ = 2 * m;
-    } else if (segment.pattern == kLinspace) {
-      offset = m - 1;
-      step = 2 * (n - 1);
-      divisor_ = std::max<int64_t>(2 * (m - 1), 1);  // a single row is row 0
-    }
-    const int64_t start = offset + j * step;
-    const int64_t index = divide(start, divisor_);
+    const Sampling s = sampling(segment.pattern, segment.span, segment.keep);
+    const int64_t start = s.offset + (segment.first + (output_row - segment.dst)) * s.step;
+    const int64_t index = divide(start, s.divisor);
     row_ = segment.src + index;
-    rest_ = start - index * divisor_;
-    whole_step_ = divide(step, divisor_);
-    rest_step_ = step - whole_step_ * divisor_;
+    rest_ = start - index * s.divisor;
+    whole_step_ = divide(s.step, s.divisor);
+    rest_step_ = s.step - whole_step_ * s.divisor;
+    divisor_ = s.divisor;
   }
 
   int64_t row() const { return row_; }

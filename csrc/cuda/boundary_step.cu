@@ -1,4 +1,5 @@
 #include "boundary_step.cuh"
+#include "chunks.h"
 #include "launch.h"
 
 namespace adsc::cuda {
@@ -19,18 +20,15 @@ void launch_work(const BoundaryWork& work, Stream stream) {
 
 }  // namespace
 
-void boundary_step(const RowMap& map, const LayoutStep* layout, const RowNorm* norm,
-                   const RowCopy* copies, int count, Stream stream) {
-  const int first = count < kMaxCopies ? count : kMaxCopies;
-  launch_work(boundary_work(map, layout, norm, copies, first, true), stream);
-  boundary_copies(map, layout, copies + first, count - first, stream);
+void boundary_step(const BoundaryMoves& moves, Stream stream) {
+  launch_work(opening_work(moves), stream);
+  boundary_copies(moves, stream);
 }
 
-void boundary_copies(const RowMap& map, const LayoutStep* layout, const RowCopy* copies, int count,
-                     Stream stream) {
-  for (int first = 0; first < count; first += kMaxCopies) {
-    const int some = count - first < kMaxCopies ? count - first : kMaxCopies;
-    launch_work(boundary_work(map, layout, nullptr, copies + first, some, false), stream);
+void boundary_copies(const BoundaryMoves& moves, Stream stream) {
+  for (auto copies = after(moves.copies, kMaxCopies); !copies.empty();
+       copies = after(copies, kMaxCopies)) {
+    launch_work(copying_work(moves, up_to(copies, kMaxCopies), kThreads), stream);
   }
 }
 

@@ -1,12 +1,13 @@
-// What a boundary does to the rows, by one block of threads: its tile of the norm or of a copy, or
-// the metadata.
+// What boundary_step and compress_step do to the rows, by one block of threads: its tile of the
+// norm or of a copy, or the metadata.
 #pragma once
 
 #include <type_traits>
 
 #include "boundary_step.h"
+#include "chunks.h"
 #include "copy.cuh"
-#include "layout.cuh"
+#include "metadata.cuh"
 #include "norm.cuh"
 
 namespace adsc::cuda {
@@ -15,7 +16,7 @@ namespace adsc::cuda {
 // rows; the rest copy. None waits for another: with a layout, each scans it for its own rows.
 struct BoundaryWork {
   RowMap map;
-  LayoutStep step;
+  MetadataStep step;
   bool has_layout;
   bool writes_metadata;
   RowNorm norm;
@@ -27,22 +28,27 @@ struct BoundaryWork {
   }
 };
 
-// copies: at most kMaxCopies. opens: the launch that does more than copy. least_threads: of a
-// block.
-inline BoundaryWork boundary_work(const RowMap& map, const LayoutStep* layout, const RowNorm* norm,
-                                  const RowCopy* copies, int count, bool opens,
-                                  int least_threads = 128) {
+// A launch that only copies. copies: at most kMaxCopies. threads: of a block.
+inline BoundaryWork copying_work(const BoundaryMoves& moves, std::span<const RowCopy> copies,
+                                 int threads) {
   BoundaryWork work{};
-  work.map = map;
-  work.has_layout = layout != nullptr;
-  if (work.has_layout) work.step = *layout;
-  work.writes_metadata = work.has_layout && opens;
-  if (norm != nullptr && opens) {
-    work.norm = *norm;
-    work.shape = norm_shape(*norm, map.num_tokens, least_threads);
-  }
-  if (work.shape.threads == 0) work.shape.threads = kThreads;
-  work.copies = copy_tasks(copies, count, map.num_tokens, work.shape.threads);
+  work.map = moves.map;
+  work.has_layout = moves.metadata != nullptr;
+  if (work.has_layout) work.step = *moves.metadata;
+  work.shape.threads = threads;
+  work.copies = copy_tasks(copies, moves.map.num_tokens, threads);
+  return work;
+}
+
+// The first launch: all but the copies past kMaxCopies. least_threads: of a block.
+inline BoundaryWork opening_work(const BoundaryMoves& moves, int least_threads = 128) {
+  NormShape shape{};
+  if (moves.norm != nullptr) shape = norm_shape(*moves.norm, moves.map.num_tokens, least_threads);
+  if (shape.threads == 0) shape.threads = kThreads;
+  BoundaryWork work = copying_work(moves, up_to(moves.copies, kMaxCopies), shape.threads);
+  work.writes_metadata = work.has_layout;
+  if (moves.norm != nullptr) work.norm = *moves.norm;
+  work.shape = shape;
   return work;
 }
 
@@ -64,7 +70,7 @@ template <class T, class Access>
 __device__ __forceinline__ void boundary_block(const BoundaryWork& work, int64_t number,
                                                BoundarySpace<T>& space) {
   if (work.writes_metadata && number-- == 0) {
-    write_metadata(work.step.layout, work.step.boundary, work.step.stage, space.scan.warp_sums);
+    write_metadata(work.step, space.scan.warp_sums);
     return;
   }
   const bool norms = number < work.shape.num_tiles;

@@ -1,28 +1,27 @@
-// All that a boundary does, in one launch: norm, moves, and the metadata where the layout is on the
-// device.
+// boundary_step: all that a boundary does, in one launch: norm, moves, and the metadata where the
+// layout is on the device.
 #pragma once
 
-#include "../layout.h"
+#include <span>
+
+#include "../boundary.h"
 #include "../movement.h"
 #include "stream.h"
 
 namespace adsc::cuda {
 
-// A layout on the device in place of a table, and where its stage's metadata goes.
-struct LayoutStep {
-  BatchLayout layout;
-  Boundary boundary;
-  StageMetadata stage;
+struct BoundaryMoves {
+  RowMap map;  // with `metadata` only the numbers of rows
+  // A layout on the device in place of a table: rows past its stage's end come out as zeros.
+  const MetadataStep* metadata = nullptr;
+  const RowNorm* norm = nullptr;  // null: nothing is normed
+  std::span<const RowCopy> copies;
 };
 
-// map: where rows come from, or with `layout` only the numbers of rows; then rows past the stage's
-// end come out as zeros. norm: null where nothing is normed. Copies past the 16th take launches of
-// their own.
-void boundary_step(const RowMap& map, const LayoutStep* layout, const RowNorm* norm,
-                   const RowCopy* copies, int count, Stream stream);
+// Copies past the 16th take launches of their own.
+void boundary_step(const BoundaryMoves& moves, Stream stream);
 
-// The copies alone, one launch for every 16.
-void boundary_copies(const RowMap& map, const LayoutStep* layout, const RowCopy* copies, int count,
-                     Stream stream);
+// Those copies: what is left to do where the first launch is another op's.
+void boundary_copies(const BoundaryMoves& moves, Stream stream);
 
 }  // namespace adsc::cuda

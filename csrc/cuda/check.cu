@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "check.h"
 #include "launch.h"
 #include "rows.cuh"
@@ -39,8 +41,9 @@ __global__ void __launch_bounds__(kThreads)
 
 // One thread for each sequence and for each span.
 __global__ void __launch_bounds__(kThreads)
-    check_layout_kernel(const __grid_constant__ BatchLayout layout,
-                        const __grid_constant__ Boundary boundary, int64_t num_rows) {
+    check_layout_kernel(const __grid_constant__ MetadataStep step, int64_t num_rows) {
+  const BatchLayout& layout = step.layout;
+  const Boundary& boundary = step.boundary;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int32_t* cu = layout.cu_seqlens;
   if (i <= layout.num_sequences) {
@@ -80,7 +83,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t height = span[3];
     const int64_t width = span[4];
     if (height < 0 || width < 0 || height * width != length ||
-        (boundary.grid && kept(height, boundary.keep) > boundary.span_blocks)) {
+        (boundary.grid && kept(height, boundary.keep_rows) > boundary.span_segments)) {
       trap(
           "spans: row %lld: height %lld, width %lld: expected height x width of the length, %lld, "
           "and a height of at most max_height",
@@ -95,15 +98,13 @@ int64_t blocks_for(int64_t threads) { return (threads + kThreads - 1) / kThreads
 
 void check_rows(const RowMap& map, Stream stream, bool at_most) {
   // One thread for each output row and for each segment.
-  const int64_t count = map.num_tokens > map.num_segments ? map.num_tokens : map.num_segments;
+  const int64_t count = std::max<int64_t>(map.num_tokens, map.num_segments);
   launch(check_rows_kernel, blocks_for(count), kThreads, 0, stream, map, at_most);
 }
 
-void check_layout(const BatchLayout& layout, const Boundary& boundary, int64_t num_rows,
-                  Stream stream) {
-  const int64_t count =
-      layout.num_sequences + 1 > layout.num_spans ? layout.num_sequences + 1 : layout.num_spans;
-  launch(check_layout_kernel, blocks_for(count), kThreads, 0, stream, layout, boundary, num_rows);
+void check_layout(const MetadataStep& step, int64_t num_rows, Stream stream) {
+  const int64_t count = std::max(step.layout.num_sequences + 1, step.layout.num_spans);
+  launch(check_layout_kernel, blocks_for(count), kThreads, 0, stream, step, num_rows);
 }
 
 }  // namespace adsc::cuda

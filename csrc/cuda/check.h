@@ -2,7 +2,7 @@
 // Put on the stream before those, they end it with a message where an entry points outside.
 #pragma once
 
-#include "../layout.h"
+#include "../boundary.h"
 #include "../movement.h"
 #include "stream.h"
 
@@ -12,7 +12,6 @@ namespace adsc::cuda {
 void check_rows(const RowMap& map, Stream stream, bool at_most = false);
 
 // Every sequence and span, over at most num_rows source rows.
-void check_layout(const BatchLayout& layout, const Boundary& boundary, int64_t num_rows,
-                  Stream stream);
+void check_layout(const MetadataStep& step, int64_t num_rows, Stream stream);
 
 }  // namespace adsc::cuda

@@ -1,3 +1,4 @@
+#include "chunks.h"
 #include "compact.cuh"
 #include "compact.h"
 #include "launch.h"
@@ -19,13 +20,15 @@ __global__ void __launch_bounds__(kThreads)
   compact_block(c, out, tasks, blockIdx.x, space);
 }
 
+// tensors: at most kTasks of the moves'.
 template <int kTasks>
-void launch_compact(const Compaction& compaction, const CacheTensor* tensors, int count,
+void launch_compact(const CacheMoves& moves, std::span<const CacheTensor> tensors,
                     const CompactionOutputs& outputs, Stream stream) {
   static_assert(sizeof(StripTasks<kTasks>) + sizeof(Compaction) + sizeof(CompactionOutputs) <=
                     (kTasks == kFewTasks ? 4096 : 32764),
                 "what a kernel's parameters may hold");
-  const auto tasks = strip_tasks<kTasks>(compaction, tensors, count);
+  const Compaction& compaction = moves.compaction;
+  const auto tasks = strip_tasks<kTasks>(compaction, tensors);
   launch(compact_kernel<kTasks>, tasks.num_blocks + output_blocks(compaction, outputs), kThreads, 0,
          stream, compaction, outputs, tasks);
 }
@@ -41,7 +44,7 @@ __device__ __forceinline__ void check_list(const IntList& list, int64_t i, const
 }
 
 // What is known of a block of the pool, in one word of scratch.
-constexpr uint32_t kPinned = 1;
+constexpr uint32_t kReadOnly = 1;
 constexpr uint32_t kInTable = 2;
 
 __global__ void __launch_bounds__(kThreads)
@@ -50,12 +53,13 @@ __global__ void __launch_bounds__(kThreads)
   if (block < num_blocks) block_state[block] = 0;
 }
 
-__global__ void __launch_bounds__(kThreads) pin_kernel(const __grid_constant__ BlockList pinned,
-                                                       uint32_t* block_state, int64_t num_blocks) {
+__global__ void __launch_bounds__(kThreads)
+    read_only_kernel(const __grid_constant__ BlockList read_only_blocks, uint32_t* block_state,
+                     int64_t num_blocks) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= pinned.count) return;
-  const int64_t block = pinned.blocks[i];
-  if (block >= 0 && block < num_blocks) atomicOr(&block_state[block], kPinned);
+  if (i >= read_only_blocks.count) return;
+  const int64_t block = read_only_blocks.blocks[i];
+  if (block >= 0 && block < num_blocks) atomicOr(&block_state[block], kReadOnly);
 }
 
 // One block for each sequence.
@@ -98,8 +102,8 @@ __global__ void __launch_bounds__(kThreads)
       const uint32_t before = atomicOr(&block_state[entry], kInTable);
       if (before == kInTable) {
         trap(
-            "block_table: expected every block once, or named in pinned, got block %lld again at "
-            "[%lld, %lld]",
+            "block_table: expected every block once, or named in read_only_blocks, got block %lld "
+            "again at [%lld, %lld]",
             entry, b, page);
       }
     }
@@ -141,11 +145,12 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t index = index_of(c, layer, head);
       for (int32_t page = threadIdx.x; page < pages; page += kThreads) {
         if (!page_is_written(c, rows, index, page)) continue;
-        const int32_t first = page * static_cast<int32_t>(c.num_tokens);
-        const int64_t block = place_in_cache(c, b, place_of(c, rows, index, first)).block;
-        if ((atomicOr(&block_state[block], 0) & kPinned) != 0) {
-          trap("pinned: expected no move into block %lld, but sequence %lld would write to it",
-               block, b);
+        const int64_t block = page_block(c, rows, index, b, page);
+        if ((atomicOr(&block_state[block], 0) & kReadOnly) != 0) {
+          trap(
+              "read_only_blocks: expected no move into block %lld, but sequence %lld would write "
+              "to it",
+              block, b);
         }
       }
     }
@@ -154,26 +159,25 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void compact(const Compaction& compaction, const CacheTensor* tensors, int count,
-             const CompactionOutputs& outputs, Stream stream) {
-  if (count <= kFewTasks) {
-    return launch_compact<kFewTasks>(compaction, tensors, count, outputs, stream);
+void compact(const CacheMoves& moves, Stream stream) {
+  if (moves.tensors.size() <= kFewTasks) {
+    return launch_compact<kFewTasks>(moves, moves.tensors, moves.outputs, stream);
   }
-  for (int first = 0; first < count; first += kManyTasks) {
-    const int some = count - first < kManyTasks ? count - first : kManyTasks;
-    launch_compact<kManyTasks>(compaction, tensors + first, some,
-                               first == 0 ? outputs : CompactionOutputs{}, stream);
+  CompactionOutputs outputs = moves.outputs;
+  for (auto tensors = moves.tensors; !tensors.empty(); tensors = after(tensors, kManyTasks)) {
+    launch_compact<kManyTasks>(moves, up_to(tensors, kManyTasks), outputs, stream);
+    outputs = {};  // the first launch has written them
   }
 }
 
-void check_compaction(const Compaction& compaction, const BlockList& pinned, uint32_t* block_state,
-                      Stream stream) {
+void check_compaction(const Compaction& compaction, const BlockList& read_only_blocks,
+                      uint32_t* block_state, Stream stream) {
   const auto blocks_for = [](int64_t threads) { return (threads + kThreads - 1) / kThreads; };
   if (compaction.placement == Placement::kPaged) {
     const int64_t num_blocks = compaction.num_blocks;
     launch(clear_kernel, blocks_for(num_blocks), kThreads, 0, stream, block_state, num_blocks);
-    launch(pin_kernel, blocks_for(pinned.count), kThreads, 0, stream, pinned, block_state,
-           num_blocks);
+    launch(read_only_kernel, blocks_for(read_only_blocks.count), kThreads, 0, stream,
+           read_only_blocks, block_state, num_blocks);
   }
   launch(check_kernel, compaction.batch, kThreads, 0, stream, compaction, block_state);
 }

@@ -1,9 +1,10 @@
 // Compacting a KV cache, by one block of threads: its strip of the rows, or its part of the
-// outputs.
+// outputs. For compact_kv_, compact_paged_kv_ and compress_step.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "../compaction.h"
 #include "device.cuh"
@@ -61,13 +62,12 @@ inline StripTask strip_task(const CacheTensor& tensor) {
   return task;
 }
 
-// count: at most kTasks.
+// tensors: at most kTasks.
 template <int kTasks>
-StripTasks<kTasks> strip_tasks(const Compaction& compaction, const CacheTensor* tensors,
-                               int count) {
+StripTasks<kTasks> strip_tasks(const Compaction& compaction, std::span<const CacheTensor> tensors) {
   StripTasks<kTasks> tasks{};
-  tasks.count = count;
-  for (int i = 0; i < count; ++i) {
+  tasks.count = static_cast<int32_t>(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
     tasks.tasks[i] = strip_task(tensors[i]);
     tasks.tasks[i].first_block = static_cast<int32_t>(tasks.num_blocks);
     tasks.num_blocks +=

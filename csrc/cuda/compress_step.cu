@@ -1,4 +1,5 @@
 #include "boundary_step.cuh"
+#include "chunks.h"
 #include "compact.cuh"
 #include "compress_step.h"
 #include "launch.h"
@@ -33,22 +34,18 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 }  // namespace
 
-void compress_step(const RowMap& map, const LayoutStep* layout, const RowNorm* norm,
-                   const RowCopy* copies, int num_copies, const Compaction& compaction,
-                   const CacheTensor* tensors, int num_tensors, const CompactionOutputs& outputs,
-                   Stream stream) {
-  const int moved = num_copies < kMaxCopies ? num_copies : kMaxCopies;
-  const BoundaryWork work = boundary_work(map, layout, norm, copies, moved, true, kThreads);
-  const int compacted = num_tensors < kTasks ? num_tensors : kTasks;
-  const auto tasks = strip_tasks<kTasks>(compaction, tensors, compacted);
-  const int64_t blocks = work.num_blocks() + tasks.num_blocks + output_blocks(compaction, outputs);
+void compress_step(const BoundaryMoves& boundary, const CacheMoves& cache, Stream stream) {
+  const BoundaryWork work = opening_work(boundary, kThreads);
+  const auto tasks = strip_tasks<kTasks>(cache.compaction, up_to(cache.tensors, kTasks));
+  const int64_t blocks =
+      work.num_blocks() + tasks.num_blocks + output_blocks(cache.compaction, cache.outputs);
   with_norm_types(work, [&]<class T, class Access>() {
-    launch(compress_step_kernel<T, Access>, blocks, kThreads, 0, stream, work, compaction, outputs,
-           tasks);
+    launch(compress_step_kernel<T, Access>, blocks, kThreads, 0, stream, work, cache.compaction,
+           cache.outputs, tasks);
   });
-  boundary_copies(map, layout, copies + moved, num_copies - moved, stream);
-  if (num_tensors > compacted) {
-    compact(compaction, tensors + compacted, num_tensors - compacted, CompactionOutputs{}, stream);
+  boundary_copies(boundary, stream);
+  if (const auto rest = after(cache.tensors, kTasks); !rest.empty()) {
+    compact({.compaction = cache.compaction, .tensors = rest}, stream);
   }
 }
 

@@ -1,4 +1,5 @@
-// A boundary's step and the compaction of caches that were written before it, in one launch.
+// compress_step: a boundary's step and the compaction of caches that were written before it, in one
+// launch.
 #pragma once
 
 #include "boundary_step.h"
@@ -6,11 +7,7 @@
 
 namespace adsc::cuda {
 
-// Arguments as for boundary_step and compact. One launch, unless there are more than 16 copies or
-// 64 cache tensors: those beyond take launches of their own.
-void compress_step(const RowMap& map, const LayoutStep* layout, const RowNorm* norm,
-                   const RowCopy* copies, int num_copies, const Compaction& compaction,
-                   const CacheTensor* tensors, int num_tensors, const CompactionOutputs& outputs,
-                   Stream stream);
+// Copies past the 16th and cache tensors past the 64th take launches of their own.
+void compress_step(const BoundaryMoves& boundary, const CacheMoves& cache, Stream stream);
 
 }  // namespace adsc::cuda

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "launch.h"
 #include "rows.cuh"
@@ -58,14 +59,14 @@ inline CopyTask copy_task(const RowCopy& copy, int64_t num_tokens, int threads, 
   return task;
 }
 
-// Cuts up to kMaxCopies tensors into tiles of about as many bytes each: as large as leaves
+// Cuts at most kMaxCopies tensors into tiles of about as many bytes each: as large as leaves
 // enough of them for every multiprocessor.
-inline CopyTasks copy_tasks(const RowCopy* copies, int count, int64_t num_tokens, int threads) {
+inline CopyTasks copy_tasks(std::span<const RowCopy> copies, int64_t num_tokens, int threads) {
   CopyTasks tasks{};
   for (int per_thread = 8;; per_thread /= 2) {
-    tasks.count = count;
+    tasks.count = static_cast<int32_t>(copies.size());
     tasks.num_tiles = 0;
-    for (int i = 0; i < count; ++i) {
+    for (size_t i = 0; i < copies.size(); ++i) {
       tasks.tasks[i] = copy_task(copies[i], num_tokens, threads, per_thread);
       tasks.num_tiles += tasks.tasks[i].num_tiles;
     }

@@ -1,3 +1,4 @@
+#include "chunks.h"
 #include "copy.cuh"
 #include "downsample.h"
 #include "launch.h"
@@ -17,10 +18,9 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void copy_rows(const RowMap& map, const RowCopy* copies, int count, Stream stream) {
-  for (int first = 0; first < count; first += kMaxCopies) {
-    const int some = count - first < kMaxCopies ? count - first : kMaxCopies;
-    const CopyTasks tasks = copy_tasks(copies + first, some, map.num_tokens, kThreads);
+void copy_rows(const RowMap& map, std::span<const RowCopy> copies, Stream stream) {
+  for (; !copies.empty(); copies = after(copies, kMaxCopies)) {
+    const CopyTasks tasks = copy_tasks(up_to(copies, kMaxCopies), map.num_tokens, kThreads);
     launch(downsample_kernel, tasks.num_tiles, kThreads, 0, stream, map, tasks);
   }
 }

@@ -1,4 +1,4 @@
-// The backward of moving rows.
+// upsample_grad: the backward of moving rows.
 #pragma once
 
 #include "../movement.h"

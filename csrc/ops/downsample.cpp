@@ -1,138 +1,67 @@
-// downsample, downsample_many, and upsample_grad, their backward.
+// downsample and downsample_many.
 #include "cpu/downsample.h"
 
-#include "cpu/upsample_grad.h"
+#include <vector>
+
 #include "cuda/check.h"
 #include "cuda/downsample.h"
-#include "cuda/upsample_grad.h"
-#include "ops/downsample.h"
 #include "ops/on_device.h"
-#include "ops/ops.h"
+#include "ops/outputs.h"
 #include "ops/parallel.h"
+#include "ops/registration.h"
+#include "ops/rows.h"
 
 namespace adsc::ops {
-
-RowCopy row_copy(const Tensor& x, const RowLayout& layout) {
-  const auto width = static_cast<int64_t>(x.element_size());
-  return {bytes(x), layout.row_stride * width, nullptr, layout.row_size * width};
-}
-
 namespace {
 
-struct Moves {
-  RowMap map;
-  std::vector<RowCopy> copies;
-  std::vector<Tensor> outs;
-};
-
-Moves moves_of(const std::vector<Tensor>& xs, const char* name, const OptionalTensor& segments,
-               const OptionalTensor& keep_indices, int64_t num_tokens) {
+// name: what the caller calls xs.
+std::vector<Tensor> move_rows(const std::vector<Tensor>& xs, const char* name,
+                              const OptionalTensor& segments, const OptionalTensor& keep_indices,
+                              int64_t num_tokens) {
   check(!xs.empty(), name, ": expected at least one tensor, got none");
-  std::vector<RowLayout> layouts;
+  const int64_t num_rows = row_shape(xs[0], name).num_rows;
+  std::vector<RowCopy> copies;
   for (const Tensor& x : xs) {
-    layouts.push_back(row_layout(x, name));
+    const RowShape shape = row_shape(x, name);
     check_device(x, name, xs[0], "the first");
-    check(layouts.back().num_rows == layouts[0].num_rows, name,
-          ": expected the same number of rows in all, got ", layouts[0].num_rows, " and ",
-          layouts.back().num_rows);
+    check(shape.num_rows == num_rows, name, ": expected the same number of rows in all, got ",
+          num_rows, " and ", shape.num_rows);
+    copies.push_back(row_copy(x, shape));
   }
-  Moves moves;
-  moves.map = row_map(segments, keep_indices, num_tokens, layouts[0].num_rows, xs[0], name);
+  const RowMap map = row_map(segments, keep_indices, num_tokens, num_rows, xs[0], name);
+  std::vector<Tensor> outs;
   for (size_t i = 0; i < xs.size(); ++i) {
-    moves.outs.push_back(empty_rows(xs[i], num_tokens));
-    moves.copies.push_back(row_copy(xs[i], layouts[i]));
-    moves.copies.back().out = mutable_bytes(moves.outs[i]);
+    outs.push_back(empty_rows(xs[i], num_tokens));
+    copies[i].out = mutable_bytes(outs[i]);
   }
-  return moves;
+  run_on_device_of(
+      xs[0],
+      [&] {
+        parallel_rows(num_tokens, bytes_per_row(copies), [&](int64_t begin, int64_t end) {
+          for (const RowCopy& copy : copies) cpu::copy_rows(map, copy, begin, end);
+        });
+      },
+      [&](auto stream) {
+        if (device_checks()) cuda::check_rows(map, stream);
+        cuda::copy_rows(map, copies, stream);
+      });
+  return outs;
 }
 
-void run_cpu(const Moves& moves) {
-  int64_t bytes_per_row = 0;
-  for (const RowCopy& copy : moves.copies) bytes_per_row += copy.row_bytes;
-  parallel_rows(moves.map.num_tokens, bytes_per_row, [&](int64_t begin, int64_t end) {
-    for (const RowCopy& copy : moves.copies) cpu::copy_rows(moves.map, copy, begin, end);
-  });
+Tensor downsample(Tensor x, OptionalTensor segments, OptionalTensor keep_indices,
+                  int64_t num_tokens) {
+  return move_rows({x}, "x", segments, keep_indices, num_tokens)[0];
 }
 
-#if defined(ADSC_WITH_CUDA)
-void run_cuda(const Moves& moves) {
-  const OnDevice device(moves.outs[0]);
-  if (device_checks()) cuda::check_rows(moves.map, device.stream());
-  cuda::copy_rows(moves.map, moves.copies.data(), static_cast<int>(moves.copies.size()),
-                  device.stream());
+std::vector<Tensor> downsample_many(std::vector<Tensor> xs, OptionalTensor segments,
+                                    OptionalTensor keep_indices, int64_t num_tokens) {
+  return move_rows(xs, "xs", segments, keep_indices, num_tokens);
 }
-#endif
 
-struct Scatter {
-  RowMap map;
-  RowScatter rows;
-  Tensor out;
-};
-
-Scatter scatter_of(const Tensor& grad, const OptionalTensor& segments,
-                   const OptionalTensor& keep_indices, int64_t num_rows) {
-  const RowLayout layout = row_layout(grad, "grad");
-  check(grad.is_contiguous(), "grad: expected a contiguous tensor, got shape ", Shape{grad});
-  check(num_rows >= 0, "num_rows: expected at least 0, got ", num_rows);
-  const Element element = element_of(grad, "grad");
-  const RowMap map = row_map(segments, keep_indices, layout.num_rows, num_rows, grad, "grad", true);
-  Tensor out = empty_rows(grad, num_rows);
-  return {map, {bytes(grad), mutable_bytes(out), layout.row_size * real_parts(grad), element}, out};
-}
+ADSC_OP(downsample,
+        "(Tensor x, Tensor? segments, Tensor? keep_indices, SymInt num_tokens) -> Tensor")
+ADSC_OP(downsample_many,
+        "(Tensor[] xs, Tensor? segments, Tensor? keep_indices, SymInt num_tokens) -> Tensor[]")
 
 }  // namespace
-
-Tensor downsample_cpu(Tensor x, OptionalTensor segments, OptionalTensor keep_indices,
-                      int64_t num_tokens) {
-  const Moves moves = moves_of({x}, "x", segments, keep_indices, num_tokens);
-  run_cpu(moves);
-  return moves.outs[0];
-}
-
-std::vector<Tensor> downsample_many_cpu(std::vector<Tensor> xs, OptionalTensor segments,
-                                        OptionalTensor keep_indices, int64_t num_tokens) {
-  const Moves moves = moves_of(xs, "xs", segments, keep_indices, num_tokens);
-  run_cpu(moves);
-  return moves.outs;
-}
-
-Tensor upsample_grad_cpu(Tensor grad, OptionalTensor segments, OptionalTensor keep_indices,
-                         int64_t num_rows) {
-  const Scatter scatter = scatter_of(grad, segments, keep_indices, num_rows);
-  const cpu::Takers takers = cpu::find_takers(scatter.map);
-  const int64_t row_bytes =
-      scatter.rows.row_size * static_cast<int64_t>(grad.element_size()) / real_parts(grad);
-  parallel_rows(num_rows, row_bytes, [&](int64_t begin, int64_t end) {
-    cpu::add_rows(takers, scatter.rows, begin, end);
-  });
-  return scatter.out;
-}
-
-#if defined(ADSC_WITH_CUDA)
-
-Tensor downsample_cuda(Tensor x, OptionalTensor segments, OptionalTensor keep_indices,
-                       int64_t num_tokens) {
-  const Moves moves = moves_of({x}, "x", segments, keep_indices, num_tokens);
-  run_cuda(moves);
-  return moves.outs[0];
-}
-
-std::vector<Tensor> downsample_many_cuda(std::vector<Tensor> xs, OptionalTensor segments,
-                                         OptionalTensor keep_indices, int64_t num_tokens) {
-  const Moves moves = moves_of(xs, "xs", segments, keep_indices, num_tokens);
-  run_cuda(moves);
-  return moves.outs;
-}
-
-Tensor upsample_grad_cuda(Tensor grad, OptionalTensor segments, OptionalTensor keep_indices,
-                          int64_t num_rows) {
-  const Scatter scatter = scatter_of(grad, segments, keep_indices, num_rows);
-  const OnDevice device(grad);
-  if (device_checks()) cuda::check_rows(scatter.map, device.stream(), true);
-  cuda::add_rows(scatter.map, scatter.rows, device.stream());
-  return scatter.out;
-}
-
-#endif
-
 }  // namespace adsc::ops

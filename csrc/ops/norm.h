@@ -1,13 +1,21 @@
-// The arguments of the residual add and norm, checked; for the ops that do it.
+// The arguments of the residual add and norm, checked; for downsample_add_rms_norm, boundary_step
+// and compress_step.
 #pragma once
 
+#include "movement.h"
 #include "ops/check.h"
 
 namespace adsc::ops {
 
-// All but the outputs, which are of the shape of x with num_tokens rows. name: what the caller
-// calls x.
-RowNorm norm_of(const Tensor& x, const char* name, const Tensor& residual, const Tensor& weight,
-                int64_t num_tokens, double eps);
+struct NormArguments {
+  const Tensor& x;
+  const char* x_name;  // what the caller calls it
+  const Tensor& residual;
+  const Tensor& weight;
+  double eps;
+};
+
+// All but the outputs, which have the shape of x with the number of output rows.
+RowNorm row_norm(const NormArguments& arguments);
 
 }  // namespace adsc::ops

@@ -8,8 +8,7 @@
 namespace adsc {
 namespace {
 
-const std::vector<BoundaryRule> kQuarterTwice = {{false, kStart, {1, 4}, {1, 1}},
-                                                 {false, kStart, {1, 4}, {1, 1}}};
+const std::vector<Boundary> kQuarterTwice(2, {.keep_columns = {1, 4}});
 
 bool equal(const Segment& a, const Segment& b) {
   return a.dst == b.dst && a.src == b.src && a.span == b.span && a.keep == b.keep &&

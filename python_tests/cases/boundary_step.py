@@ -55,7 +55,7 @@ def moved(rows: int, kinds: list[Kind]) -> list[Tensor]:
 
 
 @st.composite
-def batch_layouts(draw: st.DrawFn) -> ops.Layout:
+def batch_layouts(draw: st.DrawFn) -> ops.BatchLayout:
     """num_tokens has room for some more rows than the stage has."""
     cu_seqlens, spans = draw(layouts())
     pattern = draw(st.sampled_from([*PATTERNS, "grid"]))
@@ -63,7 +63,7 @@ def batch_layouts(draw: st.DrawFn) -> ops.Layout:
     keep = (draw(fractions), draw(fractions)) if grid else draw(fractions)
     given = (cu_seqlens, spans, keep, pattern, 6 if grid else None)
     total = int(reference(ops.rebuild_metadata, *given).num_tokens)
-    return ops.Layout(*given, num_tokens=total + draw(st.sampled_from([0, 0, 1, 5, 40])))
+    return ops.BatchLayout(*given, num_tokens=total + draw(st.sampled_from([0, 0, 1, 5, 40])))
 
 
 @st.composite

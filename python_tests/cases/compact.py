@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adsc_kernels import make_plan, ops
-from adsc_kernels.compaction import CompactionResult
+from adsc_kernels.kv.pages import CompactionResult
 from adsc_kernels.ops import compact
 from cases.plans import plans
 from cases.run import Run, reference
@@ -307,7 +307,7 @@ class Blocks:
 
     case: Case
     changes: list[tuple[int, int]]
-    pinned: list[int] | None
+    read_only: list[int] | None
 
     def build(self) -> tuple[list[Tensor], list[Any]]:
         """The buffers, and the arguments of the op."""
@@ -319,7 +319,7 @@ class Blocks:
                 table.view(-1)[place % table.numel()] = block
         arguments[2] = table
         arguments[11] = (
-            None if self.pinned is None else torch.tensor(self.pinned, dtype=torch.int64)
+            None if self.read_only is None else torch.tensor(self.read_only, dtype=torch.int64)
         )
         return built.buffers, arguments
 
@@ -350,5 +350,5 @@ def blocks(draw: st.DrawFn, outside: bool) -> Blocks:
     pool = case.blocks or case.tokens // case.extra["block_size"]
     entry = st.integers(-2, pool + 1) if outside else st.integers(0, pool - 1)
     changes = draw(st.lists(st.tuples(st.integers(0, 99), entry), max_size=2))
-    pinned = draw(st.none() | st.lists(st.integers(-1, pool), max_size=pool))
-    return Blocks(case, changes, pinned)
+    read_only = draw(st.none() | st.lists(st.integers(-1, pool), max_size=pool))
+    return Blocks(case, changes, read_only)

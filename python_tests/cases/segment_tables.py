@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adsc_kernels import reference
+from adsc_kernels.check import Stage
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,11 @@ class FakeStage:
     num_tokens_in: int
 
 
+def by_stage(stage: Stage) -> tuple[Tensor, None, int]:
+    """A stage as schemas have it: segments, keep_indices, num_tokens."""
+    return stage.segments, None, stage.num_tokens
+
+
 def stage_of(rows: list[list[int]], num_tokens: int, num_tokens_in: int) -> FakeStage:
     table = torch.tensor(rows, dtype=torch.int32).reshape(-1, 6)
     return FakeStage(table, num_tokens, num_tokens_in)
@@ -24,7 +30,7 @@ def stage_of(rows: list[list[int]], num_tokens: int, num_tokens_in: int) -> Fake
 
 def source_rows(stage: FakeStage) -> list[int]:
     """The row of x that becomes each output row."""
-    return reference.source_rows(stage)
+    return reference.source_rows(*by_stage(stage))
 
 
 @st.composite

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from cases.row_bits import same_bits
 from cases.run import tensors
-from cases.segment_tables import FakeStage, image_stage, stage_of
+from cases.segment_tables import FakeStage, by_stage, image_stage, stage_of
 from gpu_device import DEVICE, Framed, on_device, to_device
 
 import adsc_kernels as adsc
@@ -40,13 +40,13 @@ def moves(stage: FakeStage) -> Iterator[tuple[object, object]]:
         for dtype, width, gap, offset in ROWS
     ]
     here = to_device(stage)
-    rows = reference.source_rows(stage)
+    rows = reference.source_rows(*by_stage(stage))
     for x in framed:
-        wanted = reference.downsample(x.host, stage)
+        wanted = reference.downsample(x.host, *by_stage(stage))
         yield ops.downsample(x.rows, here), wanted
         for width in (torch.int32, torch.int64):
             yield ops.downsample(x.rows, keep_indices=on_device(rows, width)), wanted
-    wanted = reference.downsample_many([x.host for x in framed], stage)
+    wanted = reference.downsample_many([x.host for x in framed], *by_stage(stage))
     yield ops.downsample_many([x.rows for x in framed], here), wanted
 
 
@@ -58,7 +58,7 @@ def norms(stage: FakeStage) -> Iterator[tuple[object, object]]:
                 Framed(*x.shape[:1], (width,), dtype, gap=gap, values=t) for t in (x, residual)
             )
             weight = torch.randn(width).to(dtype)
-            wanted = reference.downsample_add_rms_norm(x, residual, weight, stage)
+            wanted = reference.downsample_add_rms_norm(x, residual, weight, *by_stage(stage), 1e-6)
             arguments = (one.rows, two.rows, weight.to(one.rows.device))
             yield ops.downsample_add_rms_norm(*arguments, to_device(stage)), wanted
 
@@ -68,7 +68,7 @@ def gradients(stage: FakeStage) -> Iterator[tuple[object, object]]:
     for dtype in (torch.float32, torch.bfloat16):
         grad = torch.randn(stage.num_tokens, 65).to(dtype)
         wanted = torch.zeros(stage.num_tokens_in, 65, dtype=dtype)
-        wanted[reference.source_rows(stage)] = grad
+        wanted[reference.source_rows(*by_stage(stage))] = grad
         table = to_device(stage).segments
         yield op.upsample_grad(grad.to(table.device), table, None, stage.num_tokens_in), wanted
 
@@ -76,13 +76,15 @@ def gradients(stage: FakeStage) -> Iterator[tuple[object, object]]:
 def layouts() -> Iterator[tuple[object, object]]:
     bounds = torch.tensor([0, 30, 30, 75], dtype=torch.int32)
     spans = torch.tensor([[0, 3, 20, 4, 5], [2, 0, 12, 3, 4], [2, 13, 30, 5, 6]], dtype=torch.int32)
-    part = adsc.ops.metadata.exact_fraction("1/3")
     for pattern in ("start", "center", "linspace"):
         three = spans[:, :3].contiguous()
-        wanted = reference.rebuild_metadata(bounds, three, [part], pattern, None)
+        wanted = reference.rebuild_metadata(bounds, three, [1, 3], pattern, 0)
         yield ops.rebuild_metadata(on_device(bounds), on_device(three), "1/3", pattern), wanted
-    wanted = reference.rebuild_metadata(bounds, spans, [part, part], "grid", 5)
-    yield ops.rebuild_metadata(on_device(bounds), on_device(spans), (part, part), "grid", 5), wanted
+    wanted = reference.rebuild_metadata(bounds, spans, [1, 3, 1, 3], "grid", 5)
+    yield (
+        ops.rebuild_metadata(on_device(bounds), on_device(spans), ("1/3", "1/3"), "grid", 5),
+        wanted,
+    )
 
 
 def caches() -> Iterator[tuple[object, object]]:

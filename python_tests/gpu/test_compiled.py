@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases.segment_tables import source_rows
 from gpu_device import BACKEND, DEVICE, DRY_RUN, cases_here, to_device
 from torch import Tensor
 from torch.library import opcheck
 
-from adsc_kernels import ops, reference
+from adsc_kernels.check import Stage
 
 cases = cases_here("compile")
 fresh_dynamo = cases.fresh_dynamo  # a fixture for every test
@@ -25,7 +26,7 @@ def test_opcheck(name: str) -> None:
     opcheck(getattr(OPS, op.__name__).default, arguments)
 
 
-def step(batch: int, text: int) -> tuple[tuple[Tensor, ...], ops._dispatch.Stage]:
+def step(batch: int, text: int) -> tuple[tuple[Tensor, ...], Stage]:
     stage = to_device(cases.faked(batch, text))
     return tuple(t.to(DEVICE) for t in cases.batch_of(stage)), stage
 
@@ -44,7 +45,7 @@ def test_no_recompile_with_indices() -> None:
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=COMPILER)
     for i, (batch, text) in enumerate([(2, 11), (3, 30), (9, 12)]):
         inputs, stage = step(batch, text)
-        rows = torch.tensor(reference.source_rows(stage), device=DEVICE)
+        rows = torch.tensor(source_rows(stage), device=DEVICE)
         with torch.compiler.set_stance("default" if i == 0 else "fail_on_recompile"):
             outputs = compiled(*inputs, rows)
         cases.same(outputs, function(*inputs, rows))

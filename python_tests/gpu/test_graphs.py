@@ -107,7 +107,7 @@ def test_boundary_step_over_another_layout(norm: bool) -> None:
     hidden, residual = torch.randn(2, CAPACITY, HIDDEN, device=DEVICE).unbind()
     weight = torch.rand(HIDDEN, device=DEVICE)
     positions = torch.arange(CAPACITY, device=DEVICE)
-    layout = ops.Layout(bounds, spans, "1/4", num_tokens=CAPACITY)
+    layout = ops.BatchLayout(bounds, spans, "1/4", num_tokens=CAPACITY)
     options = {"residual": residual, "weight": weight} if norm else {}
     replay, outputs = capture(
         lambda: ops.boundary_step(hidden, layout=layout, others=[positions], **options)

@@ -61,7 +61,7 @@ def call_of(op: str, width: int, dtype: torch.dtype) -> Callable[[], object]:
             residual=residual,
             weight=weight,
             others=[positions, narrow],
-            layout=ops.Layout(BOUNDS, SPANS, "1/4", num_tokens=ROWS),
+            layout=ops.BatchLayout(BOUNDS, SPANS, "1/4", num_tokens=ROWS),
         ),
     }[op]
 

@@ -12,13 +12,14 @@ from itertools import accumulate
 import torch
 from cases.plans import layouts, shares
 from cases.row_bits import DTYPES, TRAILING, same_bits
-from cases.segment_tables import FakeStage, stages
+from cases.segment_tables import FakeStage, by_stage, stages
 from gpu_device import DEVICE, DRY_RUN, Framed, on_device, poison, to_device
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adsc_kernels import CompressionSchedule, make_plan, ops, reference
+from adsc_kernels import CompressionSchedule, backend, make_plan, ops, reference
+from adsc_kernels.ops.rebuild_metadata import as_ints
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 PATTERNS = ["start", "center", "linspace"]
@@ -29,7 +30,7 @@ gaps = st.sampled_from([0, 0, 1, 3, 8, 16])
 
 
 def indices_of(stage: FakeStage, width: torch.dtype) -> Tensor:
-    return on_device(reference.source_rows(stage), width)
+    return on_device(reference.source_rows(*by_stage(stage)), width)
 
 
 @given(
@@ -53,7 +54,7 @@ def test_downsample(
     width = torch.Size(trailing).numel()
     gap = -width if expanded else gap
     x = Framed(stage.num_tokens_in, trailing, dtype, gap=gap, offset=offset, seed=seed)
-    wanted = reference.downsample(x.host, stage)
+    wanted = reference.downsample(x.host, *by_stage(stage))
     poison(wanted.nbytes)
     out = ops.downsample(x.rows, to_device(stage))
     assert out.is_contiguous() and out.device.type == DEVICE.type
@@ -76,7 +77,7 @@ def test_downsample_many(stage: FakeStage, kinds: list[tuple[int, int, int]]) ->
         Framed(stage.num_tokens_in, TRAILING[i], DTYPES[number], gap=gap, offset=offset, seed=i)
         for i, (number, gap, offset) in enumerate(kinds)
     ]
-    wanted = reference.downsample_many([x.host for x in xs], stage)
+    wanted = reference.downsample_many([x.host for x in xs], *by_stage(stage))
     poison(*(out.nbytes for out in wanted))
     outs = ops.downsample_many([x.rows for x in xs], to_device(stage))
     again = ops.downsample_many([x.rows for x in xs], keep_indices=indices_of(stage, torch.int64))
@@ -102,7 +103,7 @@ def test_upsample_grad(
     poison(x.nbytes)
     ops.downsample(x, to_device(stage)).backward(grad.to(DEVICE))
     wanted = torch.zeros(x.shape, dtype=dtype)
-    wanted[reference.source_rows(stage)] = grad
+    wanted[reference.source_rows(*by_stage(stage))] = grad
     assert x.grad is not None
     assert torch.equal(x.grad.cpu(), wanted)
 
@@ -135,7 +136,9 @@ def test_downsample_add_rms_norm(
         for i in range(2)
     )
     weight = Framed(1, (hidden,), dtype, offset=offset, values=normal(1, hidden, dtype, 2))
-    wanted = reference.downsample_add_rms_norm(x.host, residual.host, weight.host[0], stage, 1e-5)
+    wanted = reference.downsample_add_rms_norm(
+        x.host, residual.host, weight.host[0], *by_stage(stage), 1e-5
+    )
     poison(*(out.nbytes for out in wanted))
     arguments = (x.rows, residual.rows, weight.rows[0])
     for where in (
@@ -149,8 +152,8 @@ def test_downsample_add_rms_norm(
     assert x.unchanged() and residual.unchanged() and weight.unchanged()
 
 
-def check_step(got: ops.BoundaryStep, wanted: tuple) -> None:
-    """The norm nearly, all else bit for bit. wanted: as the reference returns it."""
+def check_step(got: ops.BoundaryStep, wanted: ops.BoundaryStep) -> None:
+    """The norm nearly, all else bit for bit."""
     hidden, residual, others, metadata = wanted
     if residual is None:
         assert got.residual is None
@@ -202,7 +205,8 @@ def test_boundary_step(
     (x, residual, weight), others = step_inputs(stage.num_tokens_in, hidden, dtype, kinds)
     there = {"residual": residual.host, "weight": weight.host[0]} if norm else {}
     here = {"residual": residual.rows, "weight": weight.rows[0]} if norm else {}
-    wanted = reference.boundary_step(x.host, stage, others=[o.host for o in others], **there)
+    with backend("reference"):
+        wanted = ops.boundary_step(x.host, stage, others=[o.host for o in others], **there)
     moved = [other.rows for other in others]
     check_step(ops.boundary_step(x.rows, to_device(stage), others=moved, **here), wanted)
     for width in (torch.int32, torch.int64):
@@ -237,22 +241,23 @@ def test_boundary_step_over_a_layout(
     bounds = torch.tensor(layout[0]).int()
     spans = torch.tensor([(b, s, h * w, h, w) for b, s, _, h, w in layout[1]]).int().reshape(-1, 5)
     keep, height = (keeps, 6) if pattern == "grid" else (keeps[0], None)
-    parts = list(keeps) if pattern == "grid" else [keep]
-    total = int(reference.rebuild_metadata(bounds, spans, parts, pattern, height)[4])
+    parts = as_ints(list(keeps) if pattern == "grid" else [keep])
+    total = int(reference.rebuild_metadata(bounds, spans, parts, pattern, height or 0)[4])
     rows = layout[0][-1] + behind
     (x, residual, weight), others = step_inputs(rows, hidden, dtype, kinds)
     there = {"residual": residual.host, "weight": weight.host[0]} if norm else {}
     here = {"residual": residual.rows, "weight": weight.rows[0]} if norm else {}
     room = {"num_tokens": total + spare}
-    wanted = reference.boundary_step(
-        x.host,
-        layout=ops.Layout(bounds, spans, keep, pattern, height, **room),
-        others=[other.host for other in others],
-        **there,
-    )
+    with backend("reference"):
+        wanted = ops.boundary_step(
+            x.host,
+            layout=ops.BatchLayout(bounds, spans, keep, pattern, height, **room),
+            others=[other.host for other in others],
+            **there,
+        )
     got = ops.boundary_step(
         x.rows,
-        layout=ops.Layout(bounds.to(DEVICE), spans.to(DEVICE), keep, pattern, height, **room),
+        layout=ops.BatchLayout(bounds.to(DEVICE), spans.to(DEVICE), keep, pattern, height, **room),
         others=[other.rows for other in others],
         **here,
     )
@@ -271,7 +276,7 @@ def test_rebuild_metadata(
 ) -> None:
     bounds = torch.tensor(layout[0]).int()
     spans = torch.tensor([span[:3] for span in layout[1]]).int().reshape(-1, 3)
-    wanted = reference.rebuild_metadata(bounds, spans, [keep], pattern, None)
+    wanted = reference.rebuild_metadata(bounds, spans, as_ints([keep]), pattern, 0)
     poison(*(out.nbytes for out in wanted))
     got = ops.rebuild_metadata(bounds.to(DEVICE), spans.to(DEVICE), keep, pattern)
     same_metadata(got, wanted)
@@ -283,7 +288,7 @@ def test_rebuild_metadata_of_a_grid(
 ) -> None:
     bounds = torch.tensor(layout[0]).int()
     spans = torch.tensor([(b, s, h * w, h, w) for b, s, _, h, w in layout[1]]).int().reshape(-1, 5)
-    wanted = reference.rebuild_metadata(bounds, spans, [rows, columns], "grid", 6)
+    wanted = reference.rebuild_metadata(bounds, spans, as_ints([rows, columns]), "grid", 6)
     got = ops.rebuild_metadata(bounds.to(DEVICE), spans.to(DEVICE), (rows, columns), "grid", 6)
     same_metadata(got, wanted)
 

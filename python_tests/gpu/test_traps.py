@@ -28,13 +28,13 @@ def table(*rows, num_tokens=8): return stage_of(list(rows), num_tokens, 64)
 def spans(*rows): return torch.tensor(rows, dtype=torch.int32)
 def indices(*rows): return torch.tensor(rows)
 cache = ops.DenseCache(torch.zeros(1, 10, 1, 4), None, keep_indices=indices(2, 5, 7), cu_kept=[0, 3], seq_lens=[10])
-def compact(table, pinned=None, edit=False):
+def compact(table, read_only=None, edit=False):
     # Two sequences of 8 rows, of which the last 4 are halved; two rows a block.
     plan = adsc.make_plan(adsc.CompressionSchedule.parse("1:1/2", num_layers=2), [0, 8, 16],
                           [(0, 4, 4), (1, 4, 4)], device=torch.get_default_device())
     pool = torch.zeros(8, 2, 1, 8)
-    if pinned is not None: pinned = torch.tensor(pinned)
-    ops.compact_paged_kv_(pool, None, torch.tensor(table), plan.stages[1], pinned=pinned, edit_table=edit)
+    if read_only is not None: read_only = torch.tensor(read_only)
+    ops.compact_paged_kv_(pool, None, torch.tensor(table), plan.stages[1], read_only_blocks=read_only, edit_table=edit)
 """
 # What is called, and the argument that the message names. The first three are good.
 CALLS = {
@@ -55,17 +55,17 @@ CALLS = {
     "step, source past x": ("ops.boundary_step(x, table([0, 57, 8, 8, 0, 0]), others=[x])", "segments"),
     "fused, good": ("ops.compress_step(x, cache, table([0, 0, 64, 8, 0, 0]))", ""),
     "fused, source past x": ("ops.compress_step(x, cache, table([0, 57, 8, 8, 0, 0]))", "segments"),
-    "fused, span leaves": ("ops.compress_step(x, cache, layout=ops.Layout(cu_seqlens, spans([1, 20, 10]), '1/2', num_tokens=64))", "spans"),
+    "fused, span leaves": ("ops.compress_step(x, cache, layout=ops.BatchLayout(cu_seqlens, spans([1, 20, 10]), '1/2', num_tokens=64))", "spans"),
     "fused, rows of the cache": ("cache.keep_indices[1] = 10; ops.compress_step(x, cache, table([0, 0, 64, 8, 0, 0]))", "keep_indices"),
-    "step, span leaves": ("ops.boundary_step(x, layout=ops.Layout(cu_seqlens, spans([1, 20, 10]), '1/2', num_tokens=64))", "spans"),
+    "step, span leaves": ("ops.boundary_step(x, layout=ops.BatchLayout(cu_seqlens, spans([1, 20, 10]), '1/2', num_tokens=64))", "spans"),
     "good compaction": ("compact([[0, 1, 2, 3], [4, 5, 6, 7]])", ""),
-    "good compaction, pinned": ("compact([[0, 1, 2, 3], [0, 1, 6, 7]], [0, 1, 3, 7, 99])", ""),
+    "good compaction, read-only": ("compact([[0, 1, 2, 3], [0, 1, 6, 7]], [0, 1, 3, 7, 99])", ""),
     "good compaction, edited": ("compact([[0, 1, 2, 3], [0, 1, 6, 7]], [0, 1, 3, 7], edit=True)", ""),
     "block outside": ("compact([[0, 1, 2, 3], [4, 5, 6, 8]])", "block_table"),
     "block shared": ("compact([[0, 1, 2, 3], [0, 5, 6, 7]])", "block_table"),
-    "block shared, another pinned": ("compact([[0, 1, 2, 3], [0, 5, 6, 7]], [1])", "block_table"),
+    "block shared, another read-only": ("compact([[0, 1, 2, 3], [0, 5, 6, 7]], [1])", "block_table"),
     "block twice": ("compact([[0, 1, 2, 2], [4, 5, 6, 7]])", "block_table"),
-    "pinned written": ("compact([[0, 1, 2, 3], [4, 5, 6, 7]], [6])", "pinned"),
+    "read-only written": ("compact([[0, 1, 2, 3], [4, 5, 6, 7]], [6])", "read_only_blocks"),
 }  # fmt: skip
 if DRY_RUN:
     CALLS = {name: CALLS[name] for name in ("good table", "index past x")}

@@ -20,7 +20,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 def test_every_form_is_that_of_the_cpu() -> None:
     hidden, residual, weight = inputs()
-    layout = adsc.ops.Layout(
+    layout = adsc.ops.BatchLayout(
         torch.tensor([0, 20, ROWS], dtype=torch.int32),
         torch.tensor([[0, 3, 12]], dtype=torch.int32),
         keep="1/4",

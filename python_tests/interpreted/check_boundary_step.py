@@ -39,7 +39,7 @@ def test_of_a_layout(rows: Rows) -> None:
 
 def test_more_spans_than_are_looked_at_together() -> None:
     spans = int32([[0, 3 * i, 3 - i % 2] for i in range(150)], 150, 3)
-    layout = ops.Layout(int32([0, 460], 2), spans, "1/3", num_tokens=460)
+    layout = ops.BatchLayout(int32([0, 460], 2), spans, "1/3", num_tokens=460)
     out = check(Rows({"hidden": torch.arange(460), "layout": layout}, norm=False), on("triton"))
     assert out.metadata is not None
     assert not out.hidden[int(out.metadata.num_tokens) :].any()

@@ -1,5 +1,7 @@
 """The Triton ops under opcheck and torch.compile: as for the native ones in test_compile.py."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases.compile import ROWS, SAMPLES, TABLE, batch_of, boundary, faked, fresh_dynamo, same, x
@@ -42,20 +44,30 @@ def test_gradients_of_a_graph() -> None:
     torch.testing.assert_close(mine.grad, truth.grad)
 
 
-def test_a_wrong_table_is_an_error_of_the_op_too() -> None:
+def test_a_wrong_table_is_an_error() -> None:
+    """The public op says so: the launchers check nothing again."""
     table, rows = TABLE, ROWS
-    op = torch.ops.adsc_triton.downsample
-    for arguments, message in [
-        ((x(9), table, rows, 4), "^segments, keep_indices: .*both"),
-        ((x(9), None, None, 4), "^segments, keep_indices: .*neither"),
-        ((x(9), table.long(), None, 4), "^segments: .*int64"),
-        ((x(9), table[:, :5], None, 4), "^segments: .*contiguous"),
-        ((x(9), table[:0], None, 4), "^segments: .*got none"),
-        ((x(9), None, rows.float(), 4), "^keep_indices: .*float32"),
-        ((x(9), None, rows, 5), r"^keep_indices: .*\[5\]"),
-        ((x(0, 3), None, rows, 4), "^keep_indices: .*without rows"),
-        ((x(9), table, None, -1), "^num_tokens: .*-1"),
-        ((x(9, 4, 4).transpose(1, 2), table, None, 6), "^xs: .*contiguous inside"),
+    stage = stage_of([[0, 0, 9, 4, 0, 0]], 4, 9)
+    for x_, changes, indices, error, message in [
+        (x(9), {}, rows, ValueError, "^stage, keep_indices: .*both"),
+        (x(9), None, None, ValueError, "^stage, keep_indices: .*neither"),
+        (x(9), {"segments": table.long()}, None, TypeError, "^stage.segments: .*int64"),
+        (x(9), {"segments": table[:, :5]}, None, ValueError, "^stage.segments: .*contiguous"),
+        (
+            x(9),
+            {"segments": table[:, :5].clone()},
+            None,
+            ValueError,
+            r"^stage.segments: .*\[S, 6\]",
+        ),
+        (x(9), {"segments": table[:0]}, None, ValueError, "^segments: .*4 output rows.*empty"),
+        (x(9), {"num_tokens": -1}, None, ValueError, "^num_tokens: .*-1"),
+        (x(0), {"num_tokens_in": 0}, None, ValueError, "^segments: .*0 rows in x"),
+        (x(9), None, rows.float(), TypeError, "^keep_indices: .*float32"),
+        (x(9), None, rows[None], ValueError, "^keep_indices: .*shape"),
+        (x(0, 3), None, rows, ValueError, "^keep_indices: .*0 rows in x"),
+        (x(9, 4, 4).transpose(1, 2), None, rows, ValueError, "^x: .*contiguous inside"),
     ]:
-        with pytest.raises(ValueError, match=message):
-            op(*arguments)
+        wrong = None if changes is None else replace(stage, **changes)
+        with backend("triton"), pytest.raises(error, match=message):
+            ops.downsample(x_, wrong, keep_indices=indices)

@@ -4,10 +4,13 @@ import pytest
 import torch
 from cases.boundary_step import Rows, boundaries
 from cases.compact import Case
-from cases.compress_step import caches, check, sample
+from cases.compress_step import HIDDEN, S, caches, check, sample
 from cases.run import on
 from hypothesis import given, settings
 from torch.library import opcheck
+
+from adsc_kernels import ops
+from adsc_kernels.backend import backend
 
 OP = torch.ops.adsc_triton.compress_step.default
 
@@ -23,11 +26,9 @@ def test_opcheck(kind: str) -> None:
     opcheck(OP, sample(kind))
 
 
-def test_outputs_of_another_shape() -> None:
-    arguments = list(sample("dense"))
-    cache = arguments[13][0]
+def test_what_is_wrong_with_the_rows_is_an_error_before_a_cache_is_written() -> None:
+    cache = torch.randn(S.num_tokens_in, 2, 3)
     before = cache.clone()
-    for outs, message in (([], "^outs: .*2 tensors"), (arguments[-1][::-1], r"^outs\[0\]: ")):
-        with pytest.raises(ValueError, match=message):
-            OP(*arguments[:-1], outs)
+    with backend("triton"), pytest.raises(ValueError, match=r"^others\[0\]: .*60 rows"):
+        ops.compress_step(HIDDEN, ops.DenseCache([cache], None), S, others=[HIDDEN[1:]])
     assert torch.equal(cache, before)

@@ -6,11 +6,11 @@ import random
 import torch
 import triton
 import triton.language as tl
-from cases.segment_tables import FakeStage, stages
+from cases.segment_tables import FakeStage, by_stage, stages
 from hypothesis import given, settings
 
 from adsc_kernels import _C, reference
-from adsc_kernels.triton.segment import kept_count, kept_index, source_rows
+from adsc_kernels.triton.segment import RowMap, kept_count, kept_index, source_rows
 
 
 @triton.jit
@@ -32,7 +32,8 @@ def source_rows_kernel(
     table, out, found_out, count, steps, num_tokens, num_rows, SIZE: tl.constexpr
 ):
     row = tl.arange(0, SIZE).to(tl.int64)
-    source, found = source_rows(table, count, steps, row, num_tokens, num_rows, False, True)
+    row_map = RowMap(table, count, steps, num_tokens, num_rows, False)
+    source, found = source_rows(row_map, row, True)
     tl.store(out + row, source, mask=found)
     tl.store(found_out + row, found)
 
@@ -86,7 +87,7 @@ def test_kept_count() -> None:
 @settings(max_examples=50, deadline=None)
 @given(stage=stages())
 def test_source_rows(stage: FakeStage) -> None:
-    wanted = reference.source_rows(stage)
+    wanted = reference.source_rows(*by_stage(stage))
     count = len(stage.segments)
     if not wanted:
         return

@@ -87,6 +87,14 @@ def test_the_backward_stays_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 2
 
 
+def test_a_dtype_without_sums_is_an_error() -> None:
+    x = torch.ones(3, 2).to(torch.float8_e4m3fn).requires_grad_()
+    with backend("triton"):
+        moved = ops.downsample(x, keep_indices=torch.tensor([1, 1]))
+    with pytest.raises(ValueError, match=r"^grad: .*float8_e4m3fn"):
+        moved.backward(torch.ones_like(moved))
+
+
 def test_gradcheck() -> None:
     stage = image_stage(text=2, vision=4, kept=2)
     x, y = (torch.randn(6, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))

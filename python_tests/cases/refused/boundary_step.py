@@ -13,7 +13,7 @@ from cases.segment_tables import stage_of
 
 STAGE = stage_of([[0, 0, 2, 2, 0, 0], [2, 2, 5, 3, 0, 1]], 5, 7)
 CU, SPANS = int32([0, 7], 2), int32([[0, 2, 5]], 1, 3)
-LAYOUT = ops.Layout(CU, SPANS, "1/2", num_tokens=7)  # two rows to spare
+LAYOUT = ops.BatchLayout(CU, SPANS, "1/2", num_tokens=7)  # two rows to spare
 H, R, W = (drawn(7, 4)[name] for name in ("hidden", "residual", "weight"))
 P = torch.arange(7)
 
@@ -45,7 +45,7 @@ BAD_CALLS = {
     "others scalar": (call(others=[torch.tensor(1)]), ValueError, r"^others\[0\]: .*dimension"),
     "table": (call(stage=stage_of([[0, 3, 5, 5, 0, 0]], 5, 7)), ValueError, "^segments: row 0"),
     "indices": (call(keep_indices=P + 1), ValueError, "^keep_indices: .*got 7 at position 6"),
-    "layout type": (call(layout=(CU, SPANS)), TypeError, "^layout: expected a Layout, got tuple"),
+    "layout type": (call(layout=(CU, SPANS)), TypeError, "^layout: expected a BatchLayout, got tuple"),
     "num_tokens type": (call(layout=replace(LAYOUT, num_tokens=5.0)), TypeError, "^layout.num_tokens: .*float"),
     "num_tokens negative": (call(layout=replace(LAYOUT, num_tokens=-1)), ValueError, "^layout.num_tokens: .*-1"),
     "num_tokens too small": (call(layout=replace(LAYOUT, num_tokens=4)), ValueError, "^num_tokens: .*the stage, 5, got 4"),

@@ -130,8 +130,19 @@ BAD_CALLS = {
     "host table dtype": (paged(block_table_host=TABLE.float()), TypeError, "^block_table_host: .*float32"),
     "host table elsewhere": (paged(block_table_host=TABLE.to("meta")), ValueError, "^block_table_host: .*meta"),
     "host table shape": (paged(block_table_host=TABLE[:, :2]), ValueError, "^block_table_host: expected 4 blocks"),
-    "pinned written": (paged(pinned=[1]), ValueError, "^pinned: .*block 1, but sequence 0"),
-    "pinned elsewhere than the table": (paged(pinned=torch.zeros(1, dtype=torch.int32, device="meta")), ValueError, "^pinned: expected blocks in host memory.*meta"),
-    "pinned floats": (paged(pinned=[0.5]), TypeError, "^pinned: expected integers"),
+    "read-only written": (paged(read_only_blocks=[1]), ValueError, "^read_only_blocks: .*block 1, but sequence 0"),
+    "read-only elsewhere than the table": (paged(read_only_blocks=torch.zeros(1, dtype=torch.int32, device="meta")), ValueError, "^read_only_blocks: expected blocks in host memory.*meta"),
+    "read-only floats": (paged(read_only_blocks=[0.5]), TypeError, "^read_only_blocks: expected integers"),
+    "table forgotten": (paged(block_table=None), TypeError, "^block_table: .*NoneType"),
     "edited by heads": (paged(edit_table=True, stage=None, **{**BY_INDEX, "keep_indices": INDICES.expand(3, 4).contiguous()}), UnsupportedError, "^edit_table: "),
+}  # fmt: skip
+
+# Calls with an object: what it says can't be said again.
+BAD_OBJECTS = {
+    "V forgotten": (lambda: ops.compact_kv_(BOTH, stage=STAGE), ValueError, "^v_caches: expected 1 tensors, as k_caches, got 0"),
+    "a cache of the other kind": (lambda: ops.compact_paged_kv_(ops.DenseCache(BOTH, None), stage=STAGE), TypeError, "^k_caches: expected tensors or a PagedCache, got a DenseCache"),
+    "V in both": (lambda: ops.compact_kv_(ops.DenseCache(BOTH, BOTH.clone()), BOTH.clone(), STAGE), ValueError, "^v_caches: .*got it in both"),
+    "a layout in both": (lambda: ops.compact_kv_(ops.DenseCache(BOTH, None), None, STAGE, layout="NHD"), ValueError, "^layout: .*in the DenseCache or in the call"),
+    "lengths in both": (lambda: ops.compact_kv_(ops.DenseCache(BOTH, None, seq_lens=[16, 16]), None, STAGE, seq_lens=[16, 16]), ValueError, "^seq_lens: .*got it in both"),
+    "edit_table in both": (lambda: ops.compact_paged_kv_(ops.PagedCache(BOTH, None, TABLE, edit_table=True), stage=STAGE, edit_table=True), ValueError, "^edit_table: .*PagedCache"),
 }  # fmt: skip

@@ -1,0 +1,106 @@
+"""What every op checks first: its rows, and what says which of them move where."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Stage(Protocol):
+    """What the ops need of a StagePlan: the movement of rows into a stage."""
+
+    @property
+    def segments(self) -> Tensor: ...  # int32 [S, 6], on the device of the rows
+
+    @property
+    def num_tokens(self) -> int: ...  # rows of the stage
+
+    @property
+    def num_tokens_in(self) -> int: ...  # rows of the stage before
+
+
+def check_rows(x: Tensor, name: str) -> None:
+    """x: [rows, ...], strided between rows at most."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a strided tensor, got layout {x.layout}")
+    if x.dim() == 0:
+        raise ValueError(f"{name}: expected at least one dimension (rows first), got a scalar")
+    if x.is_contiguous() or x.numel() == 0:
+        return
+    dense = 1
+    for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
+        if size != 1 and stride != dense:
+            raise ValueError(
+                f"{name}: expected rows that are contiguous inside (only dimension 0 may be "
+                f"strided), got shape {tuple(x.shape)} with strides {tuple(x.stride())}"
+            )
+        dense *= size
+
+
+def row_source(
+    stage: Stage | None, keep_indices: Tensor | None, x: Tensor, name: str
+) -> tuple[Tensor | None, int]:
+    """The segment table (None with keep_indices) and the number of output rows."""
+    if (stage is None) == (keep_indices is None):
+        both = "both" if stage is not None else "neither"
+        raise ValueError(f"stage, keep_indices: expected exactly one of them, got {both}")
+    if keep_indices is not None:
+        check_table(keep_indices, "keep_indices", (torch.int32, torch.int64), x, name)
+        if keep_indices.dim() != 1:
+            raise ValueError(
+                f"keep_indices: expected shape [rows], got {tuple(keep_indices.shape)}"
+            )
+        _check_room(keep_indices.shape[0], x, name, "keep_indices")
+        return None, keep_indices.shape[0]
+    assert stage is not None  # for the type checker
+    segments = stage.segments
+    check_table(segments, "stage.segments", (torch.int32,), x, name)
+    if segments.dim() != 2 or segments.shape[1] != 6:
+        raise ValueError(f"stage.segments: expected shape [S, 6], got {tuple(segments.shape)}")
+    if x.shape[0] != stage.num_tokens_in:
+        raise ValueError(
+            f"{name}: expected {stage.num_tokens_in} rows (stage.num_tokens_in), got {x.shape[0]}"
+        )
+    num_tokens = stage.num_tokens
+    if num_tokens < 0:
+        raise ValueError(f"num_tokens: expected at least 0, got {num_tokens}")
+    if num_tokens > 0 and segments.shape[0] == 0:
+        raise ValueError(
+            f"segments: expected a table for {num_tokens} output rows, got an empty one"
+        )
+    _check_room(num_tokens, x, name, "segments")
+    return segments, num_tokens
+
+
+def _check_room(num_tokens: int, x: Tensor, x_name: str, name: str) -> None:
+    if num_tokens > 0 and x.shape[0] == 0:
+        raise ValueError(
+            f"{name}: expected no output rows, since their sources lie in [0, 0), got 0 rows in "
+            f"{x_name} and {num_tokens} output rows"
+        )
+
+
+def check_table(
+    table: Tensor, name: str, dtypes: tuple[torch.dtype, ...], x: Tensor, x_name: str
+) -> None:
+    """A contiguous tensor of one of the dtypes, where x is."""
+    check_tensor(table, name, dtypes, x, x_name)
+    if not table.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {table.stride()}")
+
+
+def check_tensor(
+    tensor: Tensor, name: str, dtypes: tuple[torch.dtype, ...], x: Tensor, x_name: str
+) -> None:
+    """`check_table` of any strides."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        expected = " or ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{name}: expected {expected}, got {tensor.dtype}")
+    if tensor.device != x.device:
+        raise ValueError(
+            f"{name}: expected the device of {x_name}, {x.device}, got {tensor.device}"
+        )

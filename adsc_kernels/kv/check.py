@@ -1,0 +1,245 @@
+"""What the compaction ops check before they call anything, and what they call it with."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adsc_kernels.backend import CHECK
+from adsc_kernels.check import check_table, check_tensor
+from adsc_kernels.errors import UnsupportedError
+from adsc_kernels.kv.cache import Blocks, DenseCache, PagedCache
+from adsc_kernels.kv.pages import CompactionResult, HostRows, Ints, Pages, check_pages
+from adsc_kernels.kv.rows import check_ints, check_rows
+from adsc_kernels.kv.tensors import Caches, axis, check_caches
+
+
+@dataclass(frozen=True)
+class CompactionCall:
+    """The arguments of one of the two ops, checked, and what the host knows of its results."""
+
+    arguments: tuple[Any, ...]  # in the order of the op's schema
+    caches: Caches
+    new_lens: tuple[int, ...]
+    paged: bool
+    block_table: Tensor | None = None  # where the op makes no new one
+    pages: Pages | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.caches.tensors[0].device
+
+    def result(
+        self,
+        lens: Tensor,
+        slots: Tensor,
+        last_page_len: Tensor | None = None,
+        indptr: Tensor | None = None,
+        new_table: Tensor | None = None,
+    ) -> CompactionResult:
+        """lens and on: what the op returned."""
+        return CompactionResult(
+            Ints(self.new_lens, lens),
+            slots,
+            new_table if self.block_table is None else self.block_table,
+            last_page_len,
+            indptr,
+            None if self.pages is None else self.pages.released,
+            None if self.pages is None else self.pages.free,
+        )
+
+
+def check_dense(cache: DenseCache) -> CompactionCall:
+    """The arguments of `compact_kv_`. Raises as it does."""
+    caches = check_caches(cache)
+    rows, host = check_rows(cache, caches, with_sources=False)
+    starts, room = _room(cache, caches, len(host.seq_lens))
+    for b, (length, space) in enumerate(zip(host.seq_lens, room, strict=True)):
+        if length > space:
+            raise ValueError(
+                f"seq_lens: expected at most {space} rows, the room of sequence {b}, got {length}"
+            )
+    arguments = (caches.tensors, caches.num_layers, *rows, starts, cache.layout)
+    return CompactionCall(arguments, caches, host.new_lens, paged=False)
+
+
+def _room(cache: DenseCache, caches: Caches, batch: int) -> tuple[Tensor | None, tuple[int, ...]]:
+    """Where each sequence begins, in a packed cache, and how many rows it has room for."""
+    first = caches.tensors[0]
+    if first.dim() == 4:
+        if cache.seq_starts is not None:
+            raise ValueError(
+                f"seq_starts: expected None for batched caches, got {cache.seq_starts}"
+            )
+        if batch != caches.blocks:
+            raise ValueError(
+                f"k_caches[0]: expected {batch} sequences, got shape {tuple(first.shape)} "
+                f"in layout {cache.layout}"
+            )
+        return None, (caches.tokens,) * batch
+    if cache.seq_starts is not None:
+        bounds, starts = check_ints(cache.seq_starts, "seq_starts", batch + 1, first)
+        if any(b < a for a, b in pairwise(bounds)) or bounds[-1] > caches.tokens:
+            raise ValueError(
+                f"seq_starts: expected rising boundaries of at most {caches.tokens}, got {bounds}"
+            )
+        return starts, tuple(b - a for a, b in pairwise(bounds))
+    stage = cache.stage
+    if stage is None:
+        raise ValueError("seq_starts: expected it for packed caches with keep_indices, got None")
+    if stage.num_tokens_in > caches.tokens:
+        raise ValueError(
+            f"k_caches[0]: expected at least {stage.num_tokens_in} tokens "
+            f"(stage.num_tokens_in), got {caches.tokens}"
+        )
+    return stage.cu_seqlens_in, stage.seq_lens_in
+
+
+def check_paged(cache: PagedCache) -> CompactionCall:
+    """The arguments of `compact_paged_kv_`. Raises as it does."""
+    caches = check_caches(cache)
+    size, num_blocks = _block_size(cache, caches)
+    with_sources = cache.edit_table or cache.read_only_blocks is not None
+    rows, host = check_rows(cache, caches, with_sources)
+    first = caches.tensors[0]
+    _check_block_table(cache, first, size, host)
+    if cache.edit_table and rows.keep_indices is not None and rows.keep_indices.shape[:2] != (1, 1):
+        raise UnsupportedError(
+            "edit_table: one table can't serve heads or layers that keep different rows, got "
+            f"keep_indices of shape {tuple(rows.keep_indices.shape)}"
+        )
+    table, pages = _host_table(cache, len(host.seq_lens)), None
+    if table is None:
+        read_only = _unseen_blocks(cache.read_only_blocks, first)
+    else:
+        blocks = _host_blocks(cache.read_only_blocks)
+        name = "block_table" if cache.block_table_host is None else "block_table_host"
+        pages = check_pages(table, host, size, num_blocks, cache.edit_table, blocks, name)
+        checked = first.device.type == "cuda" and not CHECK  # nothing is left for the op
+        read_only = None if checked or cache.read_only_blocks is None else _uploaded(blocks, first)
+    return CompactionCall(
+        (
+            caches.tensors,
+            caches.num_layers,
+            cache.block_table,
+            size,
+            *rows,
+            cache.edit_table,
+            read_only,
+            cache.layout,
+        ),
+        caches,
+        host.new_lens,
+        paged=True,
+        block_table=None if cache.edit_table else cache.block_table,
+        pages=pages,
+    )
+
+
+def _block_size(cache: PagedCache, caches: Caches) -> tuple[int, int]:
+    """Rows of a block, and blocks of the pool."""
+    first, size = caches.tensors[0], cache.block_size
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise ValueError(f"block_size: expected an int of at least 1, got {size!r}")
+    if first.dim() == 4:
+        if size not in (None, caches.tokens):
+            place = axis(4, cache.layout, "token")
+            raise ValueError(
+                f"block_size: expected {caches.tokens}, dimension {place} of k_caches[0] in layout "
+                f"{cache.layout}, got {size} for shape {tuple(first.shape)}"
+            )
+        return caches.tokens, caches.blocks
+    if size is None:
+        raise ValueError("block_size: expected it for caches of slots, got None")
+    if caches.tokens % size:
+        raise ValueError(f"block_size: expected a divisor of the {caches.tokens} slots, got {size}")
+    return size, caches.tokens // size
+
+
+def _check_block_table(cache: PagedCache, first: Tensor, size: int, host: HostRows) -> None:
+    table = cache.block_table
+    check_tensor(table, "block_table", (torch.int32, torch.int64), first, "k_caches[0]")
+    _check_table_shape(table, "block_table", len(host.seq_lens))
+    if table.numel() > 1 and table.shape[1] > 1 and table.stride(1) != 1:
+        raise ValueError(
+            f"block_table: expected unit stride within a row, got strides {tuple(table.stride())}"
+        )
+    for b, length in enumerate(host.seq_lens):
+        if length > table.shape[1] * size:
+            raise ValueError(
+                f"seq_lens: expected at most {table.shape[1]} blocks of {size} rows for sequence "
+                f"{b}, got {length} rows"
+            )
+
+
+def _check_table_shape(table: Tensor | np.ndarray, name: str, batch: int) -> None:
+    if table.ndim != 2 or table.shape[0] != batch:
+        raise ValueError(f"{name}: expected shape [{batch}, max_blocks], got {tuple(table.shape)}")
+
+
+def _host_table(cache: PagedCache, batch: int) -> np.ndarray | None:
+    table, host = cache.block_table, cache.block_table_host
+    if host is None:
+        if table.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        return table.numpy()
+    if isinstance(host, Tensor):
+        if host.device.type != "cpu":
+            raise ValueError(
+                f"block_table_host: expected a table in host memory, got one on {host.device}"
+            )
+        if torch.compiler.is_compiling():
+            return None
+        host = host.numpy()
+    if not isinstance(host, np.ndarray) or host.dtype.kind not in "iu":
+        raise TypeError(
+            "block_table_host: expected a CPU tensor or an array of integers, got "
+            f"{getattr(host, 'dtype', type(host).__name__)}"
+        )
+    _check_table_shape(host, "block_table_host", batch)
+    if host.shape[1] < table.shape[1]:
+        raise ValueError(
+            f"block_table_host: expected {table.shape[1]} blocks a row, as in block_table, "
+            f"got {host.shape[1]}"
+        )
+    return host
+
+
+def _host_blocks(blocks: Blocks | None) -> np.ndarray:
+    if isinstance(blocks, Tensor) and blocks.device.type != "cpu":
+        raise ValueError(
+            "read_only_blocks: expected blocks in host memory, as the table, got them on "
+            f"{blocks.device}"
+        )
+    array = np.asarray([] if blocks is None else blocks)
+    if array.size and array.dtype.kind not in "iu":
+        raise TypeError(f"read_only_blocks: expected integers, got {array.dtype}")
+    return array.astype(np.int64).ravel()
+
+
+def _unseen_blocks(blocks: Blocks | None, like: Tensor) -> Tensor | None:
+    """read_only_blocks as the op takes them, where the host has seen no table."""
+    if blocks is None:
+        return None
+    if isinstance(blocks, Tensor) and blocks.device.type != "cpu":
+        check_table(blocks, "read_only_blocks", (torch.int32, torch.int64), like, "k_caches[0]")
+        return blocks.view(-1)
+    if torch.compiler.is_compiling():
+        return torch.as_tensor(blocks, dtype=torch.int64, device=like.device).view(-1)
+    return _uploaded(_host_blocks(blocks), like)
+
+
+def _uploaded(blocks: np.ndarray, like: Tensor) -> Tensor:
+    """read_only_blocks where the caches are."""
+    tensor = torch.from_numpy(blocks)
+    if like.device.type != "cuda":
+        return tensor
+    if torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            f"read_only_blocks: expected blocks on {like.device} while a graph is captured, since "
+            "no graph keeps what an upload reads, got them in host memory"
+        )
+    return tensor.pin_memory().to(like.device, non_blocking=True)

@@ -1,0 +1,125 @@
+"""What the compaction ops check of a cache's tensors."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adsc_kernels.kv.cache import CacheLayout, DenseCache, PagedCache, Tensors
+from adsc_kernels.kv.overlap import Reach, check_overlap
+
+LAYOUTS = ("NHD", "HND")
+
+
+@dataclass(frozen=True)
+class Caches:
+    """All tensors that move together, and what they have in common."""
+
+    tensors: list[Tensor]  # K of every layer, V, scales of K, scales of V
+    num_layers: int
+    num_heads: tuple[int, ...]  # of the first K and the first V
+    per_token: bool  # some scales have no heads
+    blocks: int  # 1 for caches without that dimension
+    tokens: int
+    reaches: list[Reach]  # empty while a graph is traced
+
+
+def axis(rank: int, layout: CacheLayout, name: str) -> int:
+    """The place of "token" or "head" in a cache of that rank."""
+    order = ("token", "head") if layout == "NHD" else ("head", "token")
+    return rank - 3 + order.index(name)
+
+
+def check_caches(cache: DenseCache | PagedCache) -> Caches:
+    """Types, devices, shapes and strides of all tensors, and that no two share memory."""
+    if cache.layout not in LAYOUTS:
+        raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {cache.layout!r}")
+    k = _tensors(cache.k_caches, "k_caches", None)
+    v = [] if cache.v_caches is None else _tensors(cache.v_caches, "v_caches", len(k))
+    if cache.v_caches is None and cache.v_scales is not None:
+        raise ValueError("v_scales: expected None without v_caches, got some")
+    first = k[0]
+    rank = first.dim()
+    if rank not in (3, 4):
+        raise ValueError(f"k_caches[0]: expected 3 or 4 dimensions, got shape {tuple(first.shape)}")
+    lists = {"k_caches": k, "v_caches": v}
+    for name, scales in (("k_scales", cache.k_scales), ("v_scales", cache.v_scales)):
+        if scales is not None:
+            lists[name] = _tensors(scales, name, len(k))
+    for name, tensors in lists.items():
+        checked: Any = None
+        for i, x in enumerate(tensors):
+            of = (k if name[0] == "k" else v)[i]
+            form = (x.dtype, x.device, x.shape, x.stride(), x.requires_grad, of.shape)
+            if form != checked:
+                scaled = of if name.endswith("scales") else None
+                _check_type(x, name, i, first if scaled is None else tensors[0], first)
+                _check_form(x, f"{name}[{i}]", scaled, first, cache.layout)
+                checked = form
+    tensors = [x for group in lists.values() for x in group]
+    names = [f"{name}[{i}]" for name, group in lists.items() for i in range(len(group))]
+    hidden = torch.compiler.is_compiling() or first.device.type == "meta"
+    return Caches(
+        tensors,
+        len(k),
+        tuple(group[0].shape[axis(rank, cache.layout, "head")] for group in (k, v) if group),
+        any(x.dim() == rank - 2 for x in tensors),
+        *_blocks_and_tokens(first, rank, cache.layout),
+        [] if hidden else check_overlap(tensors, names),
+    )
+
+
+def _check_type(x: Tensor, name: str, i: int, like: Tensor, first: Tensor) -> None:
+    """like: the first of the same kind, of which it takes the dtype; first: the first K."""
+    if x.dtype != like.dtype:
+        whose = "k_caches" if like is first else name
+        raise TypeError(f"{name}[{i}]: expected {like.dtype}, as {whose}[0], got {x.dtype}")
+    if x.device != first.device:
+        raise ValueError(
+            f"{name}[{i}]: expected the device of k_caches[0], {first.device}, got {x.device}"
+        )
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}[{i}]: expected a tensor that needs no gradient")
+
+
+def _check_form(
+    x: Tensor, name: str, scaled: Tensor | None, first: Tensor, layout: CacheLayout
+) -> None:
+    """scaled: what x are scales of; None where x is a cache itself."""
+    rank, shape = first.dim(), tuple(x.shape)
+    if x.dim() != rank and (scaled is None or not rank - 2 <= x.dim() < rank):
+        dims = str(rank) if scaled is None else f"{rank - 2} to {rank}"
+        raise ValueError(f"{name}: expected {dims} dimensions, got shape {shape}")
+    blocks, tokens = _blocks_and_tokens(first, rank, layout)
+    if _blocks_and_tokens(x, rank, layout) != (blocks, tokens):
+        raise ValueError(
+            f"{name}: expected {blocks} blocks of {tokens} tokens, as in k_caches[0], in layout "
+            f"{layout}, got shape {shape}"
+        )
+    head = axis(rank, layout, "head")
+    if scaled is not None and x.dim() > rank - 2 and x.shape[head] != scaled.shape[head]:
+        raise ValueError(f"{name}: expected {scaled.shape[head]} heads, got shape {shape}")
+    if x.dim() == rank and x.shape[-1] > 1 and x.stride(-1) != 1 and x.numel():
+        raise ValueError(
+            f"{name}: expected unit stride on the last dimension, got strides {tuple(x.stride())}"
+        )
+
+
+def _blocks_and_tokens(x: Tensor, rank: int, layout: CacheLayout) -> tuple[int, int]:
+    """Of a cache of that rank, or of scales of one, which may lack its heads and last dimension."""
+    token = rank - 3 if x.dim() == rank - 2 else axis(rank, layout, "token")
+    return x.shape[0] if rank == 4 else 1, x.shape[token]
+
+
+def _tensors(x: Tensors, name: str, count: int | None) -> list[Tensor]:
+    tensors = [x] if isinstance(x, Tensor) else list(x)
+    for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}[{i}]: expected a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name}[{i}]: expected a strided tensor, got layout {tensor.layout}")
+    if not tensors or (count is not None and len(tensors) != count):
+        wanted = "at least one tensor" if count is None else f"{count} tensors, as k_caches"
+        raise ValueError(f"{name}: expected {wanted}, got {len(tensors)}")
+    return tensors

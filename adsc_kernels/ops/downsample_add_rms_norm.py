@@ -1,0 +1,117 @@
+"""The step at a boundary of a pre-norm decoder: `downsample_add_rms_norm`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adsc_kernels import fakes
+from adsc_kernels.check import Stage, check_rows, row_source
+from adsc_kernels.ops._dispatch import call, choose, register
+from adsc_kernels.ops.downsample import upsample_grad
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def downsample_add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    stage: Stage | None = None,
+    eps: float = 1e-6,
+    *,
+    keep_indices: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Residual add and RMSNorm of the rows that survive into a stage; no other row is read.
+
+    x, residual: [T_in, hidden], float32, float64, bfloat16 or float16, any distance between rows.
+    weight: contiguous [hidden]. All of one dtype, on one device.
+    stage or keep_indices: as for `downsample`. eps: at least 0.
+    Returns (normed, residual_out), both contiguous [T_out, hidden]:
+      residual_out = x + residual, rounded to the dtype;
+      normed = residual_out / sqrt(mean(residual_out ** 2) + eps) * weight, computed in float32
+      (float64 for float64) and rounded once.
+    Differentiable in x, residual and weight; dropped rows have gradient 0.
+
+    Raises TypeError for another dtype, else as `downsample`.
+    """
+    check_norm(x, "x", residual, weight, eps)
+    segments, num_tokens = row_source(stage, keep_indices, x, "x")
+    op = choose("downsample_add_rms_norm", x.device)
+    grad = x.requires_grad or residual.requires_grad or weight.requires_grad
+    return call(op, x, residual, weight, segments, keep_indices, num_tokens, float(eps), grad=grad)
+
+
+def check_norm(x: Tensor, name: str, residual: Tensor, weight: Tensor, eps: float) -> None:
+    """The arguments of the residual add and norm; name: what the caller calls x."""
+    check_rows(x, name)
+    if x.dtype not in _DTYPES:
+        expected = ", ".join(str(dtype) for dtype in _DTYPES)
+        raise TypeError(f"{name}: expected one of {expected}, got {x.dtype}")
+    if x.dim() != 2:
+        raise ValueError(f"{name}: expected shape [rows, hidden], got {tuple(x.shape)}")
+    check_rows(residual, "residual")
+    _check_like(residual, "residual", x, name, x.shape)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a torch.Tensor, got {type(weight).__name__}")
+    _check_like(weight, "weight", x, name, x.shape[1:])
+    if not weight.is_contiguous():
+        raise ValueError(f"weight: expected a contiguous tensor, got strides {weight.stride()}")
+    if not eps >= 0:
+        raise ValueError(f"eps: expected at least 0, got {eps}")
+
+
+def _check_like(tensor: Tensor, name: str, x: Tensor, x_name: str, shape: torch.Size) -> None:
+    if tensor.dtype != x.dtype:
+        raise TypeError(f"{name}: expected the dtype of {x_name}, {x.dtype}, got {tensor.dtype}")
+    if tensor.device != x.device:
+        raise ValueError(
+            f"{name}: expected the device of {x_name}, {x.device}, got {tensor.device}"
+        )
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
+# ---- Gradients ----
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, _, weight, segments, keep_indices, _, ctx.eps = inputs
+    ctx.save_for_backward(output[1], weight, segments, keep_indices)
+    ctx.num_rows = x.shape[0]
+
+
+def norm_gradients(
+    h: Tensor, weight: Tensor, eps: float, grad_normed: Tensor, grad_residual: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the sum and of the weight. Rounding to the dtype counts as the identity.
+
+    With h the sum, s = 1 / sqrt(mean(h^2) + eps), n = h * s and g = grad_normed * weight:
+    dh = s * (g - n * mean(g * n)) + grad_residual."""
+    compute = torch.float64 if h.dtype == torch.float64 else torch.float32
+    wide = h.to(compute)
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    normed = wide * scale
+    grad = grad_normed.to(compute)
+    weighted = grad * weight.to(compute)
+    grad_h = scale * (weighted - normed * (weighted * normed).mean(-1, keepdim=True))
+    grad_h = (grad_h + grad_residual.to(compute)).to(h.dtype)
+    return grad_h, (grad * normed).sum(0).to(weight.dtype)
+
+
+def _backward(ctx: Any, grad_normed: Tensor, grad_residual: Tensor) -> tuple[Tensor | None, ...]:
+    h, weight, segments, keep_indices = ctx.saved_tensors
+    grad_h, grad_weight = norm_gradients(h, weight, ctx.eps, grad_normed, grad_residual)
+    grad_x = upsample_grad(ctx, grad_h, segments, keep_indices)
+    return grad_x, grad_x, grad_weight, None, None, None, None
+
+
+register(
+    "downsample_add_rms_norm",
+    "(Tensor x, Tensor residual, Tensor weight, Tensor? segments, Tensor? keep_indices, "
+    "SymInt num_tokens, float eps) -> (Tensor, Tensor)",
+    fake=fakes.downsample_add_rms_norm,
+    backward=_backward,
+    setup=_setup,
+    triton="downsample_add_rms_norm",
+)
