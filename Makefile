@@ -89,7 +89,11 @@ gpu-sanitize:   ## compute-sanitizer's four tools over a small selection
 gpu-bench:      ## GPU benchmarks beside eager and compiled PyTorch and the plain copy
 	@$(PYTHON) tools/gpu.py bench
 
+# For every architecture, whatever GPU is here.
+report wheel: export ADSC_CUDA_ARCHS ?= all
+
 report: venv    ## registers, spills and access widths of the GPU kernels, from their machine code
+	$(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python python_tests/cubin_report.py
 
 lint: venv      ## ruff and clang-format, which change nothing here, and mypy

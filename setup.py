@@ -1,7 +1,8 @@
 """Builds the native parts with CMake and ninja against the torch that is installed.
 
-Environment: ADSC_CUDA=0 builds without CUDA, ADSC_CUDA=1 insists on it; ADSC_CUDA_ARCHS="80;90a"
-replaces the default architectures; MAX_JOBS limits the parallel compilations.
+Environment: CUDA code is built for the GPUs that are here, where there are any. ADSC_CUDA_ARCHS=all
+builds for every architecture, ADSC_CUDA_ARCHS="80;90a" for these; ADSC_CUDA=0 builds without CUDA,
+ADSC_CUDA=1 insists on it; MAX_JOBS limits the parallel compilations.
 """
 
 import importlib.metadata

@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adsc_kernels import checks
 from adsc_kernels.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from adsc_kernels.plan import StagePlan
 
 BACKENDS = ("flash_attn", "torch_varlen", "sdpa")  # in the order in which "auto" tries them
+STAGE_FIELDS = ("cu_seqlens", "seq_lens", "max_seqlen", "num_tokens")
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,18 @@ class CachedKeys:
         capacities: Sequence[int],
         device: torch.device,
     ) -> CachedKeys:
-        """Of each sequence its query rows, its keys, and the cache rows that it owns."""
+        """Of each sequence its query rows, its keys, and the cache rows that it owns.
+
+        Raises ValueError where these don't fit together, as a cache of ``lens`` above
+        ``capacities``.
+        """
+        if not len(q_lens) == len(lens) == len(capacities):
+            got = f"{len(q_lens)}, {len(lens)} and {len(capacities)}"
+            raise ValueError(f"q_lens, lens, capacities: expected one for each sequence, got {got}")
+        for rows, length, capacity in zip(q_lens, lens, capacities, strict=True):
+            if rows < 0 or not 0 <= length <= capacity:
+                got = f"q_lens {rows}, lens {length}, capacities {capacity}"
+                raise ValueError(f"lens: expected 0 <= lens <= capacities, got {got}")
         starts: list[int] = []
         cu_q, cu_k = [0], [0]
         for rows, length, capacity in zip(q_lens, lens, capacities, strict=True):
@@ -86,6 +99,9 @@ def varlen_attention(
     Raises: ValueError on shapes that don't fit, TypeError on mixed dtypes, UnsupportedError where
         the backend asked for can't do this call (it says why).
     """
+    checks.choice("backend", backend, ("auto", *BACKENDS))
+    if scale is not None:
+        checks.number("scale", scale)
     _check(q, k, v, stage, keys)
     run = _choose(q, k, backend)
     if q.shape[0] == 0:
@@ -97,11 +113,21 @@ def available(
     device: torch.device | str = "cuda", dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, str | None]:
     """Each backend with None where it would run on such tensors, else the reason why not."""
-    device = torch.device(device)
-    return {name: _why_not(name, device, dtype, head_dim=64, grouped=True) for name in BACKENDS}
+    found = checks.device("device", device)
+    checks.dtype("dtype", dtype)
+    return {name: _why_not(name, found, dtype, head_dim=64, grouped=True) for name in BACKENDS}
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, stage: StagePlan, keys: CachedKeys | None) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        checks.tensor(name, x)
+        if not x.is_floating_point():
+            raise TypeError(f"{name}: expected floats, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name}: expected the device of q, {q.device}, got {x.device}")
+    checks.has("stage", stage, "a stage such as plan.stages[0]", STAGE_FIELDS)
+    if keys is not None:
+        checks.instance("keys", keys, CachedKeys)
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or k.shape[2] != q.shape[2]:
         got = f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         raise ValueError(f"q, k, v: expected [T, Hq, D] and twice [Tk, Hkv, D], got {got}")
@@ -115,6 +141,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, stage: StagePlan, keys: CachedKeys |
         if k.shape[0] != stage.num_tokens:
             raise ValueError(f"k: expected the stage's {stage.num_tokens} rows, got {k.shape[0]}")
         return
+    if len(keys.lens) != len(stage.seq_lens):
+        want = len(stage.seq_lens)
+        raise ValueError(f"keys: expected {want} sequences, got {len(keys.lens)}")
     if any(n > m for n, m in zip(stage.seq_lens, keys.lens, strict=True)):
         raise ValueError(f"keys: expected at least the rows {stage.seq_lens}, got {keys.lens}")
     if any(start + n > k.shape[0] for start, n in zip(keys.starts, keys.lens, strict=True)):
@@ -127,8 +156,6 @@ def _choose(q: Tensor, k: Tensor, backend: str) -> Callable[..., Tensor]:
         for name in BACKENDS:
             if _why_not(name, q.device, q.dtype, q.shape[2], grouped) is None:
                 return _RUN[name]
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected 'auto' or one of {BACKENDS}, got {backend!r}")
     reason = _why_not(backend, q.device, q.dtype, q.shape[2], grouped)
     if reason is not None:
         raise UnsupportedError(f"attention backend {backend!r}: {reason}")
@@ -176,11 +203,12 @@ def _missing(name: str, grouped: bool) -> str | None:
 
 def _varlen_arguments(stage: StagePlan, keys: CachedKeys | None) -> tuple[Tensor, Tensor, int, int]:
     """cu_seqlens_q, cu_seqlens_k, and upper bounds on the two lengths."""
-    if keys is None:
-        return stage.cu_seqlens, stage.cu_seqlens, stage.max_seqlen, stage.max_seqlen
     # At a bound of 1 and grouped heads flash-attn 2 folds the groups into the rows, for which each
     # sequence must have exactly one row: our gaps, and sequences that are done, have none.
-    return keys.cu_seqlens_q, keys.cu_seqlens_k, max(2, stage.max_seqlen), keys.max_len
+    max_q = max(2, stage.max_seqlen)
+    if keys is None:
+        return stage.cu_seqlens, stage.cu_seqlens, max_q, stage.max_seqlen
+    return keys.cu_seqlens_q, keys.cu_seqlens_k, max_q, keys.max_len
 
 
 def _flash_attn(

@@ -8,13 +8,14 @@ about once, when its first tensor comes, since asking at import would start CUDA
 import functools
 import os
 import threading
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
 
-from adsc_kernels import _library
+from adsc_kernels import _library, checks
 from adsc_kernels.errors import UnsupportedError
 
 BACKENDS: Final = ("auto", "cuda", "triton", "cpu", "reference")
@@ -25,13 +26,7 @@ ENVIRONMENT: Final = "ADSC_BACKEND"
 _choice = threading.local()
 
 
-def _checked(name: object, argument: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{argument}: expected one of {', '.join(BACKENDS)}, got {name!r}")
-    return str(name)
-
-
-_default = _checked(os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT)
+_default = checks.choice(ENVIRONMENT, os.environ.get(ENVIRONMENT) or "auto", BACKENDS)
 _choice.name = _default  # for the main thread: a look-up that fails costs ten times as much
 
 
@@ -41,11 +36,11 @@ class backend:
     name: "auto", "cuda", "triton", "cpu" or "reference". Blocks nest; the innermost wins. Outside
     of any block the environment variable ADSC_BACKEND decides, read once at import (default
     "auto").
-    Raises ValueError for another name.
+    Raises ValueError for another name, TypeError for what is none.
     """
 
     def __init__(self, name: str) -> None:
-        self.name = _checked(name, "backend")
+        self.name = checks.choice("backend", name, BACKENDS)
         self._outer: list[str] = []
 
     def __enter__(self) -> "backend":
@@ -92,7 +87,7 @@ def _triton_package_problem() -> str:
     try:
         found = version("triton")
     except PackageNotFoundError:
-        return "the package triton is not installed (pip install 'adsc_kernels[triton]')"
+        return "the package triton is not installed (pip install 'triton>=3.5')"
     if tuple(int(part) for part in found.split(".")[:2]) < _OLDEST_TRITON:
         return f"triton>=3.5 is needed, {found} is installed"
     return ""
@@ -133,10 +128,22 @@ def _triton_problem(kind: str, index: int) -> str:
     return ""
 
 
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def _constant_in_graphs(function: F) -> F:
+    """torch.compiler.assume_constant_result, which imports Dynamo: twice the time of torch itself.
+
+    The mark is all that it sets; a test compiles with it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 _problems: dict[tuple[str, str, int], str] = {}
 
 
-@torch.compiler.assume_constant_result
+@_constant_in_graphs
 def _problem(name: str, kind: str, index: int) -> str:
     """Why a backend, not "auto", can't serve tensors on a device; empty when it can."""
     key = name, kind, index
@@ -159,7 +166,7 @@ _automatic_on_cpu: Final = "reference" if native_problem() else "cpu"
 _automatic_on_cuda: dict[int, str] = {}
 
 
-@torch.compiler.assume_constant_result
+@_constant_in_graphs
 def _for_cuda(index: int) -> str:
     """The first of the backends that serves CUDA device number `index`."""
     if index not in _automatic_on_cuda:

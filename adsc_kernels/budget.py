@@ -13,13 +13,22 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import islice, pairwise, product
 
-from adsc_kernels.counts import at_least
-from adsc_kernels.schedule import Boundary, CompressionSchedule
+from adsc_kernels import checks
+from adsc_kernels.schedule import (
+    MAX_LAYERS,
+    PATTERNS,
+    POSITIONS,
+    Boundary,
+    CompressionSchedule,
+    parse_share,
+)
 
 Share = str | int | float | Fraction
 KEEP = ("1/2", "1/3", "1/4")
 KEEP_GRID = ("1/2x1/2", "1/2x1", "1x1/2", "1/3x1/3")
+MOST_BOUNDARIES = 100
 MOST = 20_000  # schedules that a search lists
+MOST_BITS = 2**33  # of sums within reach, at the very most: one for each token, layer and boundary
 
 # Layers of the model, and the best schedule for its 576 tokens that leaves the first two layers
 # whole: one share at two boundaries, or for 64, which that can't reach, any at three. All average
@@ -84,13 +93,26 @@ def search(
     """
     asked = _average(average_tokens)
     layers = _allowed(num_layers, num_boundaries, first_layer, last_layer)
-    at_least(1, vision_tokens=vision_tokens, block_size=block_size)
+    checks.integer("vision_tokens", vision_tokens, 1)
+    checks.integer("block_size", block_size, 1)
+    checks.choice("pattern", pattern, PATTERNS)
+    checks.choice("positions", positions, POSITIONS)
+    checks.flag("mixed", mixed)
+    checks.flag("exact", exact)
+    if grid is not None:
+        checks.pair("grid", grid, 1, ("height", "width"))
     if not 0 < asked <= vision_tokens:
         raise ValueError(
             f"average_tokens: expected above 0 and at most vision_tokens = {vision_tokens}, "
-            f"got {average_tokens}"
+            f"got {checks.shown(average_tokens)}"
         )
     shares = _shares(keep, pattern)
+    mixtures = len(shares) ** num_boundaries if mixed else len(shares)
+    if mixtures > MOST or mixtures * vision_tokens * len(layers) ** 2 * num_boundaries > MOST_BITS:
+        raise ValueError(
+            "vision_tokens, num_layers, num_boundaries, keep: expected a search that fits memory, "
+            f"got {vision_tokens} tokens, {len(layers)} layers and {mixtures} choices of shares"
+        )
     named = ", ".join(share.share() for share in shares)
     chains = []
     for order in product(shares, repeat=num_boundaries if mixed else 1):
@@ -205,29 +227,31 @@ class _Chain:
 
 
 def _average(value: int | float | Fraction) -> Fraction:
-    if isinstance(value, bool) or not isinstance(value, int | float | Fraction):
-        raise TypeError(f"average_tokens: expected a number, got {value!r}")
-    try:
-        return Fraction(str(value))
-    except ValueError:
-        raise ValueError(f"average_tokens: expected a finite number, got {value}") from None
+    given = checks.number("average_tokens", value)
+    # As it is written: 0.1 is a tenth. A float's own digits are few.
+    exact = Fraction(str(given)) if isinstance(given, float) else Fraction(given)
+    if exact.denominator > checks.INT32_MAX:
+        got = checks.shown(value)
+        raise ValueError(f"average_tokens: expected a denominator below 2^31, got {got}")
+    return exact
 
 
 def _allowed(num_layers: int, num_boundaries: int, first: int, last: int | None) -> range:
     """The layers that may have a boundary."""
-    at_least(1, num_layers=num_layers, num_boundaries=num_boundaries)
+    checks.integer("num_layers", num_layers, 1, MAX_LAYERS)
+    checks.integer("num_boundaries", num_boundaries, 1)
     last = num_layers - 1 if last is None else last
-    at_least(0, first_layer=first, last_layer=last)
+    checks.at_least(0, first_layer=first, last_layer=last)
     if not first <= last < num_layers:
         raise ValueError(
             f"first_layer, last_layer: expected first <= last < num_layers = {num_layers}, "
             f"got {first} and {last}"
         )
     layers = range(first, last + 1)
-    if num_boundaries > len(layers):
+    if num_boundaries > (most := min(len(layers), MOST_BOUNDARIES)):
         raise ValueError(
-            f"num_boundaries: expected at most {len(layers)}, one for each layer from {first} to "
-            f"{last}, got {num_boundaries}"
+            f"num_boundaries: expected at most {most}, and one for each layer from {first} to "
+            f"{last}, got {checks.shown(num_boundaries)}"
         )
     return layers
 
@@ -236,12 +260,12 @@ def _shares(keep: Share | Sequence[Share] | None, pattern: str) -> list[Boundary
     """Each share as a boundary, whose layer is its place among them."""
     if keep is None:
         keep = KEEP_GRID if pattern == "grid" else KEEP
+    given = (keep,) if isinstance(keep, str | int | float | Fraction) else keep
     shares: list[Boundary] = []
-    for share in (keep,) if isinstance(keep, str | int | float | Fraction) else keep:
-        entry = {"layer": len(shares), "keep": str(share)}
-        read = {"num_layers": len(shares) + 1, "boundaries": [entry], "pattern": pattern}
+    for share in checks.sequence("keep", given, object):
         try:
-            (boundary,) = CompressionSchedule.from_dict(read).boundaries
+            boundary = parse_share(share, len(shares))
+            CompressionSchedule(len(shares) + 1, (boundary,), pattern)
         except ValueError as error:
             raise ValueError(f"keep: {error}") from None
         if not 0 < boundary.keep < 1:

@@ -36,7 +36,7 @@ def figure(accounts: Sequence[tuple[str, Account]], title: str) -> Figure:
         from matplotlib.figure import Figure
     except ImportError:
         raise UnsupportedError(
-            "charts need matplotlib, which is not installed: pip install 'adsc_kernels[plot]'"
+            "charts need matplotlib, which is not installed: pip install matplotlib"
         ) from None
     chart = Figure(figsize=(15, 4.6), dpi=110, layout="constrained")
     chart.suptitle(title)

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from adsc_kernels import checks
+from adsc_kernels.schedule import MAX_LAYERS
+
+MOST_BYTES = 2**26  # of a JSON file: an index of a thousand shards is a hundredth of that
+MOST_DEPTH = 64  # of lists and objects in one another, where Python's own limit is a crash's
+_NUMBER = re.compile(r"-?[0-9]{1,400}")
+
+
+def bundled_checkpoint() -> Path:
+    """The folder of tiny-llava-digits, the checkpoint that comes with the package."""
+    return Path(__file__).parent / "checkpoints" / "tiny-llava-digits"
 
 
 def find_folder(path_or_id: str | Path) -> Path:
     """A local folder, or the json and safetensors files of one on the hub; FileNotFoundError."""
-    if Path(path_or_id).is_dir():
-        return Path(path_or_id)
+    local = checks.path("path_or_id", path_or_id)
+    if local.is_dir():
+        return local
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
     try:
         patterns = ["*.json", "*.safetensors"]
         return Path(huggingface_hub.snapshot_download(str(path_or_id), allow_patterns=patterns))
@@ -23,13 +37,46 @@ def find_folder(path_or_id: str | Path) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises FileNotFoundError, or ValueError where the file holds no JSON object."""
+    """Raises FileNotFoundError, or ValueError where the file holds no JSON object, or one that is
+    too large, too deep, or of numbers too long to be anyone's settings.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise ValueError(f"{path}: expected at most {MOST_BYTES} bytes of JSON, got {size}")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if _depth(text) > MOST_DEPTH:
+            raise ValueError(f"more than {MOST_DEPTH} levels deep")
+        value = json.loads(text, parse_int=_integer)
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """:func:`read_json` of a config.json, whose layers transformers may list, however many."""
+    config = read_json(path)
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for name in ("num_hidden_layers", "depth"):
+            if isinstance(part.get(name), int) and part[name] > MAX_LAYERS:
+                got = checks.shown(part[name])
+                raise ValueError(f"{path}: {name}: expected at most {MAX_LAYERS}, got {got}")
+    return config
+
+
+def _depth(text: str) -> int:
+    """How deep lists and objects lie in one another, brackets inside of texts left out."""
+    depth = deepest = 0
+    for mark in re.findall(r"[\[{\]}]", re.sub(r'"(?:[^"\\]|\\.)*"', "", text)):
+        depth += 1 if mark in "[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _integer(digits: str) -> int:
+    if _NUMBER.fullmatch(digits) is None:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)

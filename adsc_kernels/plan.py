@@ -6,18 +6,43 @@ it depends on data, so it never reads a device tensor; a plan costs one upload.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import numpy as np
 import torch
 
+from adsc_kernels import checks
 from adsc_kernels._planner import _C
 from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.schedule import CompressionSchedule
 from adsc_kernels.segment_table import COLUMNS, PATTERN_CODES
+
+T = TypeVar("T")
+
+
+class _Once(Generic[T]):
+    """functools.cached_property without its lock, which Dynamo can't trace before Python 3.12."""
+
+    def __init__(self, make: Callable[[Any], T]) -> None:
+        self.make = make
+        self.name = make.__name__
+        self.__doc__ = make.__doc__
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> _Once[T]: ...
+
+    @overload
+    def __get__(self, instance: object, owner: type) -> T: ...
+
+    def __get__(self, instance: object | None, owner: type) -> T | _Once[T]:
+        if instance is None:
+            return self
+        value = self.make(instance)
+        if not torch.compiler.is_compiling():  # a graph's own tensors end with it
+            instance.__dict__[self.name] = value
+        return value
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,14 +77,14 @@ class StagePlan:
     _plan: CompressionPlan = field(repr=False)
     _stage: int = field(repr=False)
 
-    @cached_property
+    @_Once
     def kv_lens(self) -> tuple[int, ...]:
         """Keys that each sequence attends to in this stage: what is cached, and its own rows."""
-        return tuple(map(int.__add__, self.cached_lens, self.seq_lens))
+        return tuple(a + b for a, b in zip(self.cached_lens, self.seq_lens, strict=True))
 
     @property
     def max_kv_len(self) -> int:
-        return max(self.kv_lens, default=0)
+        return max((0, *self.kv_lens))
 
     @property
     def block_counts(self) -> tuple[int, ...]:
@@ -69,12 +94,14 @@ class StagePlan:
             raise ValueError("block_counts: expected make_plan(..., block_size=), got none")
         return tuple(-(-length // size) for length in self.kv_lens)
 
-    @cached_property
+    @_Once
     def positions(self) -> torch.Tensor:
         """Position ids of this stage's rows, int64 ``[num_tokens]`` on the device.
 
         ``original``: the index in the prompt. ``renumber``: the index among the survivors.
         """
+        if torch.compiler.is_compiling():
+            return self._traced_positions()
         if self._plan.schedule.positions == "renumber":
             source, rows = self, np.arange(self.num_tokens)
         else:
@@ -83,6 +110,21 @@ class StagePlan:
         seq_lens = np.array(source.seq_lens, np.int64)
         offsets = np.array(source.cached_lens, np.int64) - (seq_lens.cumsum() - seq_lens)
         return self._upload(rows + np.repeat(offsets, self.seq_lens))
+
+    def _traced_positions(self) -> torch.Tensor:
+        """``positions`` inside a graph, which can't expand a table on the host: the same by ops."""
+        from adsc_kernels.ops import downsample  # ops import this module
+
+        renumber = self._plan.schedule.positions == "renumber"
+        source = self if renumber else self._plan.stages[0]
+        device = source.cu_seqlens.device
+        rows = torch.arange(source.num_tokens, device=device)
+        sequence = torch.searchsorted(source.cu_seqlens, rows, right=True) - 1
+        cached = torch.tensor(source.cached_lens, dtype=torch.int64, device=device)
+        positions = rows + (cached - source.cu_seqlens[:-1])[sequence]
+        for later in () if renumber else self._plan.stages[1 : self._stage + 1]:
+            positions = downsample(positions, later)
+        return positions
 
     def keep_indices(self) -> torch.Tensor:
         """The source stage's rows that this stage keeps, int64 ``[num_tokens]`` on the device."""
@@ -119,7 +161,7 @@ class CompressionPlan:
     stages: tuple[StagePlan, ...]
     _roundings: np.ndarray = field(repr=False)
 
-    @cached_property
+    @_Once
     def rounded(self) -> tuple[Rounded, ...]:
         """What ``align="block"`` changed, stage by stage; empty without it."""
         return tuple(
@@ -130,6 +172,8 @@ class CompressionPlan:
     def between(self, i: int, j: int) -> StagePlan:
         """The mapping from stage ``i``'s rows straight to stage ``j``'s, for ``i <= j``."""
         last = len(self.stages) - 1
+        checks.integer("between", i)
+        checks.integer("between", j)
         if not 0 <= i <= j <= last:
             raise ValueError(f"between: expected 0 <= i <= j <= {last}, got {i} and {j}")
         target = self.stages[j]
@@ -196,14 +240,13 @@ def make_plan(
 
     Raises ``ValueError`` or ``TypeError`` that names the argument for spans that overlap or leave
     their sequence, a grid span without height and width, lengths that decrease, chunks outside the
-    prompt, or tensors on a device.
+    prompt, tensors on a device, or a ``device`` that can't be used.
     """
-    if not isinstance(schedule, CompressionSchedule):
-        raise TypeError(f"schedule: expected a CompressionSchedule, got {type(schedule).__name__}")
-    if block_size is not None and (not isinstance(block_size, int) or block_size < 1):
-        raise ValueError(f"block_size: expected an int of at least 1, got {block_size!r}")
-    if align not in (None, "block"):
-        raise ValueError(f"align: expected 'block' or None, got {align!r}")
+    checks.instance("schedule", schedule, CompressionSchedule)
+    if block_size is not None:
+        checks.integer("block_size", block_size, 1, checks.INT32_MAX)
+    checks.choice("align", align, ("block", None))
+    target = checks.usable_device("device", "cpu" if device is None else device)
     if align is not None and block_size is None:
         raise ValueError("align: expected a block_size to go with 'block', got none")
     tables, offsets, cached, roundings = _C.plan(
@@ -214,7 +257,7 @@ def make_plan(
         1 if align is None or block_size is None else block_size,
     )
     batch = cached.shape[1]
-    on_device = _to_device(tables, torch.device("cpu" if device is None else device))
+    on_device = _to_device(tables, target)
     cached_lens = cached.tolist()
     stages: list[StagePlan] = []
     plan = CompressionPlan(schedule, batch, block_size, (), roundings)
@@ -266,14 +309,20 @@ def _host_ints(values: Any, name: str) -> Any:
     if isinstance(values, torch.Tensor):
         if values.device.type != "cpu":
             raise TypeError(f"{name}: expected host ints, got a tensor on {values.device}")
-        return values.tolist()
-    if isinstance(values, np.ndarray):
-        return values.tolist()
-    return values if isinstance(values, list | tuple) else list(values)
+        values = checks.tensor(name, values).tolist()
+    elif isinstance(values, np.ndarray):
+        values = values.tolist()
+    if isinstance(values, list | tuple):
+        return values
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise TypeError(f"{name}: expected a sequence of ints, got {checks.kind(values)}")
+    return list(values)
 
 
 def _to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
     tensor = torch.from_numpy(values)
     if device.type == "cpu":
         return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
+    if device.type == "cuda":  # pinned, so that the copy needs no wait; others pin nothing
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

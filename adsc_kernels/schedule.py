@@ -14,15 +14,20 @@ from fractions import Fraction
 from math import prod
 from typing import Any
 
+from adsc_kernels import checks
 from adsc_kernels.segment_table import PATTERN_CODES
 
 PATTERNS = tuple(PATTERN_CODES)
 POSITIONS = ("original", "renumber")
 
+MAX_LAYERS = 10_000  # no decoder is as deep; what lists layers stays quick and small
 # Numerators and denominators stay below 2^31 so that count * numerator fits 64 bits.
 _MAX_TERM = 2**31
-_NUMBER = re.compile(r"\d+(?:/\d+|\.\d+)?|\.\d+")
-_LAYER = re.compile(r"\d+")
+# Digits are ASCII: str() of what other scripts' digits parse to would be another text. Runs are
+# bounded, since Python refuses to read an int of thousands of digits, and takes long over many.
+_DIGITS = r"[0-9]{1,40}(?![0-9])"
+_NUMBER = re.compile(rf"{_DIGITS}(?:/{_DIGITS}|\.{_DIGITS})?|\.{_DIGITS}")
+_LAYER = re.compile(_DIGITS)
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,26 @@ class Boundary:
     keep: Fraction
     keep_rows: Fraction | None = None
     keep_columns: Fraction | None = None
+
+    def __post_init__(self) -> None:
+        checks.integer("boundary layer", self.layer)
+        where = f"keep at layer {self.layer}"
+        if (self.keep_rows is None) != (self.keep_columns is None):
+            raise ValueError(f"{where}: expected keep_rows and keep_columns, or neither, got one")
+        for share in (self.keep, *self.factors):
+            # A float is not exact, and would be written as what no schedule parses.
+            if isinstance(share, bool) or not isinstance(share, Fraction | int):
+                raise TypeError(f"{where}: expected a Fraction, got {checks.shown(share)}")
+            if not 0 <= share <= 1:
+                got = checks.shown(share)
+                raise ValueError(f"{where}: expected a share in [0, 1], got {got}")
+            if share.denominator >= _MAX_TERM:
+                raise ValueError(f"{where}: expected a denominator below 2^31, got {share}")
+        if self.keep != prod(self.factors):
+            raise ValueError(
+                f"{where}: expected keep_rows * keep_columns = {prod(self.factors)}, "
+                f"got {checks.shown(self.keep)}"
+            )
 
     def __str__(self) -> str:
         return f"{self.layer}:{self.share()}"
@@ -67,26 +92,21 @@ class CompressionSchedule:
     positions: str = "original"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.num_layers, int) or self.num_layers < 1:
-            raise ValueError(f"num_layers: expected an int of at least 1, got {self.num_layers!r}")
-        if self.pattern not in PATTERNS:
-            raise ValueError(f"pattern: expected one of {PATTERNS}, got {self.pattern!r}")
-        if self.positions not in POSITIONS:
-            raise ValueError(f"positions: expected one of {POSITIONS}, got {self.positions!r}")
-        object.__setattr__(
-            self, "boundaries", tuple(sorted(self.boundaries, key=lambda b: b.layer))
-        )
-        layers = [b.layer for b in self.boundaries]
+        checks.integer("num_layers", self.num_layers, 1, MAX_LAYERS)
+        checks.choice("pattern", self.pattern, PATTERNS)
+        checks.choice("positions", self.positions, POSITIONS)
+        given = checks.sequence("boundaries", self.boundaries, Boundary)
+        object.__setattr__(self, "boundaries", tuple(sorted(given, key=lambda b: b.layer)))
+        before = -1
         for boundary in self.boundaries:
             if not 0 <= boundary.layer < self.num_layers:
                 raise ValueError(
                     f"boundary layer: expected 0 to {self.num_layers - 1} for a decoder of "
                     f"{self.num_layers} layers, got {boundary.layer}"
                 )
-            if layers.count(boundary.layer) > 1:
-                raise ValueError(
-                    f"boundary layer: each layer at most once, got {boundary.layer} twice"
-                )
+            if boundary.layer == before:
+                raise ValueError(f"boundary layer: each layer at most once, got {before} twice")
+            before = boundary.layer
             self._check_keep(boundary)
 
     def _check_keep(self, boundary: Boundary) -> None:
@@ -95,21 +115,6 @@ class CompressionSchedule:
                 f"keep at layer {boundary.layer}: pattern 'grid' takes rows x columns such as "
                 f"1/2x1/2 and the others one share such as 1/4, got {boundary.share()!r} with "
                 f"pattern {self.pattern!r}"
-            )
-        for share in boundary.factors:
-            if not 0 <= share <= 1:
-                raise ValueError(
-                    f"keep at layer {boundary.layer}: expected a share in [0, 1], got {share}"
-                )
-            if share.denominator >= _MAX_TERM:
-                raise ValueError(
-                    f"keep at layer {boundary.layer}: expected a denominator below 2^31, "
-                    f"got {share}"
-                )
-        if boundary.keep != prod(boundary.factors):
-            raise ValueError(
-                f"keep at layer {boundary.layer}: expected keep_rows * keep_columns = "
-                f"{prod(boundary.factors)}, got {boundary.keep}"
             )
 
     @classmethod
@@ -125,9 +130,7 @@ class CompressionSchedule:
         of them for rows and columns (``1/2x1/2``). Raises ``ValueError`` that says at which
         character the text stops making sense, or which boundary is out of range.
         """
-        if not isinstance(text, str):
-            raise TypeError(f"schedule: expected a str, got {type(text).__name__}")
-        return _Parser(text).schedule(num_layers)
+        return _Parser(checks.instance("schedule", text, str)).schedule(num_layers)
 
     @classmethod
     def for_budget(
@@ -158,29 +161,28 @@ class CompressionSchedule:
         """
         from adsc_kernels.budget import PRESETS
 
-        if name not in PRESETS:
-            raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
-        num_layers, text = PRESETS[name]
+        num_layers, text = PRESETS[checks.choice("preset", name, PRESETS)]
         return cls.parse(text, num_layers)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CompressionSchedule:
         """The inverse of :meth:`to_dict`; unknown or missing keys raise ``ValueError``."""
         if not isinstance(data, Mapping):
-            raise TypeError(f"schedule: expected a mapping, got {type(data).__name__}")
+            raise TypeError(f"schedule: expected a mapping, got {checks.kind(data)}")
         unknown = set(data) - {"num_layers", "boundaries", "pattern", "positions"}
         if unknown or "num_layers" not in data:
             raise ValueError(
                 "schedule: expected the keys num_layers, boundaries, pattern, positions, "
-                f"got {sorted(data)}"
+                f"got {checks.shown(list(data))}"
             )
         boundaries = []
-        for entry in data.get("boundaries", ()):
+        for entry in checks.sequence("boundaries", data.get("boundaries", ()), object):
             if not isinstance(entry, Mapping) or set(entry) != {"layer", "keep"}:
-                raise ValueError(f"boundaries: expected {{'layer', 'keep'}} entries, got {entry!r}")
-            parser = _Parser(str(entry["keep"]))
-            boundaries.append(parser.boundary(entry["layer"]))
-            parser.end()
+                got = checks.shown(entry)
+                raise ValueError(f"boundaries: expected {{'layer', 'keep'}} entries, got {got}")
+            boundaries.append(
+                parse_share(entry["keep"], checks.integer("boundary layer", entry["layer"]))
+            )
         return cls(
             data["num_layers"],
             tuple(boundaries),
@@ -211,14 +213,14 @@ class CompressionSchedule:
 
     def layers_of_stage(self, stage: int) -> range:
         """The decoder layers that run on stage ``stage``'s rows; empty for a boundary at 0."""
-        if not 0 <= stage < self.num_stages:
+        if not 0 <= checks.integer("stage", stage) < self.num_stages:
             raise ValueError(f"stage: expected 0 to {self.num_stages - 1}, got {stage}")
         edges = [0, *(b.layer for b in self.boundaries), self.num_layers]
         return range(edges[stage], edges[stage + 1])
 
     def stage_of_layer(self, layer: int) -> int:
         """The stage whose rows layer ``layer`` sees: how many boundaries lie at or before it."""
-        if not 0 <= layer < self.num_layers:
+        if not 0 <= checks.integer("layer", layer) < self.num_layers:
             raise ValueError(f"layer: expected 0 to {self.num_layers - 1}, got {layer}")
         return sum(b.layer <= layer for b in self.boundaries)
 
@@ -226,8 +228,10 @@ class CompressionSchedule:
         self, count: int, height: int | None = None, width: int | None = None
     ) -> tuple[int, ...]:
         """Vision tokens in each stage for one image of ``count`` tokens (grid: height x width)."""
-        if count < 0:
-            raise ValueError(f"count: expected at least 0 tokens, got {count}")
+        checks.integer("count", count, 0)
+        for name, side in (("height", height), ("width", width)):
+            if side is not None:
+                checks.integer(name, side, 0)
         if self.pattern != "grid":
             counts = [count]
             for boundary in self.boundaries:
@@ -251,6 +255,16 @@ def kept_count(count: int, keep: Fraction) -> int:
     return -(-count * keep.numerator // keep.denominator)
 
 
+def parse_share(keep: object, layer: int) -> Boundary:
+    """One boundary's share as :meth:`CompressionSchedule.to_dict` writes it, or as a number."""
+    if isinstance(keep, bool) or not isinstance(keep, str | int | float | Fraction):
+        raise TypeError(f"keep: expected a share such as '1/4', got {checks.shown(keep)}")
+    parser = _Parser(str(keep))
+    boundary = parser.boundary(layer)
+    parser.end()
+    return boundary
+
+
 class _Parser:
     """Reads a schedule text left to right and knows where it is when something is wrong."""
 
@@ -262,7 +276,8 @@ class _Parser:
         rest = self.text[self.at :]
         got = repr(rest if len(rest) <= 20 else rest[:20] + "...") if rest else "the end"
         return ValueError(
-            f"schedule {self.text!r}: at character {self.at + 1} expected {expected}, got {got}"
+            f"schedule {checks.shown(self.text)}: at character {self.at + 1} expected {expected}, "
+            f"got {got}"
         )
 
     def take(self, pattern: re.Pattern[str], expected: str) -> str:
@@ -295,8 +310,6 @@ class _Parser:
         return share
 
     def boundary(self, layer: int) -> Boundary:
-        if not isinstance(layer, int):
-            raise ValueError(f"boundary layer: expected an int, got {layer!r}")
         share = self.share()
         if not self.accept("x"):
             return Boundary(layer, share)
@@ -337,4 +350,4 @@ class _Parser:
         try:
             return CompressionSchedule(num_layers, boundaries, **options)
         except ValueError as error:
-            raise ValueError(f"schedule {self.text!r}: {error}") from None
+            raise ValueError(f"schedule {checks.shown(self.text)}: {error}") from None

@@ -214,7 +214,9 @@ std::vector<StageTables> make_plan(const std::vector<Boundary>& boundaries,
                                    std::vector<VisionSpan> spans, const std::vector<Chunk>& chunks,
                                    int64_t align) {
   const auto earlier = [](const VisionSpan& a, const VisionSpan& b) {
-    return a.sequence != b.sequence ? a.sequence < b.sequence : a.start < b.start;
+    if (a.sequence != b.sequence) return a.sequence < b.sequence;
+    // An empty span lies before the one that begins at the same place, whichever is named first.
+    return a.start != b.start ? a.start < b.start : a.length < b.length;
   };
   if (!std::is_sorted(spans.begin(), spans.end(), earlier)) {
     std::sort(spans.begin(), spans.end(), earlier);

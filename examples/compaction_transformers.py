@@ -1,5 +1,7 @@
 """Shrink a picture in a transformers cache after the prompt. A random small Llama, no download."""
 
+import inspect
+
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
@@ -17,6 +19,9 @@ config = LlamaConfig(
     vocab_size=200,
 )
 model = LlamaForCausalLM(config).to(device).eval()
+# What forward calls its cache: transformers 5.24 renamed it.
+known = inspect.signature(model.forward).parameters
+CACHE = "cache" if "cache" in known else "past_key_values"
 
 # A batch of two prompts of 100 rows, of which 10 to 73 stand for a picture; every fourth stays.
 prompt = torch.randint(200, (2, 100), device=device)
@@ -28,12 +33,12 @@ stage = adsc.make_plan(schedule, [0, 100, 200], spans, device=device).stages[1]
 @torch.no_grad()
 def answer(cache, change, steps: int = 8) -> list[list[int]]:
     """Greedy tokens; positions go on from the prompt's true length, whatever the cache holds."""
-    token = model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1)
+    token = model(prompt, **{CACHE: cache}).logits[:, -1:].argmax(-1)
     change(cache)
     tokens = [token]
     for position in range(100, 100 + steps):
         where = torch.full((2, 1), position, device=device)
-        logits = model(tokens[-1], past_key_values=cache, position_ids=where).logits
+        logits = model(tokens[-1], **{CACHE: cache}, position_ids=where).logits
         tokens.append(logits[:, -1:].argmax(-1))
     return torch.cat(tokens, 1).tolist()
 

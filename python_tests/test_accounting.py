@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from cache_name import CACHE
 from llava_case import IMAGES, PROMPTS
 from model_configs import IMAGE, model_of, small
 from tiny_checkpoints import make_checkpoint
@@ -74,14 +75,14 @@ def test_counts_what_a_profiler_counts_and_a_model_holds(name: str) -> None:
         out = model(**inputs, use_cache=True)
     assert counted.macs == counter.get_total_flops() // 2
     assert counted.weight_bytes.total == sum(p.nbytes for p in model.parameters())
-    layers = out.past_key_values.layers
+    layers = getattr(out, CACHE).layers
     assert [layer.kv_bytes for layer in counted.layers] == [
         layer.keys.nbytes + layer.values.nbytes for layer in layers
     ]
     # One more token through the same cache.
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         token = torch.ones(1, 1, dtype=torch.int64)
-        model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        model(input_ids=token, **{CACHE: getattr(out, CACHE)}, use_cache=True)
     longer = account(shape, dense, text, decode_tokens=1, **options)
     assert longer.decode.total == counter.get_total_flops() // 2
     assert longer.prefill == counted.prefill
@@ -409,7 +410,7 @@ def test_bad_shapes(tmp_path: Path) -> None:
         ModelShape.from_config(transformers.LlavaConfig(vision_config=transformers.ViTConfig()))
     with pytest.raises(ValueError, match="sliding windows"):
         ModelShape.from_config(transformers.MistralConfig(sliding_window=4096))
-    with pytest.raises(ValueError, match=r"model: expected one of llava-1.5-7b, .*'llava'"):
+    with pytest.raises(ValueError, match=r"model: expected one of 'llava-1.5-7b', .*'llava'"):
         ModelShape.preset("llava")
     with pytest.raises(FileNotFoundError, match=r"a folder with a config.json"):
         ModelShape.from_pretrained(tmp_path)

@@ -7,6 +7,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from adsc_kernels import CompressionSchedule, attention, make_plan
@@ -127,6 +129,35 @@ def test_what_the_kernels_are_called_with(monkeypatch):
             torch.testing.assert_close(got, want_packed)
             # A bound of 1 would make flash-attn 2 take every sequence to have exactly one row.
             assert calls == [(2, 5), (3, 3)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.integers(0, 1), min_size=1, max_size=6).filter(any),
+    st.sampled_from([(4, 4), (4, 2), (4, 1)]),
+    st.booleans(),
+)
+def test_one_row_at_most_of_each_sequence(lens, heads, cached):
+    """flash-attn 2 at max_seqlen_q = 1 with grouped heads takes each sequence to have one row."""
+
+    def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, **options):
+        if max_q == 1 and q.shape[1] != k.shape[1]:
+            cu_q = torch.arange(len(cu_q))
+        return plain(q, k, v, cu_q.tolist(), cu_k.tolist(), options["softmax_scale"] or 8**-0.5)
+
+    module = ModuleType("flash_attn")
+    module.flash_attn_varlen_func = flash_attn_varlen_func
+    total = sum(lens)
+    lengths = [3 + b for b in range(len(lens))] if cached else lens
+    capacities = [n + 1 for n in lengths]
+    keys = CachedKeys.build(lens, lengths, capacities, torch.device("cpu")) if cached else None
+    q, k, v = tensors(total, sum(capacities) if cached else total, *heads)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "flash_attn", module)
+        patch.setattr(attention, "_why_not", lambda *_, **__: None)
+        got = varlen_attention(q, k, v, rows(*lens), keys=keys, backend="flash_attn")
+    want = varlen_attention(q, k, v, rows(*lens), keys=keys, backend="sdpa")
+    torch.testing.assert_close(got, want)
 
 
 def test_no_rows_at_all():

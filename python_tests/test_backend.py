@@ -159,7 +159,7 @@ def test_a_backend_for_another_device_never_falls_back() -> None:
 @pytest.mark.parametrize("name", ["gpu", "", None, "CPU"])
 def test_unknown_names(name: str) -> None:
     with pytest.raises(
-        ValueError, match="backend: expected one of auto, cuda, triton, cpu, reference"
+        ValueError, match="backend: expected one of 'auto', 'cuda', 'triton', 'cpu' or 'reference'"
     ):
         backend(name)
 
@@ -202,7 +202,7 @@ def test_the_environment_decides_outside_of_blocks() -> None:
     assert done.returncode == 0, done.stderr
     done = run_python("import adsc_kernels.ops", ADSC_BACKEND="gpu")
     assert done.returncode != 0
-    assert "ADSC_BACKEND: expected one of auto" in done.stderr
+    assert "ADSC_BACKEND: expected one of 'auto'" in done.stderr
 
 
 def test_without_the_library_the_reference_serves() -> None:

@@ -205,7 +205,7 @@ def test_bad_types(change: dict) -> None:
 
 
 def test_unknown_preset() -> None:
-    with pytest.raises(ValueError, match=r"preset: expected one of llava-1.5-7b/192, .*'192'"):
+    with pytest.raises(ValueError, match=r"preset: expected one of 'llava-1.5-7b/192', .*'192'"):
         CompressionSchedule.preset("192")
 
 

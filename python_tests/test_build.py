@@ -5,6 +5,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tarfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -95,6 +96,16 @@ def test_device_code_names_the_architecture_or_the_reason():
         _library.device_code(0)
 
 
+def test_an_import_brings_the_ops_and_not_dynamo():
+    code = (
+        "import sys, torch, adsc_kernels\n"
+        "print(torch.ops.adsc_kernels.downsample.default)\n"
+        "print(sorted({'torch._dynamo', 'transformers', 'triton', 'sympy'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split("\n")[:2] == ["adsc_kernels.downsample.default", "[]"]
+
+
 def run_setup_beside(folder: Path) -> subprocess.CompletedProcess:
     """setup.py as in an isolated build: there is setuptools, and beside it only `folder`."""
     for package in (setuptools, _distutils_hack):
@@ -163,7 +174,7 @@ def test_the_wheel_is_small_and_complete(wheel):
     }
     assert shipped <= names
     others = {name for name in names - shipped if ".dist-info/" not in name}
-    assert others == {f"adsc_kernels/{module}", "adsc_kernels/libadsc_ops.so"}
+    assert others == {f"adsc_kernels/{module}", "adsc_kernels/libadsc_ops.so", "adsc_command.py"}
     assert any(name.endswith("LICENSE") for name in names)
 
 
@@ -190,3 +201,49 @@ def test_the_wheel_works_where_no_compiler_is(wheel, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.split("\n")[:2] == [str(site / "adsc_kernels/__init__.py"), "[0, 3]"]
+
+
+PACKED = """
+import sys
+from setuptools import build_meta
+made = getattr(build_meta, "build_" + sys.argv[1])(sys.argv[2])
+print(made)
+"""
+
+
+def packed(what: str, source: Path, folder: Path) -> Path:
+    """What setuptools makes of a copy of the sources: an "sdist", or an "editable" wheel."""
+    result = subprocess.run(
+        [sys.executable, "-c", PACKED, what, str(folder)],
+        cwd=source,
+        env=os.environ | {"ADSC_CUDA": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder / result.stdout.split()[-1]
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    made = (".git", ".venv*", "build", "dist", "out", "*.egg-info", "*.so", ".*_cache")
+    made += ("__pycache__", ".hypothesis", ".benchmarks", "results")
+    return Path(shutil.copytree(ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(*made)))
+
+
+def test_the_sdist_holds_what_its_tests_read(source, tmp_path):
+    with tarfile.open(packed("sdist", source, tmp_path)) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    files = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
+    hidden = {name for name in files if name.startswith((".ci", ".gitignore", ".github"))}
+    egg = {name for name in files if ".egg-info" in name}
+    assert files - hidden - egg - names == set()
+
+
+@pytest.mark.slow
+def test_type_checkers_follow_an_editable_install(source, tmp_path):
+    """By a .pth with the folder of the sources: they run no finder."""
+    wheel = zipfile.ZipFile(packed("editable", source, tmp_path))
+    (pth,) = (name for name in wheel.namelist() if name.endswith(".pth"))
+    assert wheel.read(pth).decode().strip() == str(source)
+    assert not [name for name in wheel.namelist() if "finder" in name]

@@ -38,6 +38,14 @@ def test_without_a_device_nothing_is_run(target: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_without_torch_it_fails(target: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    done = run(target, tmp_path / "out", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert "can't import torch (no torch here); nothing was run" in done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_dry_run(target: str, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from cache_name import CACHE
 from torch import Tensor
 
 import adsc_kernels as adsc
@@ -593,14 +594,14 @@ def test_transformers_decodes_as_over_a_gathered_cache(static):
         tokens = []
         for position in range(21, 29):
             where = torch.full((2, 1), position)
-            logits = model(token, past_key_values=cache, position_ids=where).logits
+            logits = model(token, **{CACHE: cache}, position_ids=where).logits
             token = logits[:, -1:].argmax(-1)
             tokens.append(token[:, 0].tolist())
         return tokens
 
     def prefilled(cache) -> tuple[object, Tensor]:
         with torch.no_grad():
-            return cache, model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1)
+            return cache, model(prompt, **{CACHE: cache}).logits[:, -1:].argmax(-1)
 
     gathered, token = prefilled(DynamicCache())
     whole = decode(prefilled(DynamicCache())[0], token)

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import tempfile
 import zlib
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from llava_case import IMAGES, PROMPTS, run_whole
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import VOCAB, make_checkpoint, picture
 
 from adsc_kernels.errors import UnsupportedError
-from adsc_kernels.llava import Llava, bundled_checkpoint, load_image
+from adsc_kernels.hub import read_json
+from adsc_kernels.llava import Llava, LlavaConfig, bundled_checkpoint, load_image
 
 
 @pytest.fixture(scope="module")
@@ -376,6 +380,167 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was(model):
         assert other.tokens == tokens
     after = model.generate(["w3", "w4"], max_new_tokens=2, conversation=other)
     assert after.token_ids == again.token_ids
+
+
+BAD_OPTIONS = {
+    "max_new_tokens": [1.5, True, "4", None, 0, -1, 2**63, [1], float("nan")],
+    "prefill_chunk": [1.5, True, "4", 0, -1, 2**63, [1]],
+    "temperature": [-1, float("nan"), float("inf"), 1e-50, "hot", True, None, 10**5000],
+    "top_p": [0, 1.5, float("nan"), "1", True, None, -(10**5000)],
+    "seed": [1.5, "1", True, 2**64, -(2**64)],
+    "stop": [[5], 5, [""], "", [None], b"w1", {"w1": 1}],
+    "on_token": [5, "print"],
+    "compact_early_layers": [1, None, "yes"],
+    "progress": [1, None],
+    "images": [[], [[]], [[5], []], ["a.png", "b.png"], 5, [[picture(1)], []]],
+    "prompts": ["w1", [], ["w1"], ["w1", 5], ["w1", ""], None, 5, b"w1", ["w1 " * 80, "w2"]],
+    "conversation": [5, "talk", object()],
+}
+
+
+@pytest.fixture(scope="module")
+def talk(model):
+    return model.generate(["w1", "w2"], max_new_tokens=2).conversation
+
+
+def state(talk) -> tuple:
+    rows = [t.clone() for stage in talk.cache.stages for t in (*stage.k, *stage.v)]
+    lens = [stage.lens for stage in talk.cache.stages]
+    return (
+        [list(some) for some in talk.tokens],
+        list(talk.cached),
+        list(talk.vision_spans),
+        lens,
+        rows,
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(sorted(BAD_OPTIONS)), st.data())
+def test_a_bad_option_moves_nothing_on(model, talk, name, data):
+    value = data.draw(st.sampled_from(BAD_OPTIONS[name]))
+    good = dict(prompts=["w3", "w4"], max_new_tokens=2, conversation=talk)
+    *facts, rows = state(talk)
+    with pytest.raises((TypeError, ValueError), match=rf"({name}|prompts)\b.*: "):
+        model.generate(**good | {name: value})
+    *now, rows_now = state(talk)
+    assert now == facts
+    assert all(map(torch.equal, rows, rows_now))
+
+
+def test_a_conversation_of_another_model_is_refused(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("other")
+    make_checkpoint(folder, layers=2, heads=2, kv_heads=2, max_positions=64)
+    other = Llava.from_pretrained(folder, device="cpu")
+    talk = other.generate(["w1"], max_new_tokens=1).conversation
+    with pytest.raises(
+        ValueError, match=r"conversation: expected a cache of \(4, 8\) .*, got \(2,"
+    ):
+        model.generate(["w2"], conversation=talk)
+
+
+def change(config: dict, name: str, value: object) -> None:
+    *parents, last = name.split(".")
+    for parent in parents:
+        config = config.setdefault(parent, {})
+    config[last] = value
+
+
+NO_SIZE = [0, -1, -4, 1.5, "wide", None, [1], True, 2**40, {}]
+BAD_VALUES = {
+    **{
+        f"text_config.{name}": NO_SIZE
+        for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+    },
+    "text_config.num_key_value_heads": [0, -1, -4, 3, 1.5, "two", [1]],
+    "text_config.num_hidden_layers": [0, -1, 10**7, 1.5, "deep"],
+    "vision_config.num_hidden_layers": [0, -1, 10**7, 1.5, "deep"],
+    "vision_config.patch_size": [0, -1, 17, "four"],
+    "vision_config.image_size": [0, -1, 3, 2**30, "wide"],
+    "image_token_index": [-1, 48, 10**9, "image", 1.5],
+    "vision_feature_layer": [9, -9, [], [9], "last", 1.5],
+    "text_config.rope_parameters": [{"rope_type": "spiral", "rope_theta": 1e4}, 5, "default"],
+    "text_config.eos_token_id": ["</s>", -1, [2, "</s>"], 48, 1.5, True],
+    "model_type": ["llava_next", 5, None, []],
+}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(sorted(BAD_VALUES)), st.data())
+def test_a_bad_value_in_a_config_is_named(checkpoint, name, data):
+    value = data.draw(st.sampled_from(BAD_VALUES[name]))
+    config = json.loads((checkpoint / "config.json").read_text())
+    change(config, name, value)
+    last = name.split(".")[-1].replace("rope_parameters", "rope")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(config))
+        with pytest.raises((ValueError, UnsupportedError)) as caught:
+            LlavaConfig.from_folder(path.parent)
+    message = str(caught.value)
+    assert message.startswith(str(path))
+    assert last in message or "doesn't fit" in message, message
+
+
+@pytest.mark.parametrize("value", ["</s>", [2, "</s>"], -1, 1.5, True, 10**9])
+def test_stop_tokens_that_would_never_stop(value, copy):
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id: expected"):
+        LlavaConfig.from_folder(copy)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.one_of(
+        st.integers(65, 5000).map(lambda n: "[" * n + "]" * n),
+        st.integers(65, 3000).map(lambda n: '{"a":' * n + "1" + "}" * n),
+        st.integers(65, 5000).map(lambda n: '{"a": ' + "[" * n),
+        st.integers(401, 9000).map(lambda n: '{"a": ' + "9" * n + "}"),
+        st.sampled_from(["[]", "5", "null", '"a"', "", "{", '{"a": 1,}']),
+    )
+)
+def test_json_that_is_a_bomb_or_no_object(text):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        path.write_text(text)
+        with pytest.raises(
+            ValueError, match=r"config\.json: (not valid JSON|expected a JSON object)"
+        ):
+            read_json(path)
+        path.write_text('{"a": "' + "[{" * 500 + '\\"[[", "b": [[1]]}')
+        assert read_json(path)["b"] == [[1]]
+
+
+@pytest.mark.parametrize(
+    "value", [None, 5, ["model.safetensors"], {}, "../model.safetensors", "a/b"]
+)
+def test_an_index_that_names_no_file_of_the_folder(value, copy):
+    index_to(copy, {"weight_map": {HEAD: value}})
+    with pytest.raises(ValueError, match="weight_map: expected names of safetensors files, got "):
+        Llava.from_pretrained(copy, device="cpu")
+
+
+def test_pictures_without_pixels(model):
+    empty = Image.new("RGB", (4, 4)).crop((0, 0, 0, 0))
+    with pytest.raises(ValueError, match="images: expected at least 1 x 1 pixels"):
+        model.processor.pixels([empty])
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"device": "nope"}, ValueError, "device: expected a device"),
+        ({"device": "meta"}, UnsupportedError, "device: expected one that holds weights"),
+        ({"dtype": "float16"}, TypeError, "dtype: expected a torch.dtype, got 'float16'"),
+        ({"dtype": torch.int8}, TypeError, "dtype: expected torch.float16 or .*, got torch.int8"),
+        ({"schedule": 5}, TypeError, "schedule: expected a str, got int"),
+        ({"path_or_id": None}, TypeError, "path_or_id: expected a path, got None"),
+        ({"path_or_id": ""}, ValueError, "path_or_id: expected a path, got ''"),
+    ],
+)
+def test_from_pretrained_names_what_is_wrong(given, error, message, checkpoint):
+    with pytest.raises(error, match=message):
+        Llava.from_pretrained(**{"path_or_id": checkpoint} | given)
 
 
 def test_the_vocabulary_is_as_the_tests_take_it(model):

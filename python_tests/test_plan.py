@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cases.plans import plans
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_oracle import survivors
 
@@ -49,6 +49,54 @@ def check_stages(plan, lives, starts) -> None:
                 start + i for start, n in zip(starts[s], seq_lens, strict=True) for i in range(n)
             ]
         assert stage.positions.tolist() == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(plans(), st.data())
+def test_spans_in_any_order_with_empty_ones_among_them(case, data):
+    schedule, cu_seqlens, spans = case
+    if schedule.pattern != "grid":
+        places = [(b, at) for b, start, n, *_ in spans for at in (start, start + n)]
+        chosen = data.draw(st.lists(st.sampled_from(places), max_size=4)) if places else []
+        spans = [*spans, *((*place, 0) for place in chosen)]
+    plan = adsc.make_plan(schedule, cu_seqlens, sorted(spans))
+    other = adsc.make_plan(schedule, cu_seqlens, data.draw(st.permutations(spans)))
+    for one, two in zip(plan.stages, other.stages, strict=True):
+        assert torch.equal(one.segments, two.segments)
+        assert one.seq_lens == two.seq_lens
+
+
+@pytest.mark.parametrize("policy", ["original", "renumber"])
+@pytest.mark.parametrize("read", [False, True])
+def test_positions_read_inside_a_graph(policy, read):
+    schedule = adsc.CompressionSchedule.parse(f"1:1/2,2:1/2@{policy}", 3)
+    layout = ([0, 20, 20, 50], [(0, 2, 10), (2, 3, 20)])
+    chunks = [(4, 20), (0, 0), (0, 30)]
+    for index in range(3):
+        torch._dynamo.reset()
+        stage, want = (
+            adsc.make_plan(schedule, *layout, chunks=chunks).stages[index] for _ in range(2)
+        )
+        if read:
+            _ = stage.positions
+        compiled = torch.compile(
+            lambda x, stage: (x + stage.positions, stage.max_kv_len, stage.kv_lens),
+            fullgraph=True,
+            backend="eager",
+        )
+        got, longest, lens = compiled(torch.zeros(stage.num_tokens, dtype=torch.int64), stage)
+        assert torch.equal(got, want.positions)
+        assert (longest, lens) == (want.max_kv_len, want.kv_lens)
+
+
+def test_a_plan_on_meta_has_its_shapes():
+    schedule = adsc.CompressionSchedule.parse("1:1/2", 3)
+    here, meta = (
+        adsc.make_plan(schedule, [0, 20], [(0, 2, 10)], device=d).stages[1] for d in ("cpu", "meta")
+    )
+    assert meta.segments.device.type == meta.positions.device.type == "meta"
+    assert meta.segments.shape == here.segments.shape
+    assert meta.positions.shape == meta.keep_indices().shape == here.positions.shape
 
 
 @given(plans())
@@ -268,8 +316,8 @@ LAYOUT = dict(cu_seqlens=[0, 10, 20], vision_spans=[(0, 2, 4)])
         (dict(chunks=[]), ValueError, "chunks: expected one .* 2 sequences, got 0"),
         (dict(chunks=[(0, 11), (0, 1)]), ValueError, "end <= 10 for sequence 0, got \\(0, 11\\)"),
         (dict(chunks=[(3, 2), (0, 1)]), ValueError, "chunks: expected 0 <= begin <= end"),
-        (dict(block_size=0), ValueError, "block_size: expected an int of at least 1, got 0"),
-        (dict(align="page"), ValueError, "align: expected 'block' or None, got 'page'"),
+        (dict(block_size=0), ValueError, "block_size: expected at least 1, got 0"),
+        (dict(align="page"), ValueError, "align: expected one of 'block' or None, got 'page'"),
         (dict(align="block"), ValueError, "align: expected a block_size to go with 'block'"),
         (dict(schedule="0:1/2"), TypeError, "schedule: expected a CompressionSchedule, got str"),
         (

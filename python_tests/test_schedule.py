@@ -98,14 +98,14 @@ def test_bad_text(text, match):
     [
         ({}, ValueError, "expected the keys"),
         ({"num_layers": 4, "layers": []}, ValueError, "expected the keys"),
-        ({"num_layers": "4"}, ValueError, "num_layers: expected an int of at least 1, got '4'"),
+        ({"num_layers": "4"}, TypeError, "num_layers: expected an int, got '4'"),
         ({"num_layers": 0}, ValueError, "num_layers"),
         ({"num_layers": 4, "pattern": "x"}, ValueError, "pattern: expected one of"),
         ({"num_layers": 4, "positions": "x"}, ValueError, "positions: expected one of"),
         ({"num_layers": 4, "boundaries": [{"layer": 1}]}, ValueError, "boundaries: expected"),
         (
             {"num_layers": 4, "boundaries": [{"layer": "1", "keep": "1/4"}]},
-            ValueError,
+            TypeError,
             "boundary layer: expected an int",
         ),
         (
@@ -134,6 +134,7 @@ def test_out_of_range():
 
 
 def test_grid_factors_must_agree():
-    boundary = Boundary(1, Fraction(1, 3), Fraction(1, 2), Fraction(1, 2))
     with pytest.raises(ValueError, match="keep_rows \\* keep_columns"):
-        CompressionSchedule(4, (boundary,), "grid")
+        Boundary(1, Fraction(1, 3), Fraction(1, 2), Fraction(1, 2))
+    with pytest.raises(ValueError, match="keep_rows and keep_columns, or neither"):
+        Boundary(1, Fraction(1, 2), Fraction(1, 2))

@@ -48,6 +48,16 @@ def test_layouts_are_shared():
     assert layouts.of(None, []).dropped == (0, 0)
 
 
+def test_images_that_cannot_be_placed():
+    """Taken for text by every process alike, with the reason."""
+    layouts = Layouts(schedule("8:1/2x1/2@grid"), lambda prompt, images: tuple(images))
+    layout, reason = layouts.read([], [(3, 16, 4, 4)])
+    assert (layout.dropped, reason) == ((0, 12), "")
+    layout, reason = layouts.read([], [(3, 17)])  # no rows and columns
+    assert layout is layouts.of(None, []) is layouts.of([], [(3, 17)])
+    assert reason.startswith("ValueError: ")
+
+
 def test_alignment():
     image = (0, 576, 24, 24)
     better = aligned_schedule(schedule("8:1/4,16:1/4,24:1/4"), image, 16)

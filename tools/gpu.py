@@ -4,7 +4,8 @@
 
 Takes the Python, torch and nvcc that it finds and makes no environment of its own. Every job is a
 process of its own, so that an illegal access in one kernel ends that job and no other; none starts
-once the time is up. Where there is no CUDA device it says so, runs nothing and exits with 0.
+once the time is up. Where there is no CUDA device it says so, runs nothing and exits with 0; where
+there is a GPU that torch can't use, or no torch to ask, it exits with 1.
 
 Writes gpu-test.json (gpu-sanitize.json, gpu-bench.json) and a log beside it to the folder that
 ADSC_OUT names (out/), and prints a short table last. ADSC_COMMIT names the commit where there is
@@ -193,11 +194,9 @@ def bench_jobs(folder: Path, only: str) -> list[Job]:
 
 
 def missing_device() -> str:
-    """Why there is nothing to run on; empty where there is a device."""
-    try:
-        import torch
-    except ImportError:
-        return f"{sys.executable} has no torch"
+    """Why there is nothing to run on; empty where there is a device. Raises ImportError."""
+    import torch
+
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} sees no CUDA device"
     return ""
@@ -323,7 +322,12 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only the jobs whose name has this in it")
     options = parser.parse_args()
     name = f"gpu-{options.target}"
-    if not DRY_RUN and (why := missing_device()):
+    try:
+        why = "" if DRY_RUN else missing_device()
+    except ImportError as error:
+        print(f"{name}: {sys.executable} can't import torch ({error}); nothing was run")
+        return 1
+    if why:
         print(f"{name}: {why}; nothing was run and no test counts as passed")
         return 1 if said_by("nvidia-smi", "-L") else 0  # a GPU that this torch can't use
     begin = time.monotonic()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
+from adsc_kernels import checks
 from adsc_kernels.accounting.cache import CacheFormat
 from adsc_kernels.accounting.conventions import DEFAULT_CONVENTION, Convention, find_convention
 from adsc_kernels.accounting.shapes import ModelShape
-from adsc_kernels.counts import at_least
+from adsc_kernels.checks import at_least
 from adsc_kernels.schedule import CompressionSchedule
 
 WEIGHT_BYTES = 2  # of a parameter in 16 bits
@@ -202,17 +203,19 @@ def account(
     that take any size. ``tiles`` go through the tower: 1, or 0 without vision tokens. The rest is
     as in :func:`account_lengths`. Raises ``TypeError`` or ``ValueError`` for bad input.
     """
+    _check_depth(shape, schedule)
+    if grid is not None:
+        grid = checks.pair("grid", grid, 1, ("height", "width"))
+    if tiles is not None:
+        checks.integer("tiles", tiles, 0)
     if vision_tokens is None:
         vision_tokens = _default_vision_tokens(shape, grid, tiles)
     at_least(0, text_tokens=text_tokens, vision_tokens=vision_tokens)
     at_least(1, tokens=text_tokens + vision_tokens)
-    if grid is not None:
-        at_least(1, grid_height=grid[0], grid_width=grid[1])
-        if grid[0] * grid[1] != vision_tokens:
-            raise ValueError(f"grid: expected {vision_tokens} = vision_tokens in all, got {grid}")
+    if grid is not None and grid[0] * grid[1] != vision_tokens:
+        raise ValueError(f"grid: expected {vision_tokens} = vision_tokens in all, got {grid}")
     if tiles is None:
         tiles = int(vision_tokens > 0)
-    _check_depth(shape, schedule)
     kept = schedule.kept(vision_tokens, *(grid or (None, None)))
     lengths: list[tuple[int, ...]] = [(text_tokens + count,) for count in kept]
     how = find_convention(convention)
@@ -265,14 +268,20 @@ def account_lengths(
     how = find_convention(convention)
     if not how.text:
         raise ValueError(f"convention: expected one that counts text as well, got {how.name!r}")
-    lengths = [tuple(stage) for stage in seq_lens]
     _check_depth(shape, schedule)
+    lengths: list[tuple[int, ...]] = []
+    for stage in checks.sequence("seq_lens", seq_lens, object, "lengths for each stage"):
+        if not isinstance(stage, Iterable):
+            raise TypeError(f"seq_lens: expected lengths for each stage, got {checks.kind(stage)}")
+        lengths.append(tuple(stage))
+    if token_grid is not None:
+        checks.pair("token_grid", token_grid, 1, ("height", "width"))
     if len(lengths) != schedule.num_stages:
         raise ValueError(f"seq_lens: expected {schedule.num_stages} stages, got {len(lengths)}")
-    for stage in lengths:
-        if len(stage) != len(lengths[0]):
-            raise ValueError(f"seq_lens: expected {len(lengths[0])} sequences, got {len(stage)}")
-        for length in stage:
+    for given in lengths:
+        if len(given) != len(lengths[0]):
+            raise ValueError(f"seq_lens: expected {len(lengths[0])} sequences, got {len(given)}")
+        for length in given:
             at_least(0, seq_lens=length)
     return _account(
         shape,
@@ -396,6 +405,8 @@ def _outside_parameters(shape: ModelShape) -> Parts:
 
 
 def _check_depth(shape: ModelShape, schedule: CompressionSchedule) -> None:
+    checks.instance("shape", shape, ModelShape)
+    checks.instance("schedule", schedule, CompressionSchedule)
     if schedule.num_layers != shape.num_layers:
         raise ValueError(
             f"schedule: expected one for {shape.num_layers} layers, got {schedule.num_layers}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from adsc_kernels.accounting.shapes import ModelShape
-from adsc_kernels.counts import at_least
+from adsc_kernels.checks import at_least, choice
 
 KV_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "fp8": 8, "int8": 8, "int4": 4}
 
@@ -23,8 +23,7 @@ class CacheFormat:
     block_size: int = 1
 
     def __post_init__(self) -> None:
-        if self.dtype not in KV_BITS:
-            raise ValueError(f"kv_dtype: expected one of {tuple(KV_BITS)}, got {self.dtype!r}")
+        choice("kv_dtype", self.dtype, KV_BITS)
         at_least(0, scale_bytes=self.scale_bytes)
         at_least(1, block_size=self.block_size)
 

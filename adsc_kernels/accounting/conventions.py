@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from adsc_kernels import checks
+
 
 @dataclass(frozen=True)
 class Convention:
@@ -27,8 +29,11 @@ class Convention:
 
     def __post_init__(self) -> None:
         for name, got, choices in (("scores", self.scores, SCORES), ("head", self.head, HEADS)):
-            if got not in choices:
-                raise ValueError(f"{name}: expected one of {tuple(choices)}, got {got!r}")
+            checks.choice(name, got, choices)
+        if self.ffn_matrices is not None:
+            checks.integer("ffn_matrices", self.ffn_matrices, 1)
+        for name in ("norms", "tower", "text"):
+            checks.flag(name, getattr(self, name))
 
 
 SCORES = {
@@ -108,6 +113,4 @@ def find_convention(convention: str | Convention) -> Convention:
     """A convention by its name; ``ValueError`` lists the names."""
     if isinstance(convention, Convention):
         return convention
-    if convention not in CONVENTIONS:
-        raise ValueError(f"convention: expected one of {tuple(CONVENTIONS)}, got {convention!r}")
-    return CONVENTIONS[convention]
+    return CONVENTIONS[checks.choice("convention", convention, CONVENTIONS)]

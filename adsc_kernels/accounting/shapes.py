@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adsc_kernels import checks
 from adsc_kernels.accounting.tower import (
     TowerShape,
     clip,
@@ -14,7 +15,8 @@ from adsc_kernels.accounting.tower import (
     siglip,
     tower_from_config,
 )
-from adsc_kernels.counts import at_least
+from adsc_kernels.hub import read_config
+from adsc_kernels.schedule import MAX_LAYERS
 
 # Decoders of the Llama kind: RMSNorm before attention and before a SwiGLU of three matrices, RoPE.
 KNOWN_DECODERS = ("llama", "mistral", "qwen2", "qwen3", "qwen2_5_vl_text")
@@ -42,7 +44,13 @@ class ModelShape:
     def __post_init__(self) -> None:
         names = "num_layers hidden_size num_heads num_kv_heads head_dim intermediate_size"
         checked = {name: getattr(self, name) for name in names.split()}
-        at_least(1, **checked, vocab_size=self.vocab_size, ffn_matrices=self.ffn_matrices)
+        checked |= {"vocab_size": self.vocab_size, "ffn_matrices": self.ffn_matrices}
+        for name, size in checked.items():
+            checks.integer(name, size, 1, MAX_LAYERS if name == "num_layers" else checks.INT64_MAX)
+        for name in ("qkv_bias", "out_bias", "mlp_bias", "qk_norm", "tied"):
+            checks.flag(name, getattr(self, name))
+        if self.tower is not None:
+            checks.instance("tower", self.tower, TowerShape)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads: expected a divisor of num_heads = {self.num_heads}, "
@@ -62,9 +70,7 @@ class ModelShape:
     @classmethod
     def preset(cls, name: str) -> ModelShape:
         """A model of :data:`MODELS` by its name: ``llava-1.5-7b``; nothing is downloaded."""
-        if name not in MODELS:
-            raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {name!r}")
-        return MODELS[name]
+        return MODELS[checks.choice("model", name, MODELS)]
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path) -> ModelShape:
@@ -72,19 +78,14 @@ class ModelShape:
 
         Raises ``FileNotFoundError`` where there is none, ``ValueError`` where its kind is unknown.
         """
+        file = _config_file(checks.path("model", path_or_id))
+        read_config(file)
         from transformers import AutoConfig
 
         try:
-            if Path(path_or_id).is_dir() and not (Path(path_or_id) / "config.json").is_file():
-                raise FileNotFoundError("no config.json in it")
-            config = AutoConfig.from_pretrained(str(path_or_id))
-        except OSError as error:  # transformers' word for anything missing, or not to be had
-            reason = " ".join(str(error).split())[:200]
-            raise FileNotFoundError(
-                f"model: expected one of {', '.join(MODELS)}, a folder with a config.json or an "
-                f"id on the hub, got {str(path_or_id)!r} ({reason})"
-            ) from None
-        return cls.from_config(config)
+            return cls.from_config(AutoConfig.from_pretrained(str(file.parent)))
+        except Exception as error:  # transformers' validators raise types of their own
+            raise ValueError(f"{file}: {' '.join(str(error).split())}") from error
 
     @classmethod
     def from_config(cls, config: Any) -> ModelShape:
@@ -124,6 +125,26 @@ class ModelShape:
             qk_norm=kind == "qwen3",
             tied=bool(config.tie_word_embeddings),
         )
+
+
+def _config_file(model: Path) -> Path:
+    """The config.json of a folder, or of a model on the hub, fetched."""
+    if model.is_dir():
+        file, reason = model / "config.json", "no config.json in it"
+        if file.is_file():
+            return file
+    else:
+        import huggingface_hub
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        try:
+            return Path(huggingface_hub.hf_hub_download(str(model), "config.json"))
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+    raise FileNotFoundError(
+        f"model: expected one of {', '.join(MODELS)}, a folder with a config.json or an id on the "
+        f"hub, got {str(model)!r} ({reason})"
+    )
 
 
 def _clip_l(decoder: int, newline: bool = False) -> TowerShape:

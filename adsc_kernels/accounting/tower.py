@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from adsc_kernels.counts import at_least
+from adsc_kernels.checks import at_least
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import NoReturn
 from adsc_kernels.cli import account, bench, doctor, plan, run, visualize
 from adsc_kernels.errors import UnsupportedError
 
+UNWRITTEN = 1
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
@@ -22,11 +23,22 @@ class _Parser(argparse.ArgumentParser):
         self.exit(BAD_INPUT, f"{self.prog}: error: {message} (--help says more)\n")
 
 
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        import adsc_kernels
+
+        print(f"adsc {adsc_kernels.__version__}")
+        parser.exit()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Every command with its options."""
     parser = _Parser(
         prog="adsc", description="Uniform vision-token compression (ADSC) for multimodal LLMs."
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print it and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run.add_parser(commands)
     account.add_parser(commands)
@@ -38,23 +50,44 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for bad input, 130 for Ctrl-C."""
+    """Run one command; returns the exit status: 0, 1 where its output can't be written, 2 for bad
+    input, 130 for Ctrl-C.
+    """
     args = build_parser().parse_args(argv)
+    if sys.stdout is None:  # closed by the caller, as in `adsc plan >&-`
+        return _refuse(args.command, "error: stdout is closed", UNWRITTEN)
     try:
         if hasattr(sys.stdout, "reconfigure"):  # a model may answer in any script
             sys.stdout.reconfigure(errors="replace")
         args.execute(args)
-        sys.stdout.flush()
     except BrokenPipeError:
-        # The reader went away (`adsc plan | head`). Point stdout elsewhere, or Python complains
-        # once more when it flushes on exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return _lost_stdout()
     except KeyboardInterrupt:
-        print(f"adsc {args.command}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return _refuse(args.command, "interrupted", INTERRUPTED)
+    except MemoryError:
+        return _refuse(args.command, "error: out of memory", BAD_INPUT)
     except (ValueError, OSError, UnsupportedError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
-        print(f"adsc {args.command}: error: {message}", file=sys.stderr)
-        return BAD_INPUT
+        return _refuse(args.command, f"error: {message}", BAD_INPUT)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _lost_stdout()
+    except OSError as error:  # a full disk
+        _lost_stdout()
+        return _refuse(args.command, f"error: stdout: {error.strerror}", UNWRITTEN)
     return 0
+
+
+def _refuse(command: str, message: str, status: int) -> int:
+    if sys.stderr is not None:
+        print(f"adsc {command}: {message}", file=sys.stderr)
+    return status
+
+
+def _lost_stdout() -> int:
+    """The reader went away (`adsc plan | head`). Point stdout elsewhere, or Python complains once
+    more when it flushes on exit.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return UNWRITTEN

@@ -18,8 +18,8 @@ from adsc_kernels.accounting import (
     account,
 )
 from adsc_kernels.budget import PRESETS, BudgetSearch, search
-from adsc_kernels.cli import account_report, png
-from adsc_kernels.cli.plan import count, size
+from adsc_kernels.cli import account_report, options, png
+from adsc_kernels.cli.options import count, size
 from adsc_kernels.schedule import PATTERNS, CompressionSchedule
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def add_parser(commands: Any) -> None:
     )
     which.add_argument(
         "--budget",
-        type=_number,
+        type=options.tokens,
         metavar="TOKENS",
         help="find the schedules that average so many vision tokens over the layers, and account "
         "for the first (without any schedule: a third of the vision tokens)",
@@ -211,7 +211,7 @@ def _schedules(
     args: argparse.Namespace, shape: ModelShape, tokens: int, grid: tuple[int, int] | None
 ) -> tuple[BudgetSearch | None, list[CompressionSchedule]]:
     texts = [*([] if args.schedule is None else [args.schedule]), *args.compare]
-    given = [_read(text, shape.num_layers) for text in texts]
+    given = [options.schedule(text, shape.num_layers) for text in texts]
     if args.budget is None and given:
         return None, given
     found = search(
@@ -231,12 +231,6 @@ def _schedules(
     return found, [found.schedules[0], *given]
 
 
-def _read(text: str, num_layers: int) -> CompressionSchedule:
-    if text in PRESETS:
-        return CompressionSchedule.preset(text)
-    return CompressionSchedule.parse(text, num_layers)
-
-
 def _by_convention(
     counted: Callable[..., Account], shape: ModelShape, schedules: list[CompressionSchedule]
 ) -> list[dict[str, Any]]:
@@ -250,10 +244,3 @@ def _by_convention(
         }
         for how in CONVENTIONS.values()
     ]
-
-
-def _number(text: str) -> Fraction:
-    try:
-        return Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"expected a number of tokens, got {text!r}") from None

@@ -10,12 +10,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from adsc_kernels.cli.text import table
+from adsc_kernels.cli import options
+from adsc_kernels.cli.text import in_bytes, table
+from adsc_kernels.errors import UnsupportedError
+from adsc_kernels.schedule import CompressionSchedule
 
 if TYPE_CHECKING:
     import torch
 
 ROUNDS = 15
+PROMPT = 101 + 576  # tokens
+MOST_BYTES = 2**30  # of the rows that a call reads; in all a run takes about ten times as much
 BACKENDS = ("cuda", "triton", "cpu")
 
 
@@ -28,8 +33,12 @@ def add_parser(commands: Any) -> None:
         "turns, in microseconds, and the bytes they must read and write per second. The full "
         "benchmarks are `make bench` and `make gpu-bench`, in the source folder.",
     )
-    parser.add_argument("--batch", type=int, default=8, help="prompts of one picture (default 8)")
-    parser.add_argument("--hidden", type=int, default=4096, help="hidden size (default 4096)")
+    parser.add_argument(
+        "--batch", type=options.integer(1, 2**20), default=8, help="prompts of one picture (8)"
+    )
+    parser.add_argument(
+        "--hidden", type=options.integer(1, 2**20), default=4096, help="hidden size (4096)"
+    )
     parser.add_argument("--keep", default="1/4", help="share of 576 vision tokens (default 1/4)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--json", action="store_true", help="print JSON only")
@@ -38,13 +47,17 @@ def add_parser(commands: Any) -> None:
 
 def execute(args: argparse.Namespace) -> None:
     """Measure and print."""
-    import torch
-
-    for name in ("batch", "hidden"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name}: expected at least 1, got {getattr(args, name)}")
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    found = measure(args.batch, args.hidden, args.keep, device)
+    schedule = CompressionSchedule.parse(f"1:{args.keep}", num_layers=2)
+    if (size := args.batch * PROMPT * args.hidden * 2) > MOST_BYTES:
+        raise ValueError(
+            f"--batch, --hidden: expected at most {in_bytes(MOST_BYTES)} of rows, got "
+            f"{in_bytes(size)}"
+        )
+    device = options.device(args.device)
+    try:
+        found = measure(args.batch, args.hidden, schedule, device)
+    except RuntimeError as error:  # as torch says that there is no memory, on any device
+        raise ValueError(f"--batch, --hidden, --device: {error}") from None
     if args.json:
         print(json.dumps(found, indent=1))
         return
@@ -57,18 +70,18 @@ def execute(args: argparse.Namespace) -> None:
     print(table(["op", "by", "µs", "GB/s"], rows, left=2))
 
 
-def measure(batch: int, hidden: int, keep: str, device: torch.device) -> dict[str, Any]:
+def measure(
+    batch: int, hidden: int, schedule: CompressionSchedule, device: torch.device
+) -> dict[str, Any]:
     """Microseconds of each op by each way, and the bytes that it must move."""
     import torch
 
-    import adsc_kernels as adsc
     from adsc_kernels import ops
+    from adsc_kernels.plan import make_plan
 
-    schedule = adsc.CompressionSchedule.parse(f"1:{keep}", num_layers=2)
-    length = 101 + 576
-    bounds = [b * length for b in range(batch + 1)]
+    bounds = [b * PROMPT for b in range(batch + 1)]
     spans = [(b, 35, 576) for b in range(batch)]
-    stage = adsc.make_plan(schedule, bounds, spans, device=device).stages[1]
+    stage = make_plan(schedule, bounds, spans, device=device).stages[1]
     rows = stage.keep_indices()
     shape = (2, stage.num_tokens_in, hidden)
     x, residual = torch.randn(shape, device=device, dtype=torch.bfloat16).unbind()
@@ -99,7 +112,7 @@ def measure(batch: int, hidden: int, keep: str, device: torch.device) -> dict[st
     }
     serving = [name for name in BACKENDS if _serves(name, device)]
     found = {}
-    for op, (row_bytes, ours, pytorch) in every.items():
+    for op, (row_bytes, ours, pytorch) in options.progress(every.items(), "ops", len(every)):
         size = row_bytes * stage.num_tokens
         source, target = torch.empty(2, size // 2, dtype=torch.uint8, device=device).fill_(1)
         ways = {name: _under(name, ours) for name in serving}
@@ -112,8 +125,7 @@ def measure(batch: int, hidden: int, keep: str, device: torch.device) -> dict[st
 
 
 def _serves(name: str, device: torch.device) -> bool:
-    from adsc_kernels import UnsupportedError, backend
-    from adsc_kernels.backend import resolve
+    from adsc_kernels.backend import backend, resolve
 
     try:
         with backend(name):
@@ -123,7 +135,7 @@ def _serves(name: str, device: torch.device) -> bool:
 
 
 def _under(name: str, run: Callable[[], object]) -> Callable[[], object]:
-    from adsc_kernels import backend
+    from adsc_kernels.backend import backend
 
     def call() -> object:
         with backend(name):

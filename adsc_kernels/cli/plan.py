@@ -8,6 +8,10 @@ from argparse import ArgumentTypeError
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from adsc_kernels import checks
+from adsc_kernels.budget import PRESETS
+from adsc_kernels.cli import options
+from adsc_kernels.cli.options import DEFAULT_LAYERS, count, size
 from adsc_kernels.cli.text import layer_range, table
 from adsc_kernels.segment_table import COLUMNS
 
@@ -27,10 +31,16 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--schedule",
         required=True,
-        metavar="LAYER:KEEP,...[@PATTERN][@POSITIONS]",
-        help="such as 8:1/4,16:1/4,24:1/4 or 8:1/2x1/2@grid; an empty text drops nothing",
+        metavar="TEXT|PRESET",
+        help="LAYER:KEEP,...[@PATTERN][@POSITIONS] such as 8:1/4,16:1/4,24:1/4 or "
+        f"8:1/2x1/2@grid, or one of {', '.join(PRESETS)}; an empty text drops nothing",
     )
-    parser.add_argument("--layers", type=count, default=32, metavar="N", help="decoder layers (32)")
+    parser.add_argument(
+        "--layers",
+        type=count,
+        metavar="N",
+        help=f"decoder layers (a preset's own, else {DEFAULT_LAYERS})",
+    )
     parser.add_argument(
         "--prompt-tokens",
         type=count,
@@ -79,10 +89,11 @@ def add_parser(commands: Any) -> None:
 
 def execute(args: argparse.Namespace) -> None:
     """Print the plan; ``ValueError`` for a layout that can't be."""
+    schedule = options.schedule(args.schedule, args.layers)
+    if args.block_size is not None:
+        checks.integer("block_size", args.block_size, 1)
     from adsc_kernels.plan import make_plan
-    from adsc_kernels.schedule import CompressionSchedule
 
-    schedule = CompressionSchedule.parse(args.schedule, num_layers=args.layers)
     spans = args.span or _same_picture(args)
     plan = make_plan(
         schedule,
@@ -189,29 +200,17 @@ def _numbers(values: list[int], most: int = 6) -> str:
     return shown + (f" ... {values[-1]}" if len(values) > most else "") or "-"
 
 
-def count(text: str) -> int:
-    """A number of tokens, layers or the like, as the planner's 32-bit tables can hold it."""
-    if not text.isdecimal() or len(text) > 10 or int(text) >= 2**31:
-        raise ArgumentTypeError(f"expected a whole number from 0 to 2^31 - 1, got {text!r}")
-    return int(text)
-
-
 def _same_picture(args: argparse.Namespace) -> list[tuple[int, ...]]:
     if args.image_tokens[0] == 0:
         return []
     return [(b, args.image_start, *args.image_tokens) for b in range(len(args.prompt_tokens))]
 
 
-def size(text: str) -> tuple[int, ...]:
-    """``576`` to (576,), ``24x24`` to (576, 24, 24)."""
-    sides = tuple(count(side) for side in text.split("x", 1))
-    return sides if len(sides) == 1 else (count(str(sides[0] * sides[1])), *sides)
-
-
 def _span(text: str) -> tuple[int, ...]:
     fields = text.split(":")
     if len(fields) != 3:
-        raise ArgumentTypeError(f"expected SEQUENCE:START:LENGTH such as 0:5:24x24, got {text!r}")
+        got = checks.shown(text)
+        raise ArgumentTypeError(f"expected SEQUENCE:START:LENGTH such as 0:5:24x24, got {got}")
     return (count(fields[0]), count(fields[1]), *size(fields[2]))
 
 

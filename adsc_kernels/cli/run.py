@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adsc_kernels.cli import png, report
+from adsc_kernels import checks
+from adsc_kernels.budget import PRESETS
+from adsc_kernels.cli import options, png, report
+from adsc_kernels.hub import bundled_checkpoint, find_folder, read_config
+from adsc_kernels.images import load_image
 from adsc_kernels.schedule import CompressionSchedule
 
 if TYPE_CHECKING:
@@ -53,17 +56,29 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--schedule",
-        metavar="LAYER:KEEP,...",
-        help="such as 8:1/4,16:1/4,24:1/4 (1/4 at each quarter of the depth)",
+        metavar="TEXT|PRESET",
+        help=f"such as 8:1/4,16:1/4,24:1/4, or one of {', '.join(PRESETS)} (1/4 at each quarter of "
+        "the depth)",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="(48)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="(0: greedy)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="for sampling (0)")
+    at_least_one = options.integer(1)
+    parser.add_argument("--max-new-tokens", type=at_least_one, default=48, metavar="N", help="(48)")
     parser.add_argument(
-        "--prefill-chunk", type=int, metavar="N", help="run prompts in parts of so many tokens"
+        "--temperature", type=options.decimal, default=0.0, metavar="T", help="(0: greedy)"
+    )
+    any_seed = options.integer(-(2**63), checks.INT64_MAX)
+    parser.add_argument("--seed", type=any_seed, default=0, metavar="N", help="for sampling (0)")
+    parser.add_argument(
+        "--prefill-chunk",
+        type=at_least_one,
+        metavar="N",
+        help="run prompts in parts of so many tokens",
     )
     parser.add_argument(
-        "--runs", type=int, default=3, metavar="N", help="timed ones, after one to warm up (3)"
+        "--runs",
+        type=options.integer(1, 10_000),
+        default=3,
+        metavar="N",
+        help="timed ones, after one to warm up (3)",
     )
     parser.add_argument("--device", metavar="DEVICE", help="(cuda where there is one, else cpu)")
     parser.add_argument(
@@ -92,38 +107,39 @@ def execute(args: argparse.Namespace) -> None:
     """Print the comparison and draw the picture; ``ValueError`` or ``OSError`` for bad input."""
     # All that can be wrong is looked at before weights are read, and again nothing is written until
     # both models have answered.
-    if args.runs < 1:
-        raise ValueError(f"--runs: expected at least 1, got {args.runs}")
     png.check(args.out, "--out")
-    import torch
-
-    from adsc_kernels.hub import find_folder
-    from adsc_kernels.llava import Llava, bundled_checkpoint, load_image
-    from adsc_kernels.llava.config import LlavaConfig
-
     bundled = bundled_checkpoint()
     files, questions = _choose(args.image, args.ask, bundled)
     images = [load_image(file) for file in files]
     prompts = [_prompt(question.text, len(images)) for question in questions]
-    device = _device(args.device)
+    if args.model is not None and Path(args.model).is_dir():
+        read_config(Path(args.model) / "config.json")  # transformers takes seconds to be imported
+    device = options.device(args.device)
+    import torch
+
+    from adsc_kernels.llava import Llava
+    from adsc_kernels.llava.config import LlavaConfig
+    from adsc_kernels.llava.generate import check_options
+
     dtype = _dtype(args.dtype, device)
-    folder = find_folder(args.model or bundled)
+    folder = find_folder(bundled if args.model is None else args.model)
     depth = LlavaConfig.from_folder(folder).num_layers
     schedule = (
         default_schedule(depth)
         if args.schedule is None
-        else CompressionSchedule.parse(args.schedule, num_layers=depth)
+        else options.schedule(args.schedule, num_layers=depth)
     )
-    options = {
+    settings = {
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,
         "seed": args.seed,
         "prefill_chunk": args.prefill_chunk,
     }
     try:
-        _say(args, f"reading {folder.name}")
+        check_options(**settings)
         model = Llava.from_pretrained(folder, None, device, dtype)
-        dense, compressed = _both(args, model, schedule, prompts, [images] * len(prompts), options)
+        ways = (model.with_schedule(None), model.with_schedule(schedule))
+        dense, compressed = _both(ways, args.runs, prompts, [images] * len(prompts), settings)
     except torch.OutOfMemoryError as error:
         raise ValueError(
             f"--device: {device} ran out of memory, which a 16-bit --dtype, --prefill-chunk or "
@@ -132,7 +148,7 @@ def execute(args: argparse.Namespace) -> None:
 
     picture = report.survivors(images, schedule, compressed, model)
     facts = report.compare(model, schedule, dense, compressed)
-    facts["model"]["name"] = str(args.model or folder.name)
+    facts["model"]["name"] = folder.name if args.model is None else args.model
     facts["images"] = [str(file) for file in files]
     facts["answers"] = [
         {"question": q.text, "expected": q.expected, "dense": a, "compressed": b}
@@ -179,24 +195,18 @@ class Runs:
 
 
 def _both(
-    args: argparse.Namespace,
-    model: Llava,
-    schedule: CompressionSchedule,
+    ways: tuple[Llava, Llava],
+    runs: int,
     prompts: list[str],
     images: list[list[Image]],
-    options: dict[str, Any],
+    settings: dict[str, Any],
 ) -> tuple[Runs, Runs]:
     """Dense and compressed by turns, on the same machine then; the first pair warms up."""
-    ways = (model.with_schedule(None), model.with_schedule(schedule))
     done: tuple[list[Generation], list[Generation]] = ([], [])
-    for turn in range(1 + args.runs):
-        _say(args, f"run {turn} of {args.runs}" if turn else "warming up")
+    for _ in options.progress(range(1 + runs), "runs"):
         for way, generations in zip(ways, done, strict=True):
-            generation = way.generate(prompts, images, **options)
-            if turn:
-                generations.append(generation)
-    _say(args, "")
-    return Runs.of(done[0]), Runs.of(done[1])
+            generations.append(way.generate(prompts, images, **settings))
+    return Runs.of(done[0][1:]), Runs.of(done[1][1:])
 
 
 def _choose(
@@ -205,7 +215,7 @@ def _choose(
     """The picture files and the questions; what is not given comes from the bundled checkpoint."""
     folder = bundled / "pictures"
     known = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
-    files = images or [folder / next(iter(known))]
+    files = [folder / next(iter(known))] if images is None else images
     answers: dict[str, str] = {}
     if len(files) == 1 and files[0].resolve().parent == folder.resolve():
         answers = {q["question"]: q["answer"] for q in known.get(files[0].name, ())}
@@ -222,18 +232,6 @@ def _prompt(question: str, num_images: int) -> str:
     return f"USER: {pictures}{question} ASSISTANT:"
 
 
-def _device(name: str | None) -> torch.device:
-    import torch
-
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch says so in either way
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device: {name!r} can't be used ({reason})") from None
-    return device
-
-
 def _dtype(name: str | None, device: torch.device) -> torch.dtype:
     import torch
 
@@ -241,9 +239,3 @@ def _dtype(name: str | None, device: torch.device) -> torch.dtype:
         torch, name or ("float16" if device.type == "cuda" else "float32")
     )
     return chosen
-
-
-def _say(args: argparse.Namespace, text: str) -> None:
-    """A line of progress that the next one overwrites, for a person at a terminal only."""
-    if sys.stderr.isatty() and not args.json:
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adsc_kernels.budget import PRESETS
-from adsc_kernels.cli import png
-from adsc_kernels.cli.plan import count, size
+from adsc_kernels.cli import options, png
+from adsc_kernels.cli.options import DEFAULT_LAYERS, count, size
 from adsc_kernels.cli.text import layer_range, table
 from adsc_kernels.schedule import PATTERNS, Boundary, CompressionSchedule
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 DEFAULT_OUT = "adsc-visualize.png"
 STRIDES = (2, 3, 4)
+MOST_PATCHES = 2**14  # the farthest patch is looked for among all, for each survivor
+MOST_STAGES = 32  # panels beside one another
 MEANINGS = {
     "start": "start, (j*n)//m in reading order: an even stride",
     "center": "center, ((2j+1)*n)//(2m) in reading order",
@@ -47,7 +49,12 @@ def add_parser(commands: Any) -> None:
         metavar="TEXT|PRESET",
         help="such as 8:1/4,16:1/4@center, or one of " + ", ".join(PRESETS),
     )
-    parser.add_argument("--layers", type=count, default=32, metavar="N", help="decoder layers (32)")
+    parser.add_argument(
+        "--layers",
+        type=count,
+        metavar="N",
+        help=f"decoder layers (a preset's own, else {DEFAULT_LAYERS})",
+    )
     parser.add_argument(
         "--patterns",
         nargs="+",
@@ -72,20 +79,28 @@ def execute(args: argparse.Namespace) -> None:
     png.check(args.out, "--out")
     if len(args.grid) != 3 or args.grid[0] == 0:
         raise ValueError("--grid: expected HEIGHTxWIDTH of at least 1x1, such as 24x24")
-    from adsc_kernels.coverage import coverage, under_pattern
+    if args.grid[0] > MOST_PATCHES:
+        raise ValueError(f"--grid: expected at most {MOST_PATCHES} patches, got {args.grid[0]}")
+    base = None if args.schedule is None else options.schedule(args.schedule, args.layers)
+    if base is not None and base.num_stages > MOST_STAGES:
+        raise ValueError(
+            f"--schedule: expected at most {MOST_STAGES} stages to draw, got {base.num_stages}"
+        )
+    from adsc_kernels.hub import bundled_checkpoint
     from adsc_kernels.images import load_image
-    from adsc_kernels.llava import bundled_checkpoint
-    from adsc_kernels.picture import Panel, Strip, centre_box, draw
 
     grid = (args.grid[1], args.grid[2])
     pictures = bundled_checkpoint() / "pictures"
-    image = load_image(args.image or min(pictures.glob("*.png")))
+    image = load_image(min(pictures.glob("*.png")) if args.image is None else args.image)
+    from adsc_kernels.coverage import coverage, under_pattern
+    from adsc_kernels.picture import Panel, Strip, centre_box, draw
+
     box = (0, 0, *image.size) if args.stretch else centre_box(image.size, grid)
-    base, patterns = _schedule(args), args.patterns
+    patterns = args.patterns
     if base is not None and patterns is None:
         patterns = [base.pattern]
     facts, strips = [], []
-    for pattern in patterns or PATTERNS:
+    for pattern in options.progress(patterns or PATTERNS, "patterns"):
         if base is None:
             strides = [_one(Fraction(1, stride)) for stride in STRIDES]
             schedules = [under_pattern(one, pattern, grid) for one in strides]
@@ -116,14 +131,6 @@ def execute(args: argparse.Namespace) -> None:
     png.write(draw(strips, title), args.out)
     report = {"grid": list(grid), "panels": facts, "picture": str(args.out)}
     print(json.dumps(report, indent=1) if args.json else _as_text(report))
-
-
-def _schedule(args: argparse.Namespace) -> CompressionSchedule | None:
-    if args.schedule is None:
-        return None
-    if args.schedule in PRESETS:
-        return CompressionSchedule.preset(args.schedule)
-    return CompressionSchedule.parse(args.schedule, num_layers=args.layers)
 
 
 def _one(keep: Fraction) -> CompressionSchedule:

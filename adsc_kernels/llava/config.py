@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from adsc_kernels import checks
 from adsc_kernels.errors import UnsupportedError
-from adsc_kernels.hub import read_json
+from adsc_kernels.hub import read_config, read_json
+from adsc_kernels.schedule import MAX_LAYERS
+
+MAX_TOKENS_PER_IMAGE = 2**20
+_BLOCK = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+_SIZES = {
+    "text_config": (*_BLOCK, "num_key_value_heads", "head_dim", "vocab_size")
+    + ("max_position_embeddings",),
+    "vision_config": (*_BLOCK, "num_channels", "image_size", "patch_size"),
+}
 
 
 @dataclass(frozen=True)
@@ -36,36 +48,22 @@ class LlavaConfig:
     def from_folder(cls, folder: Path) -> LlavaConfig:
         """Raises FileNotFoundError, ValueError (damaged) or UnsupportedError (no LLaVA-1.5)."""
         path = folder / "config.json"
-        raw = read_json(path)
+        raw = read_config(path)
         _expect(path, "model_type", raw.get("model_type"), "llava")
         _expect(path, "quantization_config", raw.get("quantization_config"), None)
+        _check_sizes(path, raw)
         try:  # transformers fills in what a sparse text_config leaves out
             hf = transformers.LlavaConfig.from_dict(raw)
         except Exception as error:  # its validators raise types of their own
-            raise ValueError(f"{path}: {error}") from error
-        text, vision, layers = hf.text_config, hf.vision_config, hf.vision_feature_layer
+            raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+        text, vision = hf.text_config, hf.vision_config
         _expect(path, "text_config.model_type", text.model_type, "llama")
         _expect(path, "text_config.hidden_act", text.hidden_act, "silu")
         _expect(path, "vision_config.model_type", vision.model_type, "clip_vision_model")
-        layers, depth = [layers] if isinstance(layers, int) else layers, vision.num_hidden_layers
-        for name, fits in (
-            ("num_key_value_heads", text.num_attention_heads % text.num_key_value_heads == 0),
-            ("image_token_index", 0 <= hf.image_token_id < text.vocab_size),
-            ("patch_size", 0 < vision.patch_size <= vision.image_size),
-            ("vision_feature_layer", all(-depth - 1 <= n <= depth for n in layers)),
-        ):
-            if not fits:
-                raise ValueError(f"{path}: {name} doesn't fit the other sizes")
-        # longrope changes its frequencies past the length of its first training, when cached keys
-        # are rotated already; `dynamic` scaling changes nothing up to max_position_embeddings.
-        longest = text.max_position_embeddings
-        if text.rope_parameters["rope_type"] == "longrope":
-            longest = text.rope_parameters.get("original_max_position_embeddings") or longest
+        layers = _feature_layers(path, hf)
+        _check_fit(path, hf)
         grid = vision.image_size // vision.patch_size
         full = hf.vision_feature_select_strategy == "full"
-        path = folder / "generation_config.json"
-        stop = read_json(path).get("eos_token_id") if path.is_file() else None
-        stop = text.eos_token_id if stop is None else stop
         return cls(
             hidden_size=text.hidden_size,
             intermediate_size=text.intermediate_size,
@@ -74,16 +72,83 @@ class LlavaConfig:
             num_kv_heads=text.num_key_value_heads,
             head_dim=text.head_dim,
             vocab_size=text.vocab_size,
-            max_positions=longest,
+            max_positions=_longest(path, text),
             image_token_id=hf.image_token_id,
             image_size=vision.image_size,
             grid=grid,
             tokens_per_image=grid**2 + full,
             keep_class_token=full,
-            feature_layers=tuple(layers),
-            stop_token_ids=() if stop is None else tuple([stop] if isinstance(stop, int) else stop),
+            feature_layers=layers,
+            stop_token_ids=_stop_tokens(folder, text),
             hf=hf,
         )
+
+
+def _feature_layers(path: Path, hf: transformers.LlavaConfig) -> tuple[int, ...]:
+    layers, depth = hf.vision_feature_layer, hf.vision_config.num_hidden_layers
+    layers = layers if isinstance(layers, list | tuple) else [layers]
+    if not layers:
+        raise ValueError(f"{path}: vision_feature_layer: expected at least one layer, got none")
+    return tuple(_count(path, "vision_feature_layer", n, -depth - 1, depth) for n in layers)
+
+
+def _check_sizes(path: Path, raw: dict[str, Any]) -> None:
+    """What the file itself says, before transformers computes with it."""
+    for part, sizes in _SIZES.items():
+        config = raw.get(part, {})
+        if not isinstance(config, dict):
+            raise ValueError(f"{path}: {part}: expected an object, got {checks.shown(config)}")
+        for name in sizes:
+            derived = name in ("num_key_value_heads", "head_dim") and config.get(name) is None
+            if name in config and not derived:
+                most = MAX_LAYERS if name == "num_hidden_layers" else checks.INT32_MAX
+                _count(path, f"{part}.{name}", config[name], 1, most)
+
+
+def _check_fit(path: Path, hf: transformers.LlavaConfig) -> None:
+    text, vision = hf.text_config, hf.vision_config
+    _count(path, "image_token_index", hf.image_token_id, 0, text.vocab_size - 1)
+    for name, fits in (
+        ("num_key_value_heads", text.num_attention_heads % text.num_key_value_heads == 0),
+        ("patch_size", vision.patch_size <= vision.image_size),
+        ("image_size", (vision.image_size // vision.patch_size) ** 2 <= MAX_TOKENS_PER_IMAGE),
+    ):
+        if not fits:
+            raise ValueError(f"{path}: {name} doesn't fit the other sizes")
+
+
+def _longest(path: Path, text: transformers.LlamaConfig) -> int:
+    """Up to where positions rotate alike whenever they are asked for.
+
+    longrope changes its frequencies past the length of its first training, when cached keys are
+    rotated already; `dynamic` scaling changes nothing up to max_position_embeddings.
+    """
+    rope, known = text.rope_parameters, ("default", *ROPE_INIT_FUNCTIONS)
+    if rope["rope_type"] not in known:
+        got = checks.shown(rope["rope_type"])
+        raise UnsupportedError(f"{path}: rope_type: expected one of {', '.join(known)}, got {got}")
+    longest = text.max_position_embeddings
+    if rope["rope_type"] == "longrope":
+        first = rope.get("original_max_position_embeddings") or longest
+        return _count(path, "original_max_position_embeddings", first, 1, checks.INT32_MAX)
+    return longest
+
+
+def _stop_tokens(folder: Path, text: transformers.LlamaConfig) -> tuple[int, ...]:
+    path = folder / "generation_config.json"
+    stop = read_json(path).get("eos_token_id") if path.is_file() else None
+    if stop is None:
+        path, stop = folder / "config.json", text.eos_token_id
+    tokens = stop if isinstance(stop, list | tuple) else [] if stop is None else [stop]
+    return tuple(_count(path, "eos_token_id", token, 0, text.vocab_size - 1) for token in tokens)
+
+
+def _count(path: Path, name: str, value: object, least: int, most: int) -> int:
+    """A file's int; what is wrong with it is always a ValueError, since it is the file's."""
+    try:
+        return checks.integer(name, value, least, most)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _expect(path: Path, name: str, got: object, supported: object) -> None:

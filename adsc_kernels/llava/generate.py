@@ -6,21 +6,24 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from adsc_kernels import checks
 from adsc_kernels.cache import KVCache, Phase
 from adsc_kernels.plan import CompressionPlan, make_plan
+from adsc_kernels.schedule import parse_share
 
 if TYPE_CHECKING:
     from adsc_kernels.llava.model import Llava
 
 VisionSpan = tuple[int, ...]  # sequence, start, length, height, width: as make_plan takes it
 IMAGES_AT_ONCE = 16  # through the tower: bounds its memory
+COLDEST = 1e-6  # of temperatures above 0: below it logits overflow, and any sampling is greedy
 
 
 @dataclass
@@ -38,8 +41,10 @@ class Conversation:
         Of what every layer has left of an older picture the share `keep` stays, spread evenly over
         it, and the memory of the rest is given back. Each call shrinks them once more.
         """
-        if older_than < 0:
-            raise ValueError(f"older_than: expected at least 0 pictures, got {older_than}")
+        checks.integer("older_than", older_than, 0)
+        share = parse_share(keep, 0)
+        if share.keep_rows is not None:
+            raise ValueError(f"keep: expected one share such as '1/4', got {checks.shown(keep)}")
         older = []
         for b in range(len(self.tokens)):
             spans = sorted(span for span in self.vision_spans if span[0] == b)
@@ -47,7 +52,7 @@ class Conversation:
         layout = ([0, *accumulate(map(len, self.tokens))], self.vision_spans)
         chunks = [(0, n) for n in self.cached]
         plan = make_plan(self.cache.schedule, *layout, chunks=chunks)
-        self.cache.compact_spans(plan, older, keep)
+        self.cache.compact_spans(plan, older, share.share())
 
 
 @dataclass
@@ -107,15 +112,14 @@ def generate(
 
     Raises ValueError or TypeError for bad input, before anything is run or changed.
     """
-    for what, fits, got in (
-        ("max_new_tokens of at least 1", max_new_tokens >= 1, max_new_tokens),
-        ("prefill_chunk of at least 1", prefill_chunk is None or prefill_chunk >= 1, prefill_chunk),
-        ("temperature of at least 0", temperature >= 0, temperature),
-        ("top_p in (0, 1]", 0 < top_p <= 1, top_p),
-    ):
-        if not fits:
-            raise ValueError(f"expected {what}, got {got}")
-    stop = [stop] if isinstance(stop, str) else stop or ()
+    check_options(max_new_tokens, temperature, top_p, seed, prefill_chunk)
+    checks.flag("compact_early_layers", compact_early_layers)
+    checks.flag("progress", progress)
+    if on_token is not None and not callable(on_token):
+        raise TypeError(f"on_token: expected a function, got {checks.kind(on_token)}")
+    stop = _stop_texts(stop)
+    if conversation is not None:
+        checks.instance("conversation", conversation, Conversation)
     rng = torch.Generator(model.device)
     rng.seed() if seed is None else rng.manual_seed(seed)
     talk, pixels, spans = read_turn(model, prompts, images, max_new_tokens, conversation)
@@ -188,6 +192,35 @@ def generate(
     )
 
 
+def check_options(
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    prefill_chunk: int | None = None,
+) -> None:
+    """The numbers that :func:`generate` takes; needs no model."""
+    checks.integer("max_new_tokens", max_new_tokens, 1)
+    if prefill_chunk is not None:
+        checks.integer("prefill_chunk", prefill_chunk, 1)
+    # Logits are divided by it, in float32.
+    if 0 < checks.number("temperature", temperature, 0, 1 / COLDEST) < COLDEST:
+        raise ValueError(f"temperature: expected 0 or at least {COLDEST:g}, got {temperature}")
+    checks.number("top_p", top_p, most=1, above=0)
+    if seed is not None:
+        checks.integer("seed", seed, -(2**63))
+
+
+def _stop_texts(stop: object) -> tuple[str, ...]:
+    """An empty text is in every answer, and would leave nothing of it."""
+    if stop is None or isinstance(stop, str):
+        stop = () if stop is None else (stop,)
+    texts = checks.sequence("stop", stop, str)
+    if "" in texts:
+        raise ValueError("stop: expected texts that aren't empty, got ''")
+    return texts
+
+
 def read_turn(
     model: Llava,
     prompts: Sequence[str],
@@ -199,16 +232,23 @@ def read_turn(
 
     Runs nothing; an `earlier` conversation is only changed once all has been checked.
     """
-    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise TypeError("prompts: expected a list of str")
+    prompts = checks.sequence("prompts", prompts, str)
     size = len(prompts)
-    given = [[] for _ in prompts] if images is None else [list(some) for some in images]
+    words = "a list of PIL images for each prompt"
+    lists = [()] * size if images is None else checks.sequence("images", images, object, words)
+    # What the lists hold is looked at by the processor, which is asked before anything moves on.
+    given: list[tuple[Any, ...]] = [
+        checks.sequence("images", some, object, words) for some in lists
+    ]
     talk = earlier or Conversation([[]] * size, [], [0] * size, model.new_cache(size))
     if not size == len(given) == len(talk.tokens) or not prompts:
         got = f"{size} prompts, {len(given)} lists of images, {len(talk.tokens)} sequences"
         raise ValueError(f"prompts, images: expected one of each for each sequence, got {got}")
     if talk.cache.schedule != model.schedule:
         raise ValueError(f"conversation: expected one under the schedule {model.schedule!s}")
+    fresh, held = (cache.stages[-1].k[0] for cache in (model.new_cache(size), talk.cache))
+    if (want := _kind(fresh)) != _kind(held):
+        raise ValueError(f"conversation: expected a cache of {want}, got {_kind(held)}")
     config, tokens, spans = model.config, [], []
     # With a class token among them, a picture's rows are no grid.
     grid = () if config.keep_class_token else (config.grid, config.grid)
@@ -224,6 +264,10 @@ def read_turn(
     pixels = model.processor.pixels([image for some in given for image in some])
     talk.tokens, talk.vision_spans = tokens, talk.vision_spans + spans
     return talk, pixels, spans
+
+
+def _kind(rows: Tensor) -> str:
+    return f"{tuple(rows.shape[1:])} {rows.dtype} on {rows.device}"
 
 
 def run(

@@ -18,7 +18,7 @@ from transformers import CLIPVisionModel
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from adsc_kernels import ops
+from adsc_kernels import checks, ops
 from adsc_kernels.attention import varlen_attention
 from adsc_kernels.cache import KVCache, Phase, StageCache
 from adsc_kernels.errors import UnsupportedError
@@ -26,6 +26,7 @@ from adsc_kernels.hub import find_folder
 from adsc_kernels.llava.config import LlavaConfig
 from adsc_kernels.llava.generate import generate
 from adsc_kernels.llava.processor import Processor
+from adsc_kernels.llava.weights import DTYPES as WEIGHT_DTYPES
 from adsc_kernels.llava.weights import load_weights
 from adsc_kernels.plan import CompressionPlan, StagePlan
 from adsc_kernels.schedule import CompressionSchedule
@@ -189,11 +190,18 @@ class Llava(nn.Module):
         schedule: an object, or text such as "8:1/4,16:1/4"; None drops nothing.
         device: None means CUDA where there is one. dtype: None means the checkpoint's.
 
-        Raises FileNotFoundError, ValueError (damaged files) or UnsupportedError (no LLaVA-1.5).
+        Raises FileNotFoundError, ValueError (damaged files, or a device that can't be used),
+        TypeError or UnsupportedError (no LLaVA-1.5, or weights that would hold no values).
         """
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        target = checks.usable_device("device", device)
+        if target.type == "meta":
+            raise UnsupportedError("device: expected one that holds weights, got 'meta'")
+        if dtype is not None:
+            checks.dtype("dtype", dtype, WEIGHT_DTYPES)
         folder = find_folder(path_or_id)
         config = LlavaConfig.from_folder(folder)
-        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model = cls(config, Processor(folder, config)).eval().with_schedule(schedule)
         load_weights(model, folder, target, dtype)
         return model.to(target)
@@ -202,7 +210,8 @@ class Llava(nn.Module):
         """The same model, on the same weights, under another schedule."""
         depth = self.config.num_layers
         if not isinstance(schedule, CompressionSchedule):
-            schedule = CompressionSchedule.parse(schedule or "", num_layers=depth)
+            text = "" if schedule is None else schedule
+            schedule = CompressionSchedule.parse(text, num_layers=depth)
         if schedule.num_layers != depth:
             raise ValueError(f"schedule: expected one of {depth} layers, got {schedule.num_layers}")
         twin = copy.copy(self)  # shares the modules
@@ -216,6 +225,7 @@ class Llava(nn.Module):
 
     def new_cache(self, num_sequences: int) -> KVCache:
         """An empty cache for a batch under this model's schedule."""
+        checks.integer("num_sequences", num_sequences, 0)
         like = self.language_model.embed_tokens.weight
         shape = (self.config.num_kv_heads, self.config.head_dim)
         return KVCache(self.schedule, num_sequences, *shape, like.dtype, like.device)

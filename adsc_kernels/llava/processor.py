@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 hides it above
 
+from adsc_kernels import checks
+from adsc_kernels.hub import read_json
 from adsc_kernels.llava.config import LlavaConfig
 
 # A picture is resized by its short side first: a thin enough strip would blow up to gigabytes.
@@ -22,6 +24,8 @@ class Processor:
 
     def __init__(self, folder: Path, config: LlavaConfig) -> None:
         self.config = config
+        for file in sorted(folder.glob("*config.json")):  # transformers reads whatever is there
+            read_json(file)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
             # The PIL one works without torchvision, and gives the same pixels with and without it.
@@ -50,9 +54,9 @@ class Processor:
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
         """float32 [N, 3, S, S]."""
-        for image in images:
-            if not isinstance(image, Image.Image):
-                raise TypeError(f"images: expected PIL images, got {type(image).__name__}")
+        for image in checks.sequence("images", images, Image.Image, "PIL images"):
+            if not all(image.size):
+                raise ValueError(f"images: expected at least 1 x 1 pixels, got {image.size}")
             if max(image.size) > MAX_ASPECT * min(image.size):
                 raise ValueError(f"images: expected sides up to {MAX_ASPECT}:1, got {image.size}")
         shape = (len(images), 3, self.config.image_size, self.config.image_size)

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from adsc_kernels.checks import shown
 from adsc_kernels.hub import read_json
 
 # Our names are those of transformers 5 without the leading "model.". transformers 4 nested the
@@ -22,7 +23,7 @@ _RENAMES = (
 )
 # Tables that old versions saved, and that follow from the config.
 _DERIVED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def load_weights(
@@ -44,7 +45,7 @@ def load_weights(
             if target in found:
                 raise ValueError(f"{file}: {name} is there twice")
             _, shape = wanted.get(target, (name, tensor.shape))
-            if tensor.shape != shape or tensor.dtype not in _FLOATS:
+            if tensor.shape != shape or tensor.dtype not in DTYPES:
                 got = f"{tuple(tensor.shape)} of {tensor.dtype}"
                 raise ValueError(f"{file}: {name}: expected floats {tuple(shape)}, got {got}")
             found[target] = tensor
@@ -75,7 +76,12 @@ def _files(folder: Path) -> list[Path]:
         raise FileNotFoundError(f"{folder}: neither {single.name} nor {index.name} is there")
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
-        raise ValueError(f"{index}: expected a weight_map, got {shards!r}")
+        raise ValueError(f"{index}: expected a weight_map, got {shown(shards)}")
+    for name, shard in shards.items():
+        # A plain name: the index of a stranger's checkpoint may not lead out of its folder.
+        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
+            got = f"{shown(shard)} for {shown(name)}"
+            raise ValueError(f"{index}: weight_map: expected names of safetensors files, got {got}")
     files = [folder / name for name in sorted(set(shards.values()))]
     for file in files:
         if not file.is_file():

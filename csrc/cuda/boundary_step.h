@@ -11,11 +11,11 @@
 namespace adsc::cuda {
 
 struct BoundaryMoves {
-  RowMap map;  // with `metadata` only the numbers of rows
+  RowMap map{};  // with `metadata` only the numbers of rows
   // A layout on the device in place of a table: rows past its stage's end come out as zeros.
   const MetadataStep* metadata = nullptr;
   const RowNorm* norm = nullptr;  // null: nothing is normed
-  std::span<const RowCopy> copies;
+  std::span<const RowCopy> copies{};
 };
 
 // Copies past the 16th take launches of their own.

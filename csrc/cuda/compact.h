@@ -9,9 +9,9 @@
 namespace adsc::cuda {
 
 struct CacheMoves {
-  Compaction compaction;
-  std::span<const CacheTensor> tensors;
-  CompactionOutputs outputs;
+  Compaction compaction{};
+  std::span<const CacheTensor> tensors{};
+  CompactionOutputs outputs{};
 };
 
 // Moves the rows of the tensors and writes the outputs, if there are any: one launch for up to 512

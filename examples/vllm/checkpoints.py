@@ -45,3 +45,29 @@ def wide(folder: Path, hidden: int) -> Path:
     model = LlavaForConditionalGeneration(LlavaConfig(**settings))
     model.save_pretrained(target)
     return as_vllm_reads(target, folder / "renamed")
+
+
+def like_7b(folder: Path) -> Path:
+    """LLaVA-1.5-7B's shape without weights, for vLLM's load format "dummy": the bundled model's
+    tokenizer and 576 tokens a picture of 48 x 48 pixels, a CLIP-L tower and a Llama-7B decoder."""
+    target = folder / "like-7b"
+    shutil.copytree(MODEL, target, ignore=shutil.ignore_patterns("*.safetensors", "pictures"))
+    settings = json.loads((MODEL / "config.json").read_text())
+    settings["dtype"] = "bfloat16"
+    settings["text_config"] |= {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "head_dim": 128,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "num_hidden_layers": 32,
+        "max_position_embeddings": 4096,
+    }
+    settings["vision_config"] |= {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+    }
+    (target / "config.json").write_text(json.dumps(settings))
+    return target

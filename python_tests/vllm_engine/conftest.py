@@ -26,3 +26,28 @@ def llava(tmp_path_factory):
     from engines import Checkpoint
 
     return Checkpoint.make(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch, tmp_path):
+    """Compilation in vLLM's mode 3, with an empty cache: its folder.
+
+    On a CPU vLLM takes mode 2 in its place, whose artifacts it saves but can't load. So mode 3 is
+    kept here, without its passes over CUDA's operators.
+    """
+    from vllm.compilation.passes.pass_manager import PostGradPassManager
+    from vllm.config import CompilationMode
+    from vllm.platforms.cpu import CpuPlatform
+
+    update = CpuPlatform.check_and_update_config.__func__
+
+    def keep_mode(cls, vllm_config):
+        update(cls, vllm_config)
+        compilation = vllm_config.compilation_config
+        if compilation.mode == CompilationMode.DYNAMO_TRACE_ONCE:
+            compilation.mode, compilation.compile_sizes = CompilationMode.VLLM_COMPILE, []
+
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(keep_mode))
+    monkeypatch.setattr(PostGradPassManager, "__call__", lambda self, graph: None)
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    return tmp_path

@@ -76,15 +76,6 @@ MIXED = (
     Ask(words(11, 70)),
     Ask("w11 <image> <image> w12 w13", (4, 5)),
 )
-# One image with different text before and behind it, other images with the same, text alone.
-SHARING = (
-    Ask(f"{words(5, 40)} <image> {words(9, 80)}", (2,)),
-    Ask(f"{words(5, 40)} <image> {words(9, 60)} {words(30, 9)}", (2,)),
-    Ask(f"{words(5, 40)} <image> {words(9, 80)}", (3,)),
-    Ask(f"<image> {words(3, 80)}", (2,)),
-    Ask(f"<image> {words(20, 80)}", (2,)),
-    Ask(words(5, 100)),
-)
 
 
 def arguments(checkpoint: Checkpoint, schedule: str | None, **options: Any) -> dict[str, Any]:

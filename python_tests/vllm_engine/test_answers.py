@@ -9,7 +9,6 @@ import pytest
 from engines import (
     BLOCK,
     MIXED,
-    SHARING,
     Ask,
     answer,
     assert_pool_free,
@@ -42,41 +41,22 @@ def test_chunked_prefill(llava, budget):
     run(llava, "2:1/64,4:1", max_num_batched_tokens=budget, max_num_seqs=4)
 
 
+def test_named_kv_layouts():
+    """A stage's backend takes those of the backend that it is made of."""
+    from vllm.v1.attention.backend import subclass_attention_backend
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    from adsc_kernels.integrations.vllm.builder import stage_builder
+
+    builder = stage_builder(CPUAttentionBackend.get_builder_cls())
+    made = subclass_attention_backend("Adsc", CPUAttentionBackend, builder)
+    named = CPUAttentionBackend.supported_kv_cache_layouts()
+    assert named
+    assert made.supported_kv_cache_layouts() == named
+
+
 def test_bigger_blocks(llava):
     run(llava, "2:1/3,4:1/2", block_size=128)
-
-
-def test_prefix_caching(llava):
-    """Hits before, in and behind images; another image or another question behind it."""
-    schedule = "2:1/2,4:1/2"  # 64 -> 32 -> 16: drops of 32 and 48 tokens
-    with engine(llava, schedule, enable_prefix_caching=True) as llm:
-        for ask in (*SHARING, *SHARING):
-            check(llava, schedule, [ask], answer(llm, [ask], 3))
-        assert_pool_free(llm)
-
-
-def hit(llm, ask: Ask) -> int:
-    return answer(llm, [ask], 2)[0].num_cached_tokens
-
-
-def test_where_prefix_hits_end(llava):
-    """48 of 64 dropped is no multiple of 32: no hit behind an image; 32 of 64 is."""
-    before, behind = f"{words(5, 70)}", words(9, 100)
-    image = Ask(f"{before} <image> {behind}", (2,))
-    other = Ask(f"{before} <image> {behind}", (3,))
-    text = Ask(f"{words(5, 170)}")
-    expected = {"2:1/2": (224, 64), "2:1/4": (64, 64), "": (224, 64)}
-    for schedule, (same_image, other_image) in expected.items():
-        with engine(llava, schedule, enable_prefix_caching=True) as llm:
-            assert hit(llm, image) == 0
-            assert hit(llm, image) == same_image, schedule
-            assert hit(llm, other) == other_image, schedule
-            assert hit(llm, text) == 64
-            assert hit(llm, text) == 160
-    aligned = {"adsc_align": "block"}
-    with engine(llava, "2:1/4", enable_prefix_caching=True, additional_config=aligned) as llm:
-        assert hit(llm, image) == 0
-        assert hit(llm, image) == 224
 
 
 def test_preemption(llava):

@@ -160,10 +160,36 @@ def test_configuration_for_a_gpu(config, monkeypatch):
     from adsc_kernels.integrations.vllm.config import AdscConfig
 
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    monkeypatch.setattr(config.model_config, "enforce_eager", False)
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
     monkeypatch.setitem(config.additional_config, "adsc_schedule", f"{SCHEDULE}@renumber")
     with pytest.raises(
-        ValueError, match=r"model runner V1 on a GPU.*; renumbered positions on a GPU"
+        ValueError,
+        match=r"model runner V1 on a GPU.*; renumbered positions without --enforce-eager.*; "
+        "VLLM_USE_BREAKABLE_CUDAGRAPH: expected 0",
     ):
+        AdscConfig.verify_and_update_config(config)
+
+
+def test_class_token_without_a_grid(config, monkeypatch):
+    from adsc_kernels.integrations.vllm.config import AdscConfig
+
+    monkeypatch.setitem(config.additional_config, "adsc_schedule", "2:1x1/2@grid")
+    monkeypatch.setattr(config.model_config.hf_config, "vision_feature_select_strategy", "full")
+    with pytest.raises(ValueError, match="'grid' with vision_feature_select_strategy 'full'"):
+        AdscConfig.verify_and_update_config(config)
+
+
+def test_torch_that_is_not_known(config, monkeypatch):
+    """Refused where it would compile."""
+    import torch
+
+    from adsc_kernels.integrations.vllm.config import AdscConfig
+
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    AdscConfig.verify_and_update_config(config)  # eager
+    monkeypatch.setattr(config.model_config, "enforce_eager", False)
+    with pytest.raises(ValueError, match=r"compilation by torch 2.99: .*--enforce-eager"):
         AdscConfig.verify_and_update_config(config)
 
 

@@ -10,24 +10,30 @@ from vllm.exceptions import VLLMValidationError
 from adsc_kernels.integrations.vllm.metadata import Batch
 from adsc_kernels.integrations.vllm.model import cut_into_stages
 from adsc_kernels.integrations.vllm.request_check import ENDS_IN_IMAGE
+from adsc_kernels.schedule import CompressionSchedule
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.multimodal.parse import MultiModalDataItems
     from vllm.multimodal.processing import ProcessorInputs
 
 
 class TextBehindImage:
-    """For a multimodal processor: refuses a prompt that ends in an image.
+    """For a multimodal processor: refuses a prompt that ends in an image, and what `refuse` does.
 
     Before anything is processed: the caches of processed images, on both sides of the engine, take
     every image that was processed for one that arrived.
     """
+
+    def refuse(self, items: MultiModalDataItems, schedule: CompressionSchedule) -> None:
+        """Raises VLLMValidationError where a family can't place some of a request's images."""
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
         config = self.info.get_hf_config()  # type: ignore[attr-defined]
         vision = {config.image_token_id, getattr(config, "video_token_id", None)}
         if vision.intersection(inputs.prompt[-1:]):
             raise VLLMValidationError(ENDS_IN_IMAGE, parameter="prompt")
+        self.refuse(inputs.mm_data_items, CompressionSchedule.from_dict(config.adsc_schedule))
         return super().apply(inputs, timing_ctx)  # type: ignore[misc]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from adsc_kernels.integrations.vllm.families import FAMILIES, Family
@@ -22,6 +23,7 @@ _SCHEDULER = f"{_PACKAGE}.scheduler.make_scheduler"
 _SCHEDULERS = (None, _SCHEDULER, f"{_PACKAGE}.scheduler.AdscAsyncScheduler")
 _CPU_WORKER = f"{_PACKAGE}.worker.AdscCPUWorker"
 _PARAMS_CHECK = f"{_PACKAGE}.request_check:RefusePromptLogprobs"
+TORCH_MINORS = ("2.10", "2.11", "2.12", "2.13")  # whose compilation vLLM 0.32 was read with
 _CPU_BLOCK = 32  # vLLM's CPU attention works on multiples of it
 
 
@@ -127,6 +129,12 @@ def problems(vllm_config: VllmConfig, schedule: CompressionSchedule) -> list[str
             tower not in family.tower,
             f"vision tower {tower!r}: expected {' or '.join(family.tower)}",
         ),
+        (
+            schedule.pattern == "grid"
+            and getattr(model.hf_config, "vision_feature_select_strategy", None) == "full",
+            "the pattern 'grid' with vision_feature_select_strategy 'full': a class token is in no "
+            "row and no column",
+        ),
         (model.get_sliding_window() is not None, "sliding-window attention: it counts positions"),
         (mm.is_multimodal_pruning_enabled(), "video pruning: it drops tokens by another rule"),
         (
@@ -146,6 +154,7 @@ class AdscConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        from vllm import envs
         from vllm.platforms import current_platform
 
         schedule = schedule_of(vllm_config)
@@ -161,10 +170,24 @@ class AdscConfig(VerifyAndUpdateConfig):
         else:
             if not vllm_config.use_v2_model_runner:
                 wrong.append("model runner V1 on a GPU: expected V2, vLLM's own choice with Triton")
-            if schedule.positions == "renumber":
-                wrong.append("renumbered positions on a GPU: CUDA graphs would keep the first ones")
+            if schedule.positions == "renumber" and not vllm_config.model_config.enforce_eager:
+                wrong.append(
+                    "renumbered positions without --enforce-eager: CUDA graphs would keep the first"
+                )
+            if envs.VLLM_USE_BREAKABLE_CUDAGRAPH:
+                wrong.append(
+                    "VLLM_USE_BREAKABLE_CUDAGRAPH: expected 0; its graphs hold the boundaries too"
+                )
+        torch_minor = ".".join(torch.__version__.split(".")[:2])
+        if torch_minor not in TORCH_MINORS and not vllm_config.model_config.enforce_eager:
+            wrong.append(
+                f"compilation by torch {torch_minor}: expected one of {', '.join(TORCH_MINORS)}, "
+                "or --enforce-eager"
+            )
         if wrong:
             raise ValueError(f"adsc_kernels doesn't go together with {'; '.join(wrong)}")
+        # Where processors find it: of an engine's configuration they see that of the model only.
+        vllm_config.model_config.hf_config.adsc_schedule = schedule.to_dict()
         if vllm_config.scheduler_config.scheduler_cls is None:
             vllm_config.scheduler_config.scheduler_cls = _SCHEDULER
         # vLLM takes logits processors, and asks them to check a request's parameters, only without

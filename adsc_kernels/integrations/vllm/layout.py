@@ -76,8 +76,23 @@ class Layouts:
         self._known: dict[tuple[Span, ...], RequestLayout] = {}
 
     def of(self, prompt_token_ids: Sequence[int] | None, images: Sequence[Any]) -> RequestLayout:
-        """That of one request."""
-        return self.of_spans(self._read_spans(prompt_token_ids or (), images) if images else ())
+        """That of one request; of one whose images can't be placed, that of text alone."""
+        return self.read(prompt_token_ids, images)[0]
+
+    def read(
+        self, prompt_token_ids: Sequence[int] | None, images: Sequence[Any]
+    ) -> tuple[RequestLayout, str]:
+        """`of`, and why the images can't be placed: empty where they can.
+
+        Every process of an engine reads every request, and none may end by one: so all take such a
+        request for text, until the scheduler has finished it as an error.
+        """
+        if not images:
+            return self.of_spans(()), ""
+        try:
+            return self.of_spans(self._read_spans(prompt_token_ids or (), images)), ""
+        except Exception as error:
+            return self.of_spans(()), f"{type(error).__name__}: {error}"
 
     def of_spans(self, spans: tuple[Span, ...]) -> RequestLayout:
         """That of any request with these spans."""

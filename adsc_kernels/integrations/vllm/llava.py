@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.models.llava import (
     LlavaDummyInputsBuilder,
     LlavaForConditionalGeneration,
@@ -10,8 +13,15 @@ from vllm.model_executor.models.llava import (
 )
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems
 
 from adsc_kernels.integrations.vllm.adapter import InStages, TextBehindDummies, TextBehindImage
+from adsc_kernels.integrations.vllm.spans import square_image
+
+if TYPE_CHECKING:
+    from vllm.multimodal.parse import MultiModalDataItems
+
+    from adsc_kernels.schedule import CompressionSchedule
 
 # transformers 5 writes the CLIP tower without the "vision_model" that vLLM looks for.
 FLAT_TOWER = WeightsMapper(
@@ -23,7 +33,24 @@ FLAT_TOWER = WeightsMapper(
 
 
 class AdscLlavaProcessor(TextBehindImage, LlavaMultiModalProcessor):
-    """LLaVA-1.5's own, with that check."""
+    """LLaVA-1.5's own, with that check, and one that embeddings are a grid where rows and columns
+    are dropped."""
+
+    def refuse(self, items: MultiModalDataItems, schedule: CompressionSchedule) -> None:
+        if schedule.pattern != "grid" or "image" not in items:
+            return
+        images = items.get_items("image", (ImageEmbeddingItems, ImageProcessorItems))
+        expected = square_image(self.info.get_hf_config())[1]
+        if isinstance(images, ImageProcessorItems):
+            return
+        for number in range(len(images)):
+            got = images.get_feature_size(number)
+            if got != expected:
+                raise VLLMValidationError(
+                    f"image {number}: expected embeddings of {expected} tokens with the pattern "
+                    f"'grid', got {got}",
+                    parameter="image_embeds",
+                )
 
 
 class AdscLlavaDummyInputs(TextBehindDummies, LlavaDummyInputsBuilder):

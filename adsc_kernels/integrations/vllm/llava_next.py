@@ -14,7 +14,7 @@ from vllm.model_executor.models.llava_next import (
     LlavaNextProcessingInfo,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.parse import ImageProcessorItems
+from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems
 from vllm.multimodal.processing import PromptReplacement, PromptUpdate
 
 from adsc_kernels.integrations.vllm.adapter import InStages, TextBehindDummies, TextBehindImage
@@ -25,10 +25,18 @@ if TYPE_CHECKING:
     from vllm.multimodal.inputs import MultiModalKwargsItems
     from vllm.multimodal.parse import MultiModalDataItems
 
+    from adsc_kernels.schedule import CompressionSchedule
+
 
 class AdscLlavaNextProcessor(TextBehindImage, LlavaNextMultiModalProcessor):
     """LLaVA-NeXT's own, but that newline embeddings have a token of their own in the prompt, by
     which `spans.llava_next_spans` sees the shape of an image."""
+
+    def refuse(self, items: MultiModalDataItems, schedule: CompressionSchedule) -> None:
+        some = (ImageEmbeddingItems, ImageProcessorItems)
+        if "image" in items and isinstance(items.get_items("image", some), ImageEmbeddingItems):
+            expected = "images: expected pictures, got embeddings, whose shape is unknown"
+            raise VLLMValidationError(expected, parameter="image_embeds")
 
     def _get_prompt_updates(
         self,
@@ -39,11 +47,7 @@ class AdscLlavaNextProcessor(TextBehindImage, LlavaNextMultiModalProcessor):
         image_id = self.info.get_hf_config().image_token_index
 
         def tokens(number: int) -> list[int]:
-            images = mm_items.get_items("image", ImageProcessorItems)
-            if not isinstance(images, ImageProcessorItems):
-                expected = "images: expected pictures, got embeddings, whose shape is unknown"
-                raise VLLMValidationError(expected, parameter="image_embeds")
-            size = images.get_image_size(number)
+            size = mm_items.get_items("image", ImageProcessorItems).get_image_size(number)
             return self._tokens(size.width, size.height)
 
         return [PromptReplacement(modality="image", target=[image_id], replacement=tokens)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
@@ -13,7 +14,7 @@ from adsc_kernels.integrations.vllm.spec import AdscStageSpec
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
-    from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
 
@@ -25,11 +26,11 @@ class LayoutHashes(list):
         self.layout = layout
 
 
-class _StageHashes:
-    """The block hashes of one stage, where `BlockPool.cache_full_blocks` looks for a request's."""
+class _OneHash:
+    """A key, where `BlockPool.cache_partial_block` looks for that of a request's first block."""
 
-    def __init__(self, block_hashes: list[BlockHash | None]) -> None:
-        self.block_hashes = block_hashes
+    def __init__(self, block_hash: BlockHash) -> None:
+        self.block_hashes = [block_hash]
 
 
 class AdscStageManager(FullAttentionManager):
@@ -37,14 +38,22 @@ class AdscStageManager(FullAttentionManager):
 
     Prefix cache. Block i of a stage holds survivors i * block .. (i + 1) * block - 1. Its key is
     the hash of the prompt's block that holds the last of them: hashes cover all that comes before,
-    and no two blocks of a stage end in the same block of the prompt. A hit of L tokens is possible
-    where the stage has only whole blocks before L, so that nothing is written to a shared block.
+    and no two blocks of a stage end in the same block of the prompt.
+
+    A hit of L tokens ends in a stage's block where the survivors before L don't fill their last
+    one, the tail. It is known by a key of its own for each L, and vLLM copies it for the request
+    that hits it (what it does for Mamba's states), so that nothing is written to a shared block.
     """
 
     supports_fine_grained_hash_lookup = False
 
     # The scheduler's own table: request id -> request.
     requests: Mapping[str, Request]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._keyed: dict[str, int] = {}  # blocks of a request's prompt whose keys are made
+        self._unpublished: dict[str, list[tuple[BlockHash, KVCacheBlock]]] = {}
 
     def _kept(self, request_id: str, tokens: int) -> int:
         hashes = self.requests[request_id].block_hashes
@@ -79,6 +88,8 @@ class AdscStageManager(FullAttentionManager):
         num_local_computed_tokens: int,
         num_external_computed_tokens: int,
     ) -> None:
+        # The copy of a tail gets the key under which it was found, too.
+        self._keyed[request_id] = max(num_local_computed_tokens // self.block_size - 1, 0)
         super().add_local_computed_blocks(
             request_id,
             new_computed_blocks,
@@ -103,25 +114,37 @@ class AdscStageManager(FullAttentionManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        stage, block = self.kv_cache_spec.stage, self.block_size
-        layout, hashes = request.block_hashes.layout, request.block_hashes
-        cached = self.num_cached_block.get(request.request_id, 0)
-        full = layout.kept_before(stage, num_tokens) // block
-        if cached >= full:
-            return
-        # What is cached already is not read again.
-        keys: list[Any] = [None] * cached
-        for i in range(cached, full):
-            keys.append(hashes[layout.position_of(stage, (i + 1) * block - 1) // block])
-        self.block_pool.cache_full_blocks(
-            request=_StageHashes(keys),
-            blocks=self.req_to_blocks[request.request_id],
-            num_cached_blocks=cached,
-            num_full_blocks=full,
-            block_size=block,
-            kv_cache_group_id=self.kv_cache_group_id,
+        name, block, hashes = request.request_id, self.block_size, request.block_hashes
+        blocks = self.req_to_blocks[name]
+        kept = self._kept(name, self._keyed.get(name, 0) * block)
+        for i in range(self._keyed.get(name, 0), num_tokens // block):
+            before, kept = kept, self._kept(name, (i + 1) * block)
+            if kept // block > before // block:
+                self._insert(hashes[i], blocks[kept // block - 1])
+            if kept % block:
+                self._unpublished.setdefault(name, []).append((hashes[i], blocks[kept // block]))
+        self._keyed[name] = max(self._keyed.get(name, 0), num_tokens // block)
+        self.num_cached_block[name] = self._kept(name, num_tokens) // block
+
+    def publish(self) -> None:
+        """At the end of a scheduler's step: from the next one on, tails that this one fills may be
+        copied. Copies run before a step's layers do."""
+        for tails in self._unpublished.values():
+            for block_hash, block in tails:
+                self._insert(tail_hash(block_hash), block)
+        self._unpublished.clear()
+
+    def _insert(self, block_hash: BlockHash, block: KVCacheBlock) -> None:
+        """Make a block known under one more key; it keeps those that it has until it is reused."""
+        size = self.block_pool.hash_block_size
+        self.block_pool.cache_partial_block(
+            _OneHash(block_hash), block, size, self.kv_cache_group_id, self.block_size
         )
-        self.num_cached_block[request.request_id] = full
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        self._keyed.pop(request_id, None)
+        self._unpublished.pop(request_id, None)  # preempted in the step that would have filled them
+        return super().pop_blocks_for_free(request_id)
 
     @classmethod
     def find_longest_cache_hit(
@@ -137,23 +160,34 @@ class AdscStageManager(FullAttentionManager):
         pcp_world_size: int = 1,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         stage, block, layout = kv_cache_spec.stage, kv_cache_spec.block_size, block_hashes.layout
-        found: tuple[list[KVCacheBlock], ...] = tuple([] for _ in kv_cache_group_ids)
-        limit = min(max_length, len(block_hashes) * block)
-        for i in range(layout.kept_before(stage, limit) // block):
+        full: list[list[KVCacheBlock]] = []  # of each group, by block
+        length = min(max_length, len(block_hashes) * block)
+        length -= length % alignment_tokens
+        for i in range(layout.kept_before(stage, length) // block):
             key = block_hashes[layout.position_of(stage, (i + 1) * block - 1) // block]
             blocks = block_pool.get_cached_block(key, kv_cache_group_ids)
             if not blocks:
                 break
-            for some, one in zip(found, blocks, strict=True):
-                some.append(one)
-        # The longest prefix that these blocks hold, and that ends with one of them.
-        length = min(limit, layout.position_of(stage, len(found[0]) * block))
-        length -= length % alignment_tokens
-        while layout.kept_before(stage, length) % block:
-            length -= alignment_tokens
-        for some in found:
-            del some[layout.kept_before(stage, length) // block :]
-        return found, length
+            full.append(blocks)
+        for end in range(length, 0, -alignment_tokens):
+            whole, rest = divmod(layout.kept_before(stage, end), block)
+            if whole > len(full):
+                continue
+            tail: list[list[KVCacheBlock]] = []
+            if rest:
+                key = tail_hash(block_hashes[end // block - 1])
+                blocks = block_pool.get_cached_block(key, kv_cache_group_ids)
+                if not blocks:
+                    continue
+                tail = [blocks]
+            found = full[:whole] + tail
+            return tuple([some[g] for some in found] for g in range(len(kv_cache_group_ids))), end
+        return tuple([] for _ in kv_cache_group_ids), 0
+
+
+def tail_hash(block_hash: BlockHash) -> BlockHash:
+    """The key of a stage's last, partial block where the prompt's block with this hash ends."""
+    return BlockHash(block_hash + b"tail")
 
 
 def register_stage_spec() -> None:

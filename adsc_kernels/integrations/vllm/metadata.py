@@ -22,7 +22,7 @@ from adsc_kernels.plan import CompressionPlan, make_plan
 from adsc_kernels.schedule import CompressionSchedule
 
 if TYPE_CHECKING:
-    from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+    from vllm.v1.attention.backend import CommonAttentionMetadata
 
 
 class Batch:
@@ -50,10 +50,11 @@ class Batch:
 class StageRows:
     """One stage's part of a batch: host numbers, and tensors on the device.
 
-    requests: which of the batch's requests have rows here; None where all have.
+    requests: which of the batch's requests have rows here; None where all are taken as they are.
     counts: rows of each of these.
     seq_lens: int32, keys of each; query_start_loc: int32, with its copy on the host.
     positions: int64, of each row among the survivors of its request.
+    masked: of each row, whether its token is not in the stage; None where no row's is.
     """
 
     num_tokens: int
@@ -65,12 +66,15 @@ class StageRows:
     query_start_loc_cpu: Tensor
     positions: Tensor
     request_of_row: Tensor
+    masked: Tensor | None
 
 
 class Step:
     """All stages of one batch.
 
-    plan: the movement of rows; None where no chunk touches an image, so that no row is dropped.
+    plan: the movement of rows; None where no row moves: no chunk touches an image, or no request
+        has more than a row. Such a row stays where it is, also where its token is dropped: a CUDA
+        graph of decode steps takes prompt chunks of one token too.
     """
 
     def __init__(self, batch: Batch, common: CommonAttentionMetadata) -> None:
@@ -89,7 +93,9 @@ class Step:
                 self._dropped[s, b] = end - layout.kept_before(s, end)
         self._stages: dict[int, StageRows] = {}
         self.plan: CompressionPlan | None = None
-        if any(layout.cuts(*chunk) for layout, chunk in zip(layouts, chunks, strict=False)):
+        self._masked = np.zeros(self._dropped.shape, bool)
+        touched = [b for b, layout in enumerate(layouts) if layout.cuts(*chunks[b])]
+        if touched and max(end - begin for begin, end in chunks) > 1:
             ends_of_images = [layout.end for layout in layouts] + [0] * (len(ends) - len(layouts))
             lengths = map(max, ends.tolist(), ends_of_images)
             self.plan = make_plan(
@@ -100,10 +106,22 @@ class Step:
                 chunks=chunks,
                 **alignment(batch.align_block),
             )
+        elif touched:
+            self._mask(touched, layouts, chunks)
+
+    def _mask(self, touched: Sequence[int], layouts: Sequence[RequestLayout], chunks: Any) -> None:
+        """Requests of one row, whose token may be in no stage but the first few."""
+        for b in touched:
+            begin, end = chunks[b]
+            for s in range(1, len(self._masked)):
+                kept = layouts[b].kept_before(s, end)
+                self._masked[s, b] = kept == layouts[b].kept_before(s, begin)
+                # Kernels need not expect a row without a key; what it reads is not used.
+                self._dropped[s, b] = end - max(kept, 1)
 
     def untouched(self, stage: int) -> bool:
         """The stage's keys and rows are those of the dense model: nothing was ever dropped."""
-        return self.plan is None and not self._dropped[stage].any()
+        return self.plan is None and not (self._dropped[stage].any() or self._masked[stage].any())
 
     def rows(self, stage: int) -> StageRows:
         """Those of a stage, made when its first group asks."""
@@ -113,26 +131,27 @@ class Step:
 
     def _make_rows(self, stage: int) -> StageRows:
         common, device = self._common, self._common.seq_lens.device
-        counts = np.diff(self._starts)
+        counts, starts, requests = np.diff(self._starts), self._starts, None
+        dropped = self._dropped[stage]
+        seq_lens_cpu = common.seq_lens_cpu_upper_bound[: len(counts)] - torch.from_numpy(dropped)
+        seq_lens = common.seq_lens[: len(counts)] - upload(dropped, device)
+        query_start_loc = common.query_start_loc
         if self.plan is not None:
             counts = np.array(self.plan.stages[stage].seq_lens, np.int32)
-        seq_lens_cpu = common.seq_lens_cpu_upper_bound[: len(counts)]
-        seq_lens_cpu = seq_lens_cpu - torch.from_numpy(self._dropped[stage])
-        seq_lens = common.seq_lens - upload(self._dropped[stage], device)
-        requests = None
-        if not counts.all():
-            # Kernels need not expect a request without a row, or without a key.
-            chosen = counts.nonzero()[0]
-            counts, seq_lens_cpu = counts[chosen], seq_lens_cpu[torch.from_numpy(chosen)]
-            requests = upload(chosen, device)
-            seq_lens = seq_lens[requests]
-        starts = np.concatenate([[0], counts.cumsum()]).astype(np.int32)
-        query_start_loc = upload(starts, device)
+            if not counts.all():
+                # Kernels need not expect a request without a row, or without a key.
+                chosen = counts.nonzero()[0]
+                counts, seq_lens_cpu = counts[chosen], seq_lens_cpu[torch.from_numpy(chosen)]
+                requests = upload(chosen, device)
+                seq_lens = seq_lens[requests]
+            starts = np.concatenate([[0], counts.cumsum()]).astype(np.int32)
+            query_start_loc = upload(starts, device)
         num_tokens = int(starts[-1])
         request_of_row = upload(np.repeat(np.arange(len(counts)), counts), device)
         # A chunk's survivors follow one another, up to the request's last key.
-        first = (seq_lens - query_start_loc[1:]).long()
+        first = (seq_lens - query_start_loc[1 : len(counts) + 1]).long()
         positions = torch.arange(num_tokens, device=device) + first[request_of_row]
+        masked = self._masked[stage]
         return StageRows(
             num_tokens=num_tokens,
             requests=requests,
@@ -143,6 +162,7 @@ class Step:
             query_start_loc_cpu=torch.from_numpy(starts),
             positions=positions,
             request_of_row=request_of_row,
+            masked=upload(masked, device)[request_of_row] if masked.any() else None,
         )
 
 
@@ -151,100 +171,6 @@ class EmptyStage:
     """The metadata of a stage without rows in this step: its layers do not run."""
 
     adsc: Step
-
-
-class StageBuilder:
-    """Mixed into an attention backend's metadata builder, for the layers behind a boundary.
-
-    Attributes of the built metadata: the backend's own, and `adsc`, the Step.
-    """
-
-    kv_cache_spec: Any
-    adsc_batch: Batch
-
-    # vLLM would hand a sibling group this group's metadata, with slots of its own in positions.
-    supports_update_block_table = False
-
-    def __init__(
-        self,
-        kv_cache_spec: Any,
-        layer_names: list[str],
-        vllm_config: Any,
-        device: torch.device,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kwargs)  # type: ignore[call-arg]
-        context = vllm_config.compilation_config.static_forward_context
-        self.adsc_batch = context[layer_names[0]].adsc_batch
-        # CUDA graphs of decode steps read lengths from where they lay at capture.
-        self._seq_lens = torch.zeros(
-            vllm_config.scheduler_config.max_num_seqs, dtype=torch.int32, device=device
-        )
-
-    @classmethod
-    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
-        """At most single-token decode: a stage's rows differ from the batch's in a prefill."""
-        from vllm.v1.attention.backend import AttentionCGSupport
-
-        support = super().get_cudagraph_support(vllm_config, kv_cache_spec)  # type: ignore[misc]
-        return min(
-            support, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE, key=lambda level: level.value
-        )
-
-    def build(
-        self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
-    ) -> Any:
-        step = self.adsc_batch.step(common_attn_metadata)
-        stage = self.kv_cache_spec.stage
-        if not step.untouched(stage):
-            rows = step.rows(stage)
-            if rows.num_tokens == 0:
-                common_attn_metadata.slot_mapping.fill_(-1)
-                return EmptyStage(step)
-            common_attn_metadata = self._compress(common_attn_metadata, rows)
-        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
-        metadata.adsc = step
-        return metadata
-
-    def _compress(
-        self, common: CommonAttentionMetadata, rows: StageRows
-    ) -> CommonAttentionMetadata:
-        block, block_table = self.kv_cache_spec.block_size, common.block_table_tensor
-        if rows.requests is not None:
-            block_table = block_table[rows.requests]
-        # The attention layer reads the slots of its group's buffer, so they are written there.
-        blocks = block_table[rows.request_of_row, rows.positions // block]
-        slots = common.slot_mapping[: rows.num_tokens]
-        slots.copy_(blocks * block + rows.positions % block)
-        common.slot_mapping[rows.num_tokens :].fill_(-1)
-        num_reqs = len(rows.counts)
-        seq_lens = self._seq_lens[:num_reqs]
-        seq_lens.copy_(rows.seq_lens)
-        return common.replace(
-            query_start_loc=rows.query_start_loc,
-            query_start_loc_cpu=rows.query_start_loc_cpu,
-            seq_lens=seq_lens,
-            seq_lens_cpu_upper_bound=rows.seq_lens_cpu,
-            num_reqs=num_reqs,
-            num_actual_tokens=rows.num_tokens,
-            max_query_len=int(rows.counts.max()),
-            max_seq_len=int(rows.seq_lens_cpu.max()),
-            block_table_tensor=block_table,
-            slot_mapping=slots,
-            positions=rows.positions,
-            is_prefilling=None,
-            req_idx=None,
-            _num_computed_tokens_cache=None,
-            _token_to_req_indices_cache=None,
-        )
-
-
-def stage_builder(base: type[AttentionMetadataBuilder]) -> type[AttentionMetadataBuilder]:
-    """The builder of a backend, for the layers behind a boundary."""
-    return type(f"Adsc{base.__name__}", (StageBuilder, base), {})
 
 
 def upload(values: np.ndarray, device: torch.device) -> Tensor:

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from vllm.compilation.backends import set_model_tag
-from vllm.compilation.decorators import support_torch_compile
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import subclass_attention_backend
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from adsc_kernels import ops
+from adsc_kernels.integrations.vllm.builder import stage_builder
 from adsc_kernels.integrations.vllm.config import image_span, layouts_of
 from adsc_kernels.integrations.vllm.groups import choose_grouping
-from adsc_kernels.integrations.vllm.metadata import Batch, Step, stage_builder
+from adsc_kernels.integrations.vllm.metadata import Batch, Step
 from adsc_kernels.integrations.vllm.spec import AdscStageSpec
+from adsc_kernels.integrations.vllm.units import PiecewiseGraphs, make_units
 from adsc_kernels.ops._dispatch import choose
 from adsc_kernels.plan import StagePlan
 
@@ -48,31 +48,6 @@ class StageAttention(Attention):
         )
 
 
-@support_torch_compile(dynamic_arg_dims={"positions": -1, "hidden_states": 0, "residual": 0})
-class StageLayers(nn.Module):
-    """The layers of one stage.
-
-    A unit of compilation of its own: inside one, the number of rows has a single symbol, and a
-    branch on what the batch holds would be frozen as it was at the first trace.
-    """
-
-    def __init__(
-        self, *, vllm_config: VllmConfig, prefix: str = "", layers: Sequence[nn.Module]
-    ) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(
-        self,
-        positions: torch.Tensor,
-        hidden_states: torch.Tensor,
-        residual: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        for layer in self.layers:
-            hidden_states, residual = layer(positions, hidden_states, residual)
-        return hidden_states, residual
-
-
 class StagedDecoder(nn.Module):
     """Mixed into one of vLLM's decoders by `cut_into_stages`: drops vision tokens between stages.
 
@@ -95,10 +70,9 @@ class StagedDecoder(nn.Module):
         image = image_span(vllm_config)
         lengths = [image[1] - n + _TEXT for n in layouts.of_spans((image,)).dropped]
         grouping = choose_grouping(schedule, lengths, vllm_config.cache_config.block_size)
-        units: list[StageLayers | None] = []
-        for s in range(schedule.num_stages):
+        for s in range(1, schedule.num_stages):
             numbers = schedule.layers_of_stage(s)
-            for n in numbers if s else ():
+            for n in numbers:
                 attention = self.layers[n].self_attn.attn
                 attention.__class__ = StageAttention  # in place: it is registered under its name
                 attention.adsc_batch, attention.adsc_stage = batch, s
@@ -106,12 +80,9 @@ class StagedDecoder(nn.Module):
                 backend = attention.attn_backend
                 builder = stage_builder(backend.get_builder_cls())
                 attention.attn_backend = subclass_attention_backend("Adsc", backend, builder)
-            if numbers:
-                with set_model_tag(f"adsc_stage_{s}"):
-                    layers = self.layers[numbers.start : numbers.stop]
-                    unit = StageLayers(vllm_config=vllm_config, layers=layers)
-            units.append(unit if numbers else None)
+        units = make_units(self.layers, schedule, vllm_config)
         self.units = nn.ModuleList(unit or nn.Module() for unit in units)
+        self.graphs = PiecewiseGraphs(vllm_config.compilation_config)
         self._has_layers = [unit is not None for unit in units]
         self._renumbers = schedule.positions == "renumber"
         self._last_layer = self.layers[-1].self_attn.attn.layer_name
@@ -130,7 +101,7 @@ class StagedDecoder(nn.Module):
         """
         hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         residual: Tensor | None = None
-        num_rows, step = len(hidden), self._step()
+        num_rows, step, narrow = len(hidden), self._step(), False
         plan = None if step is None else step.plan
         for s, unit in enumerate(self.units):
             if s and plan is not None:
@@ -139,9 +110,14 @@ class StagedDecoder(nn.Module):
                     return hidden.new_zeros(num_rows, hidden.shape[1])
                 if not stage.is_identity:
                     hidden, positions, residual = gather(hidden, positions, residual, stage)
+                    narrow = True
             if s and self._renumbers and step is not None and not step.untouched(s):
                 positions = step.rows(s).positions
-            if self._has_layers[s]:
+            if not self._has_layers[s]:
+                continue
+            if s:
+                hidden, residual = self.graphs.run(unit, positions, hidden, residual, narrow)
+            else:
                 hidden, residual = unit(positions, hidden, residual)
         hidden, _ = self.norm(hidden, residual)
         if plan is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adsc_kernels.integrations.vllm.layout import Layouts, Span, aligned_schedule
+from adsc_kernels.integrations.vllm.layout import Layouts, Span
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -33,10 +33,4 @@ def startup_report(layouts: Layouts, kv_cache_config: KVCacheConfig, image: Span
         f"KV of it and {_TEXT} text tokens: {ideal:.3f} of the dense model's in tokens, {real:.3f} "
         f"in blocks of {block}",
     ]
-    if all(dropped % block == 0 for dropped in layout.dropped):
-        parts.append("prefix-cache hits can end behind an image")
-    else:
-        better = aligned_schedule(schedule, image, block)
-        hint = "" if better is None else f', they can with \'{better}\' or "adsc_align": "block"'
-        parts.append(f"no prefix-cache hit can end behind an image{hint}")
     return "; ".join(parts)

@@ -15,6 +15,7 @@ from adsc_kernels.integrations.vllm.request_check import ENDS_IN_IMAGE, PROMPT_L
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
 logger = init_logger("vllm.adsc")  # vLLM configures only loggers of its own
@@ -26,18 +27,24 @@ class AdscScheduler(Scheduler):
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
         self.adsc_layouts = layouts_of(vllm_config)
-        for manager in self.kv_cache_manager.coordinator.single_type_managers:
-            if isinstance(manager, AdscStageManager):
-                manager.requests = self.requests
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        self.adsc_managers = [m for m in managers if isinstance(m, AdscStageManager)]
+        for manager in self.adsc_managers:
+            manager.requests = self.requests
         image = image_span(vllm_config)
         logger.info("%s", startup_report(self.adsc_layouts, self.kv_cache_config, image))
 
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        output = super().schedule(*args, **kwargs)
+        for manager in self.adsc_managers:
+            manager.publish()
+        return output
+
     def add_request(self, request: Request) -> None:
         """As vLLM's, but for what would be answered wrongly: that finishes as an error."""
-        layout = self.adsc_layouts.of(request.prompt_token_ids, request.mm_features)
+        layout, reason = self.adsc_layouts.read(request.prompt_token_ids, request.mm_features)
         request.block_hashes = LayoutHashes(layout, request.block_hashes)
-        reason = ""
-        if self.adsc_layouts.schedule.boundaries:
+        if self.adsc_layouts.schedule.boundaries and not reason:
             if request.resumable:
                 reason = "streaming input: not supported with ADSC"
             elif request.sampling_params and request.sampling_params.prompt_logprobs is not None:
