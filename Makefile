@@ -7,6 +7,9 @@ TORCH ?= $(if $(shell nvidia-smi -L 2>/dev/null),torch>=2.10,torch==2.13.0)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 BUILD = build/$(shell $(BIN)/python -c "import sys; print(sys.implementation.cache_tag)")
 NATIVE := setup.py CMakeLists.txt $(shell find cmake csrc -type f)
+# Hardly a test has work for more than one thread: several run at once instead.
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: venv venv-vllm demo test test-vllm test-fast test-cpp bench gpu-test gpu-sanitize gpu-bench lint format docs wheel clean help
@@ -61,10 +64,10 @@ demo: venv      ## the bundled model on a real picture, dense and compressed; th
 	$(BIN)/adsc run --out out/survivors.png
 
 test: lint test-cpp  ## linters, C++ tests, Python tests
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test-fast: venv ## Python tests without the slow ones
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-vllm: venv-vllm  ## the vLLM plug-in in real engines on the CPU, against the oracle
 	$(VLLM_PYTHON) -m pytest -q -o addopts=--strict-markers -n 2 --dist loadfile python_tests/vllm_engine

@@ -8,17 +8,20 @@ import ctypes
 import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from cases.run import Run, tensors
 from hypothesis import strategies as st
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "build" / sys.implementation.cache_tag / "csrc/tests/simt/libadsc_simt.so"
+CACHES = ("k_caches", "v_caches", "k_scales", "v_scales")
 POISON = 0xA7  # every byte of an output, and around it, before the kernels run
 
 needs_simt = pytest.mark.skipif(
@@ -78,8 +81,8 @@ def emulated(
     """Launches may read `inputs`, read and write `writable` and outputs, and touch nothing else."""
     library = load()
     library.adsc_simt_configure(*schedule, races)
-    for tensors, write in ((inputs, False), (writable, True)):
-        ranges = sorted({r for x in tensors if x is not None for r in byte_ranges(x)})
+    for memory, write in ((inputs, False), (writable, True)):
+        ranges = sorted({r for x in memory if x is not None for r in byte_ranges(x)})
         merged: list[tuple[int, int]] = []
         for begin, end in ranges:
             if merged and begin < merged[-1][1]:
@@ -113,12 +116,39 @@ def guards_intact(out: Tensor) -> bool:
     return bool((data[:begin] == POISON).all() and (data[end:] == POISON).all())
 
 
-def shifted(x: Tensor, elements: int) -> Tensor:
-    """The same values `elements` further on in memory: aligned to no more than that."""
-    if x.numel() == 0 or elements == 0:
-        return x
-    extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-    memory = torch.zeros(extent + elements, dtype=x.dtype)
-    view = memory.as_strided(x.shape, x.stride(), elements)
-    view.copy_(x)
-    return view
+def emulating(schedule: Schedule) -> Run:
+    """By the CUDA kernels, which may read the tensors of the call and nothing else."""
+
+    def run(op: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        inputs = reachable([*arguments, *options.values()])
+        with serving(), emulated(schedule, *inputs):
+            out = op(*arguments, **options)
+        assert all(map(guards_intact, tensors(out)))
+        return out
+
+    return run
+
+
+def emulating_in_place(schedule: Schedule, *outs: Tensor) -> Run:
+    """By the CUDA kernels, which may write the caches of the call, and `outs`."""
+
+    def run(op: Callable[..., Any], **options: Any) -> Any:
+        given = list(options.items())
+        if "cache" in options:
+            given += vars(options["cache"]).items()
+        caches = [x for name, value in given if name in CACHES for x in value or []]
+        inputs = reachable([value for name, value in given if name not in CACHES])
+        with serving(), emulated(schedule, *inputs, writable=(*caches, *outs)):
+            return op(**options)
+
+    return run
+
+
+def reachable(value: Any) -> list[Tensor]:
+    """The tensors of arguments: of stages, layouts and Ints too."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [x for part in value for x in reachable(part)]
+    names = ("segments", "cu_seqlens", "cu_seqlens_in", "spans")
+    return [getattr(value, name) for name in names if hasattr(value, name)]

@@ -2,15 +2,17 @@
 on a CPU, trap before they touch memory outside; on valid ones they agree with the CPU kernels."""
 
 from fractions import Fraction
+from typing import Any
 
+import pytest
 import torch
-from cache_cases import Blocks
-from cache_cases import blocks as block_cases
+from cases.compact import Blocks
+from cases.compact import blocks as block_cases
+from cases.rebuild_metadata import fractions, layouts
+from cases.segment_tables import FakeStage, stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from segment_tables import FakeStage, stages
 from simt import Schedule, emulated, schedules
-from test_rebuild_metadata import fractions, layouts
 from torch import Tensor
 
 from adsc_kernels import ops  # noqa: F401 (registers the CPU's ops)
@@ -83,31 +85,17 @@ def layout(
 @given(block_cases(outside=True), schedules)
 def blocks(drawn: Blocks, schedule: Schedule) -> None:
     """A block outside of the pool, shared, or read-only and written: no byte is written before."""
-    (wanted, arguments), (got, same) = drawn.build(), drawn.build()
-    saved = [buffer.clone() for buffer in got]
-    try:
-        outs = torch.ops.adsc_kernels.compact_paged_kv_(*arguments)
-        name = ""
-    except ValueError as error:
-        name = str(error).split(":")[0]
-    caches, *inputs = same
-    try:
-        with emulated(
-            schedule, *(x for x in inputs if isinstance(x, Tensor)), writable=tuple(caches)
-        ):
-            results = torch.ops.adsc_simt.compact_paged_kv_(*same)
-    except RuntimeError as error:
-        if not name or f"trap: {name}:" not in str(error):
-            raise
-        results = None
-    assert (results is None) == (name != ""), name
-    if results is None:
-        assert all(map(torch.equal, got, saved))
-        seen["trap"] += 1
-        return
-    assert all(map(torch.equal, results, outs))
-    assert all(map(torch.equal, got, wanted))
-    seen["valid"] += 1
+
+    def op(*arguments: Any) -> Any:
+        caches, *rest = arguments
+        inputs = [x for x in rest if isinstance(x, Tensor)]
+        with emulated(schedule, *inputs, writable=tuple(caches)):
+            return torch.ops.adsc_simt.compact_paged_kv_(*arguments)
+
+    refused = drawn.check_refused_alike(
+        op, lambda name: pytest.raises(RuntimeError, match=f"trap: {name}:")
+    )
+    seen["trap" if refused else "valid"] += 1
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 entry, the CUDA op, run on a CPU, traps before it writes a row or a cache."""
 
 import torch
+from cases.segment_tables import FakeStage, stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from segment_tables import FakeStage, stages
 from simt import Schedule, emulated, schedules
 from simt_checks import edited, edits, seen
 from torch import Tensor

@@ -1,77 +1,52 @@
 """boundary_step against the ops that it joins and against the reference."""
 # ruff: noqa: E501 (tables of cases, one a line)
 
-from collections.abc import Callable
-from dataclasses import replace
-from fractions import Fraction
-
 import pytest
 import torch
+from cases.boundary_step import (
+    DTYPES,
+    Kind,
+    Rows,
+    boundaries,
+    check,
+    drawn,
+    moved,
+    others_of,
+    same_step,
+)
+from cases.rebuild_metadata import int32
+from cases.refused.boundary_step import BAD_CALLS, CU, LAYOUT, SPANS, STAGE, H, P, R, W
+from cases.row_bits import same_bits
+from cases.run import on
+from cases.segment_tables import FakeStage, image_stage, source_rows, stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from row_bits import STRIDES, random_bits, same_bits, strided_rows
-from segment_tables import FakeStage, by_stage, image_stage, stage_of, stages
-from test_rebuild_metadata import PATTERNS, fractions, int32, layouts
 from torch import Tensor
 from torch.library import opcheck
 
-from adsc_kernels import CompressionSchedule, make_plan, ops, reference
+from adsc_kernels import CompressionSchedule, make_plan, ops
 from adsc_kernels.backend import backend
-
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-others = st.lists(
-    st.tuples(
-        st.sampled_from([torch.int64, torch.float32, torch.bool, torch.bfloat16]),
-        st.sampled_from([(), (3,), (64,), (2, 8), (0,)]),
-        st.sampled_from(STRIDES),
-    ),
-    max_size=4,
-)
-
-
-def drawn(rows: int, hidden: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(rows * 1000 + hidden)
-    values = [torch.randn(rows, hidden, generator=generator) for _ in range(2)]
-    values.append(torch.randn(hidden, generator=generator) + 1)
-    names = ("hidden", "residual", "weight")
-    return {name: value.to(dtype) for name, value in zip(names, values, strict=True)}
-
-
-def moved(rows: int, kinds: list[tuple[torch.dtype, tuple[int, ...], str]]) -> list[Tensor]:
-    return [
-        strided_rows(random_bits(rows, trailing, dtype, i), stride)
-        for i, (dtype, trailing, stride) in enumerate(kinds)
-    ]
-
-
-def same_step(a: ops.BoundaryStep, b: ops.BoundaryStep) -> None:
-    torch.testing.assert_close(a.hidden, b.hidden)
-    assert (a.residual is None) == (b.residual is None)
-    if a.residual is not None and b.residual is not None:
-        assert same_bits(a.residual, b.residual)
-    assert len(a.others) == len(b.others)
-    assert all(
-        same_bits(x, y) and x.is_contiguous() for x, y in zip(a.others, b.others, strict=True)
-    )
-    assert (a.metadata is None) == (b.metadata is None)
-    assert all(same_bits(x, y) for x, y in zip(a.metadata or (), b.metadata or (), strict=True))
 
 
 @settings(max_examples=100, deadline=None)
 @given(
-    stages(), st.sampled_from([0, 1, 7, 64, 513]), st.sampled_from(DTYPES), st.booleans(), others
+    stages(),
+    st.sampled_from([0, 1, 7, 64, 513]),
+    st.sampled_from(DTYPES),
+    st.booleans(),
+    others_of(),
 )
 def test_equals_the_ops_it_joins(
     stage: FakeStage,
     width: int,
     dtype: torch.dtype,
     norm: bool,
-    kinds: list[tuple[torch.dtype, tuple[int, ...], str]],
+    kinds: list[Kind],
 ) -> None:
     inputs = drawn(stage.num_tokens_in, width, dtype)
     hidden, residual, weight = inputs.values()
     rest = moved(stage.num_tokens_in, kinds)
-    rows = torch.tensor(reference.source_rows(*by_stage(stage)), dtype=torch.int32)
+    rows = torch.tensor(source_rows(stage), dtype=torch.int32)
     for source in ({"stage": stage}, {"keep_indices": rows}):
         if norm:
             out = ops.boundary_step(**inputs, eps=1e-5, others=rest, **source)
@@ -93,53 +68,22 @@ def test_equals_the_ops_it_joins(
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    layout=layouts(),
-    keep=fractions,
-    columns=fractions,
-    pattern=st.sampled_from([*PATTERNS, "grid"]),
-    spare=st.integers(0, 5),
-    behind=st.integers(0, 4),
-    norm=st.booleans(),
-    kinds=others,
-)
-def test_a_layout_equals_the_reference(
-    layout: tuple[Tensor, Tensor],
-    keep: Fraction,
-    columns: Fraction,
-    pattern: str,
-    spare: int,
-    behind: int,
-    norm: bool,
-    kinds: list[tuple[torch.dtype, tuple[int, ...], str]],
-) -> None:
+@given(boundaries(forms=("layout",)))
+def test_a_layout_equals_the_reference(rows: Rows) -> None:
     """Movement and metadata; what num_tokens has to spare is zeros, rows behind are not read."""
-    cu_seqlens, spans = layout
-    grid = pattern == "grid"
-    arguments = (cu_seqlens, spans, (keep, columns) if grid else keep, pattern, 6 if grid else None)
-    metadata = ops.rebuild_metadata(*arguments)
-    total, rows = int(metadata.num_tokens), int(cu_seqlens[-1]) + behind
-    inputs = drawn(rows, 16) if norm else {"hidden": drawn(rows, 16)["hidden"]}
-    inputs["hidden"][rows - behind :] = torch.nan
-    rest = moved(rows, kinds)
-    out = ops.boundary_step(
-        **inputs, others=rest, layout=ops.BatchLayout(*arguments, num_tokens=total + spare)
+    out = check(rows, on("cpu"))
+    layout = rows.arguments["layout"]
+    metadata = ops.rebuild_metadata(
+        layout.cu_seqlens, layout.spans, layout.keep, layout.pattern, layout.max_height
     )
-    with backend("reference"):
-        same_step(
-            out,
-            ops.boundary_step(
-                **inputs, others=rest, layout=ops.BatchLayout(*arguments, num_tokens=total + spare)
-            ),
-        )
     assert out.metadata is not None
     assert all(torch.equal(x, y) for x, y in zip(out.metadata, metadata, strict=True))
-    stage = metadata.stage(total, rows)
-    same = ops.boundary_step(**inputs, others=rest, stage=stage)
+    total = int(metadata.num_tokens)
+    stage = metadata.stage(total, len(rows.arguments["hidden"]))
+    same = ops.boundary_step(**{**rows.arguments, "layout": None, "stage": stage})
     assert same_bits(out.hidden[:total], same.hidden)
     for x in (out.hidden, *([] if out.residual is None else [out.residual]), *out.others):
-        assert x.shape[0] == total + spare
-        assert not x[total:].contiguous().unsqueeze(-1).view(torch.uint8).any()
+        assert x.shape[0] == layout.num_tokens
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
@@ -169,10 +113,6 @@ def test_of_a_plan() -> None:
 
 # ---- Gradients and tracing ----
 
-STAGE = stage_of([[0, 0, 2, 2, 0, 0], [2, 2, 5, 3, 0, 1]], 5, 7)
-CU, SPANS = int32([0, 7], 2), int32([[0, 2, 5]], 1, 3)
-LAYOUT = ops.BatchLayout(CU, SPANS, "1/2", num_tokens=7)  # two rows to spare
-
 
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize(
@@ -197,8 +137,6 @@ def test_gradcheck(norm: bool, source: dict[str, object]) -> None:
 
 
 OP = torch.ops.adsc_kernels.boundary_step.default
-H, R, W = (drawn(7, 4)[name] for name in ("hidden", "residual", "weight"))
-P = torch.arange(7)
 NO_LAYOUT: tuple[object, ...] = (None, None, [], "start", 0)
 SAMPLES = {
     "norm": (H.clone().requires_grad_(), R, W, 1e-6, [P], STAGE.segments, None, *NO_LAYOUT, 5),
@@ -234,45 +172,6 @@ def test_one_graph_for_all_lengths() -> None:
 
 
 # ---- Bad input ----
-
-
-def call(hidden: object = H, **options: object) -> Callable[..., object]:
-    if not options.keys() & {"stage", "keep_indices", "layout"}:
-        options["stage"] = STAGE
-    return lambda: ops.boundary_step(hidden, **options)  # type: ignore[arg-type]
-
-
-E4M3 = H.to(torch.float8_e4m3fn)
-BAD_CALLS = {
-    "residual alone": (call(residual=R), ValueError, "^residual, weight: .*only residual"),
-    "weight alone": (call(weight=W), ValueError, "^residual, weight: .*only weight"),
-    "no source": (lambda: ops.boundary_step(H), ValueError, "^stage, keep_indices: .*neither"),
-    "two sources": (call(stage=STAGE, keep_indices=P), ValueError, "^stage, keep_indices: .*both"),
-    "layout and stage": (call(stage=STAGE, layout=LAYOUT), ValueError, "^stage, keep_indices, layout: .*layout and stage"),
-    "layout and indices": (call(keep_indices=P, layout=LAYOUT), ValueError, ".*layout and keep_indices"),
-    "hidden not a tensor": (call(1.0), TypeError, "^hidden: .*float"),
-    "hidden strides": (call(torch.zeros(4, 7).T), ValueError, "^hidden: .*contiguous inside"),
-    "hidden fp8": (call(E4M3, residual=E4M3, weight=W), TypeError, "^hidden: .*got torch.float8_e4m3fn"),
-    "hidden rows": (call(H[:6]), ValueError, "^hidden: expected 7 rows"),
-    "residual shape": (call(residual=R[:, :3].clone(), weight=W), ValueError, r"^residual: .*\(7, 4\), got \(7, 3\)"),
-    "residual dtype": (call(residual=R.double(), weight=W), TypeError, "^residual: .*dtype of hidden"),
-    "weight length": (call(residual=R, weight=W[:3].clone()), ValueError, r"^weight: .*\(4,\), got \(3,\)"),
-    "eps": (call(residual=R, weight=W, eps=-1.0), ValueError, "^eps: .*-1"),
-    "others rows": (call(others=[P, P[:6]]), ValueError, r"^others\[1\]: expected 7 rows, as hidden, got 6"),
-    "others device": (call(others=[P.to("meta")]), ValueError, r"^others\[0\]: .*cpu, got meta"),
-    "others scalar": (call(others=[torch.tensor(1)]), ValueError, r"^others\[0\]: .*dimension"),
-    "table": (call(stage=stage_of([[0, 3, 5, 5, 0, 0]], 5, 7)), ValueError, "^segments: row 0"),
-    "indices": (call(keep_indices=P + 1), ValueError, "^keep_indices: .*got 7 at position 6"),
-    "layout type": (call(layout=(CU, SPANS)), TypeError, "^layout: expected a BatchLayout, got tuple"),
-    "num_tokens type": (call(layout=replace(LAYOUT, num_tokens=5.0)), TypeError, "^layout.num_tokens: .*float"),
-    "num_tokens negative": (call(layout=replace(LAYOUT, num_tokens=-1)), ValueError, "^layout.num_tokens: .*-1"),
-    "num_tokens too small": (call(layout=replace(LAYOUT, num_tokens=4)), ValueError, "^num_tokens: .*the stage, 5, got 4"),
-    "cu_seqlens past hidden": (call(H[:6], layout=LAYOUT), ValueError, "^cu_seqlens: .*rows of hidden, 6, got 7"),
-    "cu_seqlens device": (call(H.to("meta"), layout=LAYOUT), ValueError, "^cu_seqlens: .*meta, got cpu"),
-    "spans": (call(layout=replace(LAYOUT, spans=int32([[0, 3, 5]], 1, 3))), ValueError, "^spans: row 0"),
-    "keep": (call(layout=replace(LAYOUT, keep="3/2")), ValueError, "^keep: "),
-    "pattern": (call(layout=replace(LAYOUT, pattern="random")), ValueError, "^pattern: .*'random'"),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD_CALLS)

@@ -138,8 +138,8 @@ def test_setup_stops_at_a_torch_that_is_too_old(tmp_path):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """The wheel of a clean copy of the sources, built as the README says, but for one GPU
-    architecture alone: this environment's own build has compiled all of them."""
+    """The wheel of a clean copy of the sources, built as the README says, but without CUDA, which
+    takes minutes and nothing here looks at: this environment's own build has compiled it."""
     folder = tmp_path_factory.mktemp("wheel")
     made = (".git", ".venv*", "build", "dist", "out", "*.egg-info", "*.so", ".*_cache")
     shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(*made))
@@ -148,7 +148,7 @@ def wheel(tmp_path_factory) -> Path:
     result = subprocess.run(
         command,
         cwd=folder / "source",
-        env=os.environ | {"ADSC_CUDA_ARCHS": "90"},
+        env=os.environ | {"ADSC_CUDA": "0"},
         capture_output=True,
         text=True,
     )
@@ -160,9 +160,9 @@ def wheel(tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_the_wheel_is_small_and_complete(wheel):
     archive = zipfile.ZipFile(wheel)
-    one_architecture = archive.getinfo("adsc_kernels/libadsc_ops.so").compress_size
-    all_architectures = len(zlib.compress(_library.LIBRARY.read_bytes()))
-    assert wheel.stat().st_size - one_architecture + all_architectures < 10 * MEGABYTE
+    without_cuda = archive.getinfo("adsc_kernels/libadsc_ops.so").compress_size
+    as_built_here = len(zlib.compress(_library.LIBRARY.read_bytes()))
+    assert wheel.stat().st_size - without_cuda + as_built_here < 10 * MEGABYTE
     names = set(archive.namelist())
     module = Path(_C.__file__).name
     assert {f"adsc_kernels/{module}", "adsc_kernels/libadsc_ops.so"} <= names

@@ -6,17 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from cache_cases import Case, dense_cases, paged_cases
+from cases.compact import Case, dense_cases, paged_cases
+from cases.plans import image_plan
+from cases.row_bits import bits
 from hypothesis import given, settings
 from torch import Tensor
 
-from adsc_kernels import CompressionSchedule, StagePlan, backend, make_plan, ops
+from adsc_kernels import CompressionSchedule, backend, make_plan, ops
 
 TENSORS = ("k_caches", "v_caches", "k_scales", "v_scales")
-
-
-def bits(x: Tensor) -> Tensor:
-    return x.contiguous().unsqueeze(-1).view(torch.uint8)
 
 
 def logical(x: Tensor, layout: str, batched: bool) -> Tensor:
@@ -129,15 +127,6 @@ def test_read_only_blocks_that_would_change_are_refused_and_only_those(case: Cas
             assert all(map(torch.equal, built.buffers, saved))
         else:
             assert block not in changed
-
-
-def image_plan(
-    batch: int = 1, keep: str = "1/4", text: int = 32, vision: int = 64, tail: int = 32
-) -> StagePlan:
-    schedule = CompressionSchedule.parse(f"1:{keep}", num_layers=2)
-    total = text + vision + tail
-    cu_seqlens = [b * total for b in range(batch + 1)]
-    return make_plan(schedule, cu_seqlens, [(b, text, vision) for b in range(batch)]).stages[1]
 
 
 def test_an_aligned_suffix_stays_where_it_is() -> None:

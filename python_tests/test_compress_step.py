@@ -7,50 +7,40 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import test_boundary_step
-import test_compact_input
 import torch
-from cache_cases import Case, dense_cases, on_device, paged_cases
-from compress_cases import Rows, boundaries, run, same_boundary
+from cases.boundary_step import Rows, boundaries, same_step
+from cases.compact import Case, check_buffers, check_results
+from cases.compress_step import HIDDEN, PLAN, TABLE, WEIGHT, S, caches, check, sample, step
+from cases.refused.boundary_step import BAD_CALLS as BAD_BOUNDARIES
+from cases.refused.boundary_step import LAYOUT
+from cases.refused.compact import BAD_CALLS as BAD_CACHES
+from cases.run import on
+from cases.segment_tables import FakeStage
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from segment_tables import FakeStage
-from test_compact_kernels import check_buffers, check_results
 from torch import Tensor
 from torch.library import opcheck
 
-from adsc_kernels import CompressionSchedule, UnsupportedError, make_plan, ops
-from adsc_kernels.backend import backend
-
-cases = st.one_of(dense_cases(), paged_cases())
+from adsc_kernels import UnsupportedError, ops
 
 
 @settings(max_examples=150, deadline=None)
-@given(case=cases, rows=boundaries(), uploaded=st.booleans())
+@given(case=caches, rows=boundaries(), uploaded=st.booleans())
 def test_equals_the_ops_it_joins(case: Case, rows: Rows, uploaded: bool) -> None:
     built, wanted = case.build(), case.build()
-    step = run(case, built, rows, on_device(built.arguments) if uploaded else None)
+    done = step(case, built, rows, on("cpu"), uploaded)
     op = ops.compact_paged_kv_ if "block_table" in case.extra else ops.compact_kv_
-    check_results(step.compaction, op(**wanted.arguments))
+    check_results(done.compaction, op(**wanted.arguments))
     check_buffers(built, wanted)
-    same_boundary(step.boundary, ops.boundary_step(**rows.arguments), exact=True)
+    same_step(done.boundary, ops.boundary_step(**rows.arguments), close=None)
 
 
 @settings(max_examples=60, deadline=None)
-@given(case=cases, rows=boundaries(max_length=12))
-def test_equals_the_reference(case: Case, rows: Rows) -> None:
-    built, wanted = case.build(), case.build()
-    with backend("cpu"):
-        step = run(case, built, rows)
-    with backend("reference"):
-        truth = run(case, wanted, rows)
-    check_results(step.compaction, truth.compaction)
-    check_buffers(built, wanted)
-    same_boundary(step.boundary, truth.boundary, exact=False)
+@given(case=caches, rows=boundaries(max_length=12), uploaded=st.booleans())
+def test_equals_the_reference(case: Case, rows: Rows, uploaded: bool) -> None:
+    check(case, rows, on("cpu"), uploaded=uploaded)
 
 
-SCHEDULE = CompressionSchedule.parse("1:1/2,2:1/4@center", num_layers=4)
-PLAN = make_plan(SCHEDULE, [0, 40, 60], [(0, 5, 24), (1, 2, 9)])
 ROWS = [len(stage.token_indices()) for stage in PLAN.stages]
 
 
@@ -85,17 +75,15 @@ def test_more_tensors_than_one_launch_takes() -> None:
 
 # ---- Bad input ----
 
-HIDDEN = torch.randn(ROWS[0], 8)
-
 
 def own_cache(**options: Any) -> ops.DenseCache:
     return ops.DenseCache(torch.randn(ROWS[0], 2, 4), None, **{"stage": PLAN.stages[1], **options})
 
 
-@pytest.mark.parametrize("name", test_boundary_step.BAD_CALLS)
+@pytest.mark.parametrize("name", BAD_BOUNDARIES)
 def test_bad_boundaries(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What boundary_step refuses, with its words; and the caches stay as they are."""
-    bad_call, error, message = test_boundary_step.BAD_CALLS[name]
+    bad_call, error, message = BAD_BOUNDARIES[name]
     cache = own_cache()
     before = cache.k_caches.clone()
 
@@ -110,10 +98,10 @@ def test_bad_boundaries(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(cache.k_caches, before)
 
 
-@pytest.mark.parametrize("name", test_compact_input.BAD_CALLS)
+@pytest.mark.parametrize("name", BAD_CACHES)
 def test_bad_caches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the compaction ops refuse, with their words."""
-    bad_call, error, message = test_compact_input.BAD_CALLS[name]
+    bad_call, error, message = BAD_CACHES[name]
     # Without rows of its own a cache takes the boundary's, which is another fault.
     no_rows = {"neither": (ValueError, "^cache: .*neither")}
     error, message = no_rows.get(name, (error, message))
@@ -129,7 +117,6 @@ def test_bad_caches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         bad_call()
 
 
-LAYOUT = test_boundary_step.LAYOUT
 FAKE = FakeStage(PLAN.stages[1].segments, PLAN.stages[1].num_tokens, ROWS[0])
 SHARED = torch.randn(ROWS[0], 3, 8)
 FORMS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
@@ -167,27 +154,6 @@ def test_views_beside_the_cache_are_no_overlap() -> None:
 # ---- The op ----
 
 OP = torch.ops.adsc_kernels.compress_step.default
-WEIGHT = torch.randn(8)
-S = PLAN.stages[1]
-OWN = (S.segments, None, S.cu_seqlens, S.cu_seqlens_in, None, None)
-TABLE = torch.randperm(30)[:20].reshape(2, 10)
-
-
-def sample(kind: str) -> tuple[Any, ...]:
-    boundary = (HIDDEN, None, None, 1e-6, [torch.arange(ROWS[0])], S.segments, None)
-    boundary += (None, None, [], "start", 0, S.num_tokens)
-    outs = [HIDDEN.new_empty(S.num_tokens, 8), torch.empty(S.num_tokens, dtype=torch.int64)]
-    if kind == "layout":
-        cu, spans = S.cu_seqlens_in, torch.tensor([[0, 5, 24], [1, 2, 9]], dtype=torch.int32)
-        boundary = (HIDDEN, HIDDEN + 1, WEIGHT, 1e-6, [], None, None, cu, spans)
-        boundary += ([1, 2], "start", 0, S.num_tokens)
-        metadata = ops.rebuild_metadata(cu, spans, "1/2")
-        outs = [outs[0], outs[0].clone(), *(torch.empty_like(x) for x in metadata)]
-    if kind == "paged":
-        pools = [torch.randn(30, 4, 2, 3) for _ in range(2)]
-        return (*boundary, pools, 1, TABLE, 4, *OWN, None, True, torch.tensor([99]), "NHD", outs)
-    cache = torch.randn(ROWS[0], 2, 3)
-    return (*boundary, [cache], 1, None, 0, *OWN, S.cu_seqlens_in, False, None, "NHD", outs)
 
 
 @pytest.mark.parametrize("kind", ["dense", "paged", "layout"])

@@ -61,6 +61,7 @@ def run_interrupted(
             getattr(train, stage)(args)
 
 
+@pytest.mark.slow
 def test_resumed_stages_equal_uninterrupted_ones_and_export(
     train: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

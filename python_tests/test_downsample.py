@@ -1,41 +1,32 @@
 """downsample and downsample_many against the reference, bit for bit."""
-# ruff: noqa: E501 (tables of cases, one a line)
-
-from dataclasses import replace
 
 import pytest
 import torch
+from cases.downsample import (
+    Rows,
+    check,
+    check_conjugate_views,
+    check_duplicates,
+    check_many,
+    check_no_rows,
+    check_rows_far_apart,
+    drawn_rows,
+)
+from cases.refused.downsample import BAD_CALLS, GOOD, X
+from cases.row_bits import DTYPES, STRIDES, TRAILING, random_bits, same_bits, strided_rows
+from cases.run import on
+from cases.segment_tables import FakeStage, image_stage, source_rows, stage_of, stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from row_bits import DTYPES, STRIDES, TRAILING, bits, random_bits, same_bits, strided_rows
-from segment_tables import FakeStage, by_stage, image_stage, stage_of, stages
 from torch import Tensor
 
-from adsc_kernels import ops, reference
+from adsc_kernels import ops
 
 
 @settings(max_examples=300, deadline=None)
-@given(
-    stage=stages(),
-    dtype=st.sampled_from(DTYPES),
-    trailing=st.sampled_from(TRAILING),
-    kind=st.sampled_from(STRIDES),
-    seed=st.integers(0, 2**31),
-)
-def test_equals_reference(
-    stage: FakeStage, dtype: torch.dtype, trailing: tuple[int, ...], kind: str, seed: int
-) -> None:
-    x = strided_rows(random_bits(stage.num_tokens_in, trailing, dtype, seed), kind)
-    before, table = bits(x).clone(), stage.segments.clone()
-    out = ops.downsample(x, stage)
-    assert out.is_contiguous()
-    assert same_bits(out, reference.downsample(x, *by_stage(stage)))
-    assert torch.equal(bits(x), before)
-    assert torch.equal(stage.segments, table)
-
-    rows = torch.tensor(reference.source_rows(*by_stage(stage)), dtype=torch.int64)
-    for width in (torch.int32, torch.int64):
-        assert same_bits(ops.downsample(x, keep_indices=rows.to(width)), out)
+@given(stage=stages(), rows=drawn_rows())
+def test_equals_reference(stage: FakeStage, rows: Rows) -> None:
+    check(stage, rows.make(stage.num_tokens_in), on("cpu"))
 
 
 @settings(max_examples=100, deadline=None)
@@ -59,15 +50,8 @@ def test_many_equals_one_by_one(stage: FakeStage, kinds: list[str]) -> None:
         strided_rows(random_bits(stage.num_tokens_in, TRAILING[i], DTYPES[3 * i], i), kind)
         for i, kind in enumerate(kinds)
     ]
-    outs = ops.downsample_many(xs, stage)
-    wanted = reference.downsample_many(xs, *by_stage(stage))
-    rows = torch.tensor(reference.source_rows(*by_stage(stage)), dtype=torch.int32)
-    again = ops.downsample_many(tuple(xs), keep_indices=rows)
-    assert isinstance(outs, list)
-    assert len(outs) == len(again) == len(xs)
-    for x, out, out_again, reference_out in zip(xs, outs, again, wanted, strict=True):
-        assert same_bits(out, reference_out)
-        assert same_bits(out_again, reference_out)
+    check_many(stage, xs, on("cpu"))
+    for x, out in zip(xs, ops.downsample_many(xs, stage), strict=True):
         assert same_bits(out, ops.downsample(x, stage))
 
 
@@ -77,7 +61,7 @@ def test_threads(threads: int, trailing: tuple[int, ...]) -> None:
     """Large enough to be shared between threads, which meet inside a segment."""
     stage = image_stage(60 if trailing == () else 2, text=1001)
     x = random_bits(stage.num_tokens_in, trailing, torch.int64, 1)
-    rows = torch.tensor(reference.source_rows(*by_stage(stage)))
+    rows = torch.tensor(source_rows(stage))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -89,9 +73,7 @@ def test_threads(threads: int, trailing: tuple[int, ...]) -> None:
 
 
 def test_conjugate_views_are_resolved() -> None:
-    x = random_bits(6, (2,), torch.complex64, 3).nan_to_num()
-    rows = torch.tensor([5, 0])
-    assert torch.equal(ops.downsample(x.conj(), keep_indices=rows), x[rows].conj())
+    check_conjugate_views(on("cpu"))
 
 
 def test_more_than_two_to_the_31_elements() -> None:
@@ -117,14 +99,10 @@ def test_more_than_two_to_the_31_elements() -> None:
 
 
 def test_rows_far_apart() -> None:
-    """A stride that takes the last row past 2^32 bytes, of which only two rows are ever touched."""
-    storage = torch.empty((1 << 32) + (1 << 20), dtype=torch.uint8)
-    x = storage.as_strided((3, 8), (1 << 31, 1))
-    x[0], x[2] = 1, 7
-    assert ops.downsample(x, keep_indices=torch.tensor([2, 0]))[:, 0].tolist() == [7, 1]
+    check_rows_far_apart(on("cpu"))
 
 
-# ---- Gradients --------------------------------------------------------------------------------------
+# ---- Gradients ----
 
 
 @settings(max_examples=10, deadline=None)
@@ -156,18 +134,14 @@ def test_dropped_rows_have_gradient_zero_exactly(dtype: torch.dtype) -> None:
     grad = torch.randn(stage.num_tokens, 300, dtype=dtype)
     ops.downsample(x, stage).backward(grad)
     wanted = torch.zeros_like(x)
-    wanted[reference.source_rows(*by_stage(stage))] = grad
+    wanted[source_rows(stage)] = grad
     assert x.grad is not None
     assert torch.equal(x.grad, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_duplicates_are_summed_in_float(dtype: torch.dtype) -> None:
-    """257 ones overflow bfloat16's integers if they are added one by one in bfloat16."""
-    x = torch.randn(3, 2, dtype=dtype, requires_grad=True)
-    ops.downsample(x, keep_indices=torch.tensor([1] * 300 + [2])).sum().backward()
-    assert x.grad is not None
-    assert x.grad[:, 0].tolist() == [0, 300, 1]
+    check_duplicates(dtype, on("cpu"))
 
 
 def test_gradient_only_where_asked() -> None:
@@ -183,56 +157,7 @@ def test_gradient_only_where_asked() -> None:
     assert not ops.downsample(x, stage).requires_grad
 
 
-# ---- Bad input --------------------------------------------------------------------------------------
-
-X = torch.zeros(10, 4)
-GOOD = stage_of([[0, 0, 10, 5, 0, 0]], 5, 10)
-
-
-def with_table(rows: list[list[int]], num_tokens: int = 5) -> FakeStage:
-    return stage_of(rows, num_tokens, 10)
-
-
-BAD_CALLS = {
-    "both": (lambda: ops.downsample(X, GOOD, keep_indices=torch.tensor([0])), ValueError, "exactly one"),
-    "neither": (lambda: ops.downsample(X), ValueError, "got neither"),
-    "x not a tensor": (lambda: ops.downsample([1, 2], GOOD), TypeError, "^x: .*list"),
-    "x sparse": (lambda: ops.downsample(X.to_sparse(), GOOD), TypeError, "^x: .*sparse"),
-    "x scalar": (lambda: ops.downsample(torch.tensor(1.0), GOOD), ValueError, "^x: .*scalar"),
-    "x transposed": (lambda: ops.downsample(torch.zeros(4, 10).T, GOOD), ValueError, r"^x: .*contiguous inside.*\(1, 10\)"),
-    "x rows": (lambda: ops.downsample(X[:9], GOOD), ValueError, "^x: expected 10 rows .*got 9"),
-    "no tensors": (lambda: ops.downsample_many([], GOOD), ValueError, "^xs: .*at least one"),
-    "rows differ": (lambda: ops.downsample_many([X, X[:9]], GOOD), ValueError, r"^xs\[1\]: expected 10 rows"),
-    "devices differ": (lambda: ops.downsample_many([X, X.to("meta")], GOOD), ValueError, r"^xs\[1\]: .*device"),
-    "table device": (lambda: ops.downsample(X, replace(GOOD, segments=GOOD.segments.to("meta"))), ValueError, "^stage.segments: .*device.*meta"),
-    "table dtype": (lambda: ops.downsample(X, replace(GOOD, segments=GOOD.segments.long())), TypeError, "^stage.segments: .*int32.*int64"),
-    "table shape": (lambda: ops.downsample(X, replace(GOOD, segments=GOOD.segments[:, :5].clone())), ValueError, r"^stage.segments: .*\[S, 6\].*\(1, 5\)"),
-    "table strides": (lambda: ops.downsample(X, replace(GOOD, segments=torch.zeros(6, 2, dtype=torch.int32).T)), ValueError, "^stage.segments: .*contiguous"),
-    "table not a tensor": (lambda: ops.downsample(X, replace(GOOD, segments=[[0] * 6])), TypeError, "^stage.segments: .*list"),
-    "table empty": (lambda: ops.downsample(X, with_table([])), ValueError, "^segments: .*5 output rows.*empty"),
-    "first dst": (lambda: ops.downsample(X, with_table([[1, 0, 10, 5, 0, 0]])), ValueError, "^segments: .*first dst.*got 1"),
-    "dst falls": (lambda: ops.downsample(X, with_table([[0, 0, 10, 9, 0, 0], [4, 0, 9, 9, 0, 0], [3, 0, 9, 9, 0, 0]])), ValueError, "^segments: row 1 .*rising.*got 3"),
-    "dst past the end": (lambda: ops.downsample(X, with_table([[0, 0, 9, 9, 0, 0], [6, 0, 9, 9, 0, 0]])), ValueError, "^segments: row 0 .*num_tokens, 5, got up to 6"),
-    "too few kept": (lambda: ops.downsample(X, with_table([[0, 0, 10, 4, 0, 0]])), ValueError, "^segments: row 0 .*5 output rows"),
-    "first too large": (lambda: ops.downsample(X, with_table([[0, 0, 10, 5, 1, 0]])), ValueError, "^segments: row 0 .*first 1.*5 output rows"),
-    "first negative": (lambda: ops.downsample(X, with_table([[0, 0, 10, 5, -1, 0]])), ValueError, "^segments: row 0 .*first -1"),
-    "keep past span": (lambda: ops.downsample(X, with_table([[0, 0, 5, 6, 0, 0]])), ValueError, "^segments: row 0 .*keep <= span"),
-    "keep zero": (lambda: ops.downsample(X, with_table([[0, 0, 5, 0, 0, 0]])), ValueError, "^segments: row 0 .*1 <= keep"),
-    "pattern": (lambda: ops.downsample(X, with_table([[0, 0, 10, 5, 0, 3]])), ValueError, "^segments: row 0 .*pattern 0, 1 or 2"),
-    "source before x": (lambda: ops.downsample(X, with_table([[0, -1, 10, 5, 0, 0]])), ValueError, r"^segments: row 0 .*\[0, 10\), got -1 to 7"),
-    "source past x": (lambda: ops.downsample(X, with_table([[0, 2, 10, 5, 0, 0]])), ValueError, r"^segments: row 0 .*\[0, 10\), got 2 to 10"),
-    "num_tokens": (lambda: ops.downsample(X, replace(GOOD, num_tokens=6)), ValueError, "^segments: row 0 .*6 output rows"),
-    "num_tokens negative": (lambda: ops.downsample(X, replace(GOOD, num_tokens=-1)), ValueError, "^num_tokens: .*-1"),
-    "indices dtype": (lambda: ops.downsample(X, keep_indices=torch.tensor([1.0])), TypeError, "^keep_indices: .*float32"),
-    "indices mask": (lambda: ops.downsample(X, keep_indices=torch.ones(10, dtype=torch.bool)), TypeError, "^keep_indices: .*bool"),
-    "indices list": (lambda: ops.downsample(X, keep_indices=[1]), TypeError, "^keep_indices: .*list"),
-    "indices shape": (lambda: ops.downsample(X, keep_indices=torch.tensor([[1]])), ValueError, r"^keep_indices: .*\[rows\].*\(1, 1\)"),
-    "indices strides": (lambda: ops.downsample(X, keep_indices=torch.arange(10)[::2]), ValueError, "^keep_indices: .*contiguous"),
-    "index negative": (lambda: ops.downsample(X, keep_indices=torch.tensor([0, -1])), ValueError, r"^keep_indices: .*\[0, 10\), got -1 at position 1"),
-    "index past x": (lambda: ops.downsample(X, keep_indices=torch.tensor([9, 10, 0], dtype=torch.int32)), ValueError, r"^keep_indices: .*got 10 at position 1"),
-    "index huge": (lambda: ops.downsample(X, keep_indices=torch.tensor([0, -(2**63)])), ValueError, "^keep_indices: .*position 1"),
-    "index into nothing": (lambda: ops.downsample(X[:0], keep_indices=torch.tensor([0])), ValueError, r"^keep_indices: .*\[0, 0\), got 0"),
-}  # fmt: skip
+# ---- Bad input ----
 
 
 @pytest.mark.parametrize("name", BAD_CALLS)
@@ -262,8 +187,4 @@ def test_the_op_itself_checks_too() -> None:
 
 
 def test_empty_everything() -> None:
-    nothing = stage_of([], 0, 0)
-    assert ops.downsample(torch.empty(0, 3), nothing).shape == (0, 3)
-    all_dropped = stage_of([[0, 0, 10, 0, 0, 0]], 0, 10)
-    assert ops.downsample(X, all_dropped).shape == (0, 4)
-    assert ops.downsample(X, keep_indices=torch.empty(0, dtype=torch.int64)).shape == (0, 4)
+    check_no_rows(on("cpu"))

@@ -7,10 +7,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from cases.plans import plans
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_oracle import survivors
-from strategies import plans
 
 import adsc_kernels as adsc
 from adsc_kernels import _C, reference

@@ -6,8 +6,8 @@ import json
 from fractions import Fraction
 
 import pytest
+from cases.plans import schedules
 from hypothesis import given
-from strategies import schedules
 
 from adsc_kernels import Boundary, CompressionSchedule
 

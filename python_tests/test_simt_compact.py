@@ -5,60 +5,29 @@ An access outside of the caches, a race, or a row that is overwritten before it 
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from cache_cases import Case, dense_cases, on_device, paged_cases
+from cases.compact import Case, check, dense_cases, paged_cases
+from cases.plans import image_plan
 from hypothesis import given, settings
-from simt import Schedule, emulated, needs_simt, schedules, serving
-from test_compact import image_plan
-from test_compact_kernels import check_buffers, check_results
-from torch import Tensor
+from simt import Schedule, emulated, emulating_in_place, needs_simt, schedules, serving
 
 from adsc_kernels import CompressionSchedule, backend, make_plan, ops
 from adsc_kernels.kv.pages import Ints
 
 pytestmark = needs_simt
-CACHES = ("k_caches", "v_caches", "k_scales", "v_scales")
-
-
-def flat_tensors(arguments: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-    """What the kernels may read, and what they may write too."""
-    inputs: list[Tensor] = []
-    for name, value in arguments.items():
-        if isinstance(value, Ints):
-            inputs.append(value.device)
-        elif isinstance(value, Tensor) and name not in CACHES:
-            inputs.append(value)
-        elif name == "stage" and value is not None:
-            inputs += [value.segments, value.cu_seqlens, value.cu_seqlens_in]
-    caches = [x for name in CACHES for x in arguments.get(name) or []]
-    return inputs, caches
-
-
-def check_emulated(case: Case, op: Any, schedule: Schedule) -> None:
-    wanted, got = case.build(), case.build()
-    with backend("reference"):
-        wanted_result = op(**wanted.arguments)
-    arguments = on_device(got.arguments)
-    inputs, caches = flat_tensors(arguments)
-    with serving(), emulated(schedule, *inputs, writable=tuple(caches)):
-        result = op(**arguments)
-    check_buffers(got, wanted)
-    check_results(result, wanted_result)
 
 
 @settings(max_examples=60, deadline=None)
 @given(case=dense_cases(), schedule=schedules)
 def test_dense(case: Case, schedule: Schedule) -> None:
-    check_emulated(case, ops.compact_kv_, schedule)
+    check(case, emulating_in_place(schedule))
 
 
 @settings(max_examples=60, deadline=None)
 @given(case=paged_cases(), schedule=schedules)
 def test_paged(case: Case, schedule: Schedule) -> None:
-    check_emulated(case, ops.compact_paged_kv_, schedule)
+    check(case, emulating_in_place(schedule))
 
 
 @pytest.mark.parametrize("schedule", [(0, 1, 1), (1, 3, 2000), (2, 0, 132 * 1024)])

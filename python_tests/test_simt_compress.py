@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
-from cache_cases import Case, dense_cases, on_device, paged_cases
-from compress_cases import Rows, boundaries, run, same_boundary
+from cases.boundary_step import Rows, boundaries, same_step
+from cases.compact import Case, dense_cases, paged_cases
+from cases.compress_step import check
+from cases.plans import image_plan
 from hypothesis import given, settings
-from simt import POISON, Schedule, emulated, guards_intact, needs_simt, schedules, serving
-from test_compact import image_plan
-from test_compact_kernels import check_buffers, check_results
-from test_simt_compact import flat_tensors
+from simt import POISON, Schedule, emulating_in_place, guards_intact, needs_simt, schedules
 from torch import Tensor
 
-from adsc_kernels import backend, ops
+from adsc_kernels import backend, fakes, ops
 from adsc_kernels.kv.pages import Ints
-from adsc_kernels.ops.boundary_step import check_boundary, empty_outputs
+from adsc_kernels.ops.boundary_step import check_boundary
 
 pytestmark = needs_simt
-MODULE = sys.modules["adsc_kernels.ops.compress_step"]
 NAMES = ("hidden", "stage", "residual", "weight", "eps", "others", "keep_indices", "layout")
 GUARD = 64  # bytes
 
@@ -39,52 +35,28 @@ def guarded(like: Tensor) -> Tensor:
 def outputs_of(rows: Rows) -> Iterator[list[Tensor]]:
     """What the op is to write, in place of what Python would allocate."""
     given = {"eps": 1e-6, "others": [], **rows.arguments}
-    outs = list(map(guarded, empty_outputs(*check_boundary(*map(given.get, NAMES)))))
+    outs = list(map(guarded, fakes.boundary_step(*check_boundary(*map(given.get, NAMES)))))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MODULE, "empty_outputs", lambda *_: outs)
+        patch.setattr(fakes, "boundary_step", lambda *_: outs)
         yield outs
     assert all(map(guards_intact, outs))
 
 
-def inputs_of(rows: Rows) -> list[Tensor]:
-    found: list[Tensor] = []
-    for value in rows.arguments.values():
-        if isinstance(value, ops.BatchLayout):
-            found += [value.cu_seqlens, value.spans]
-        elif isinstance(value, list):
-            found += value
-        elif isinstance(value, Tensor):
-            found.append(value)
-        elif hasattr(value, "segments"):
-            found.append(value.segments)
-    return found
-
-
-def check(case: Case, rows: Rows, schedule: Schedule) -> None:
-    wanted, got = case.build(), case.build()
-    with backend("reference"):
-        truth = run(case, wanted, rows)
-    arguments = on_device(got.arguments)
-    tables, caches = flat_tensors(arguments)
-    with outputs_of(rows) as outs, serving():
-        inputs = [*tables, *inputs_of(rows)]
-        with emulated(schedule, *inputs, writable=(*caches, *outs)):
-            step = run(case, got, rows, arguments)
-    check_results(step.compaction, truth.compaction)
-    check_buffers(got, wanted)
-    same_boundary(step.boundary, truth.boundary, exact=False)
+def check_emulated(case: Case, rows: Rows, schedule: Schedule) -> None:
+    with outputs_of(rows) as outs:
+        check(case, rows, emulating_in_place(schedule, *outs))
 
 
 @settings(max_examples=50, deadline=None)
 @given(case=dense_cases(), rows=boundaries(max_length=12), schedule=schedules)
 def test_dense(case: Case, rows: Rows, schedule: Schedule) -> None:
-    check(case, rows, schedule)
+    check_emulated(case, rows, schedule)
 
 
 @settings(max_examples=50, deadline=None)
 @given(case=paged_cases(), rows=boundaries(max_length=12), schedule=schedules)
 def test_paged(case: Case, rows: Rows, schedule: Schedule) -> None:
-    check(case, rows, schedule)
+    check_emulated(case, rows, schedule)
 
 
 @pytest.mark.parametrize("schedule", [(0, 1, 1), (1, 3, 2000), (2, 0, 132 * 1024)])
@@ -99,14 +71,9 @@ def test_many_tensors(layers: int, moved: int, schedule: Schedule) -> None:
     with backend("cpu"):
         truth = ops.boundary_step(**rows.arguments)
         ops.compact_kv_(wanted, None, stage, seq_lens=[14])
-    total = Ints((14,), torch.tensor([14]))
-    inputs: list[Any] = [total.device, stage.cu_seqlens, stage.cu_seqlens_in, *inputs_of(rows)]
-    with (
-        outputs_of(rows) as outs,
-        serving(),
-        emulated(schedule, *inputs, writable=(*k, *outs)),
-    ):
-        cache = ops.DenseCache(k, None, seq_lens=total)
-        step = ops.compress_step(cache=cache, **rows.arguments)
+    cache = ops.DenseCache(k, None, seq_lens=Ints((14,), torch.tensor([14])))
+    with outputs_of(rows) as outs:
+        run = emulating_in_place(schedule, *outs)
+        step = run(ops.compress_step, cache=cache, **rows.arguments)
     assert all(map(torch.equal, k, wanted))
-    same_boundary(step.boundary, truth, exact=True)
+    same_step(step.boundary, truth, close=None)

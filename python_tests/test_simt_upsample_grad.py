@@ -1,9 +1,9 @@
 """The CUDA upsample_grad, run on a CPU, against the CPU kernel: the same sums in the same order."""
 
 import torch
+from cases.segment_tables import FakeStage, stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from segment_tables import FakeStage, stages
 from simt import Schedule, emulated, guards_intact, needs_simt, schedules
 from torch import Tensor
 

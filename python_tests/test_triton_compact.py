@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from test_compact import image_plan
+from cases.plans import image_plan
 
 pytest.importorskip("triton")
 

@@ -5,7 +5,7 @@ What is compiled is what the launchers pick: see triton_ahead.py.
 
 import pytest
 import torch
-from segment_tables import image_stage
+from cases.segment_tables import image_stage
 
 pytest.importorskip("triton")
 

@@ -17,6 +17,7 @@ FILES = sorted(FOLDER.glob("check_*.py"))
 pytest.importorskip("triton")
 
 
+@pytest.mark.slow
 def test_the_kernels_against_the_reference() -> None:
     assert FILES
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *FILES]

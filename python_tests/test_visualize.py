@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases.plans import schedules
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from strategies import schedules
 
 from adsc_kernels import CompressionSchedule
 from adsc_kernels.cli import main

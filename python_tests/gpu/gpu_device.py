@@ -10,14 +10,17 @@ import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from types import ModuleType
 from typing import Any
 
 import torch
-from row_bits import bits, random_bits
-from segment_tables import FakeStage
+from cases.row_bits import bits, random_bits
+from cases.run import tensors
+from cases.segment_tables import FakeStage
 from torch import Tensor
+
+from adsc_kernels import StagePlan
 
 DRY_RUN = os.environ.get("ADSC_GPU_DRY_RUN") == "1"
 DEVICE = torch.device("cpu" if DRY_RUN else "cuda")
@@ -25,23 +28,54 @@ BACKEND = os.environ.get("ADSC_GPU_TEST_BACKEND", "cpu" if DRY_RUN else "cuda")
 SENTINEL = 0xA5
 
 
-def cpu_tests(name: str) -> ModuleType:
-    """A module of CPU tests, with the tensors that it makes at import on the device instead."""
+def cases_here(name: str) -> ModuleType:
+    """A module of cases, with the tensors that it makes at import on the device instead."""
     with DEVICE:
-        return importlib.import_module(name)
+        return importlib.import_module(f"cases.{name}")
 
 
 def to_device(stage: FakeStage) -> FakeStage:
     return replace(stage, segments=stage.segments.to(DEVICE))
 
 
-def tensors(output: Any) -> list[Tensor]:
-    """Every tensor in a tensor, a list, a tuple or None, in order."""
-    if output is None:
-        return []
-    if isinstance(output, Tensor):
-        return [output]
-    return [t for part in output for t in tensors(part)]
+def mapped(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    """The same arguments or outputs with every tensor moved."""
+    if isinstance(value, Tensor):
+        return move(value)
+    if isinstance(value, (list, tuple)):
+        parts = [mapped(part, move) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if isinstance(value, StagePlan):  # not the plan behind it
+        names = ["segments", "cu_seqlens", "cu_seqlens_in"]
+    elif is_dataclass(value):
+        names = [field.name for field in fields(value)]
+    else:
+        return value
+    return replace(value, **{name: mapped(getattr(value, name), move) for name in names})
+
+
+def run_here(op: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """A Run of cases on the device: on a copy of each storage, so that views share it there too;
+    what was written comes back."""
+    storages: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def move(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.nbytes() == 0 or x.requires_grad:
+            return x.to(DEVICE)
+        if storage.data_ptr() not in storages:
+            whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+            storages[storage.data_ptr()] = whole, whole.to(DEVICE)
+        there = storages[storage.data_ptr()][1]
+        there = there[: len(there) // x.itemsize * x.itemsize].view(x.dtype)
+        return there.as_strided(x.shape, x.stride(), x.storage_offset())
+
+    there = {name: mapped(value, move) for name, value in options.items()}
+    out = op(*mapped(arguments, move), **there)
+    for host, device in storages.values():
+        if device is not host:  # which it is in a dry run
+            host.copy_(device)
+    return mapped(out, Tensor.cpu)
 
 
 class Framed:

@@ -12,9 +12,10 @@ import sys
 from collections.abc import Iterator
 
 import torch
-from gpu_device import DEVICE, Framed, on_device, tensors, to_device
-from row_bits import same_bits
-from segment_tables import FakeStage, by_stage, image_stage, stage_of
+from cases.row_bits import same_bits
+from cases.run import tensors
+from cases.segment_tables import FakeStage, by_stage, image_stage, stage_of
+from gpu_device import DEVICE, Framed, on_device, to_device
 
 import adsc_kernels as adsc
 from adsc_kernels import ops, reference

@@ -1,4 +1,4 @@
-"""The CPU tests' tables of bad calls, with tensors on the device: the same errors, before a launch.
+"""The tables of refused calls, with tensors on the device: the same errors, before a launch.
 
 Left out are those that only the contents of a table or an index list show: they are checked on
 CPU, and on the device with ADSC_CHECK=1 (test_traps.py).
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_device import DEVICE, cpu_tests
+from cases.downsample import check_no_rows
+from gpu_device import DEVICE, cases_here, run_here
 
 from adsc_kernels import ops
 
@@ -23,9 +24,9 @@ CONTENTS_OF_LAYOUT = {
     "spans height",
 }  # fmt: skip
 
-downsample = cpu_tests("test_downsample")
-norm = cpu_tests("test_norm")
-metadata = cpu_tests("test_rebuild_metadata")
+downsample = cases_here("refused.downsample")
+norm = cases_here("refused.downsample_add_rms_norm")
+metadata = cases_here("refused.rebuild_metadata")
 
 
 def here(message: str) -> str:
@@ -74,5 +75,4 @@ def test_mixed_devices() -> None:
 
 
 def test_empty_everything() -> None:
-    with DEVICE:
-        downsample.test_empty_everything()
+    check_no_rows(run_here)

@@ -2,96 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
-from cache_cases import Built, Case, dense_cases, paged_cases
-from gpu_device import DEVICE, DRY_RUN, another_stream, capture, hold_back
+from cases.compact import Case, check, dense_cases, paged_cases
+from gpu_caches import TEXT, VISION, image_stage, random
+from gpu_device import DEVICE, DRY_RUN, another_stream, capture, hold_back, run_here
 from hypothesis import given
-from torch import Tensor
+from hypothesis import strategies as st
 
-from adsc_kernels import CompressionSchedule, StagePlan, backend, make_plan, ops
-
-
-def stage_here(stage: StagePlan) -> StagePlan:
-    tables = ("segments", "cu_seqlens", "cu_seqlens_in")
-    return replace(stage, **{name: getattr(stage, name).to(DEVICE) for name in tables})
+from adsc_kernels import ops
 
 
-def here(built: Built) -> Built:
-    """The same buffers on the device, and the same views of them."""
-    buffers = {buffer.untyped_storage().data_ptr(): buffer.to(DEVICE) for buffer in built.buffers}
-
-    def moved(value: Any) -> Any:
-        if isinstance(value, StagePlan):
-            return stage_here(value)
-        if isinstance(value, list) and value and isinstance(value[0], Tensor):
-            return [moved(t) for t in value]
-        if not isinstance(value, Tensor):
-            return value
-        buffer = buffers.get(value.untyped_storage().data_ptr())
-        if buffer is None:  # a table or an index list; a table may be a part of a wider one
-            whole = torch.as_strided(
-                value, (value.untyped_storage().nbytes() // value.itemsize,), (1,), 0
-            )
-            flat = whole.to(DEVICE)
-        else:
-            flat = buffer.view(value.dtype)
-        return flat.as_strided(value.shape, value.stride(), value.storage_offset())
-
-    arguments = {name: moved(value) for name, value in built.arguments.items()}
-    return Built(list(buffers.values()), arguments)
+@given(case=dense_cases(), uploaded=st.booleans())
+def test_dense(case: Case, uploaded: bool) -> None:
+    check(case, run_here, uploaded)
 
 
-def same_results(got: ops.CompactionResult, wanted: ops.CompactionResult) -> None:
-    assert got.seq_lens.host == wanted.seq_lens.host
-    assert torch.equal(got.seq_lens.device.cpu(), wanted.seq_lens.device)
-    for name in ("slot_mapping", "block_table", "last_page_len", "indptr"):
-        mine, truth = getattr(got, name), getattr(wanted, name)
-        assert (mine is None) == (truth is None), name
-        if truth is not None:
-            assert torch.equal(mine.cpu(), truth), name
-
-
-def check(case: Case, op: Callable[..., ops.CompactionResult]) -> None:
-    truth, mine = case.build(), here(case.build())
-    with backend("reference"):
-        wanted = op(**truth.arguments)
-    got = op(**mine.arguments)
-    same_results(got, wanted)
-    for buffer, expected in zip(mine.buffers, truth.buffers, strict=True):
-        assert torch.equal(buffer.cpu(), expected)
-
-
-@given(case=dense_cases())
-def test_dense(case: Case) -> None:
-    check(case, ops.compact_kv_)
-
-
-@given(case=paged_cases())
-def test_paged(case: Case) -> None:
-    check(case, ops.compact_paged_kv_)
+@given(case=paged_cases(), uploaded=st.booleans())
+def test_paged(case: Case, uploaded: bool) -> None:
+    check(case, run_here, uploaded)
 
 
 # ---- Caches of a real size ----
-
-TEXT, VISION = (9, 24) if DRY_RUN else (101, 576)
-
-
-def image_stage(batch: int, keep: str, vision: int = VISION) -> StagePlan:
-    schedule = CompressionSchedule.parse(f"1:{keep}", num_layers=2)
-    length = TEXT + vision
-    bounds = [b * length for b in range(batch + 1)]
-    spans = [(b, TEXT // 3, vision) for b in range(batch)]
-    return make_plan(schedule, bounds, spans, device=DEVICE).stages[1]
-
-
-def random(*shape: int) -> Tensor:
-    return torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE)
 
 
 @pytest.mark.parametrize("keep", ["0", "1/9", "1/4", "1/2", "1"])

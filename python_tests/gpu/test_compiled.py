@@ -5,28 +5,19 @@ The samples are those of the CPU tests, with their tensors on the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from gpu_device import BACKEND, DEVICE, DRY_RUN, cpu_tests, to_device
-from segment_tables import by_stage
+from cases.segment_tables import source_rows
+from gpu_device import BACKEND, DEVICE, DRY_RUN, cases_here, to_device
 from torch import Tensor
 from torch.library import opcheck
 
-from adsc_kernels import reference
 from adsc_kernels.check import Stage
 
-cases = cpu_tests("test_compile")
+cases = cases_here("compile")
+fresh_dynamo = cases.fresh_dynamo  # a fixture for every test
 OPS = torch.ops.adsc_triton if BACKEND == "triton" else torch.ops.adsc_kernels
 COMPILER = "aot_eager" if DRY_RUN else "inductor"
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("name", cases.SAMPLES)
@@ -54,7 +45,7 @@ def test_no_recompile_with_indices() -> None:
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=COMPILER)
     for i, (batch, text) in enumerate([(2, 11), (3, 30), (9, 12)]):
         inputs, stage = step(batch, text)
-        rows = torch.tensor(reference.source_rows(*by_stage(stage)), device=DEVICE)
+        rows = torch.tensor(source_rows(stage), device=DEVICE)
         with torch.compiler.set_stance("default" if i == 0 else "fail_on_recompile"):
             outputs = compiled(*inputs, rows)
         cases.same(outputs, function(*inputs, rows))

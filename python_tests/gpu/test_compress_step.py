@@ -2,58 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import pytest
 import torch
-from cache_cases import Case, dense_cases, paged_cases
-from compress_cases import Rows, boundaries, run, same_boundary
-from gpu_device import BACKEND, DEVICE, DRY_RUN, another_stream, capture, hold_back
+from cases.boundary_step import Rows, boundaries
+from cases.compact import Case
+from cases.compress_step import caches, check
+from gpu_caches import TEXT, VISION, image_stage, random
+from gpu_device import BACKEND, DEVICE, DRY_RUN, another_stream, capture, hold_back, run_here
 from hypothesis import given
 from hypothesis import strategies as st
-from test_compact import TEXT, VISION, here, image_stage, random, same_results
 from torch import Tensor
 
-from adsc_kernels import backend, ops
+from adsc_kernels import ops
 
 HIDDEN = 64 if DRY_RUN else 4096
 
 
-def rows_here(rows: Rows) -> Rows:
-    def moved(value: Any) -> Any:
-        if isinstance(value, ops.BatchLayout):
-            return replace(
-                value, cu_seqlens=value.cu_seqlens.to(DEVICE), spans=value.spans.to(DEVICE)
-            )
-        if isinstance(value, Tensor):
-            return value.to(DEVICE)
-        if isinstance(value, list):
-            return [moved(x) for x in value]
-        return replace(value, segments=value.segments.to(DEVICE))
-
-    return Rows({name: moved(value) for name, value in rows.arguments.items()}, rows.norm)
-
-
-def back(step: ops.BoundaryStep) -> ops.BoundaryStep:
-    residual = None if step.residual is None else step.residual.cpu()
-    metadata = None if step.metadata is None else ops.Metadata(*(x.cpu() for x in step.metadata))
-    return ops.BoundaryStep(step.hidden.cpu(), residual, [x.cpu() for x in step.others], metadata)
-
-
-@given(case=st.one_of(dense_cases(), paged_cases()), rows=boundaries())
-def test_equals_the_reference(case: Case, rows: Rows) -> None:
-    truth, mine = case.build(), here(case.build())
-    with backend("reference"):
-        wanted = run(case, truth, rows)
-    got = run(case, mine, rows_here(rows))
-    same_results(got.compaction, wanted.compaction)
-    for buffer, expected in zip(mine.buffers, truth.buffers, strict=True):
-        assert torch.equal(buffer.cpu(), expected)
-    low = rows.arguments["hidden"].dtype in (torch.bfloat16, torch.float16)
-    if low and rows.norm:  # the last bit of the norm is the backend's own
-        torch.testing.assert_close(got.boundary.hidden.cpu(), wanted.boundary.hidden)
-    same_boundary(back(got.boundary), wanted.boundary, exact=False)
+@given(case=caches, rows=boundaries(), uploaded=st.booleans())
+def test_equals_the_reference(case: Case, rows: Rows, uploaded: bool) -> None:
+    check(case, rows, run_here, uploaded=uploaded)
 
 
 # ---- A step of a real size ----

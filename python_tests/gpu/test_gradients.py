@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_device import DEVICE, on_device, to_device
-from segment_tables import stage_of
-from test_norm import drawn
+from cases.downsample import check_duplicates
+from cases.downsample_add_rms_norm import drawn
+from cases.segment_tables import stage_of
+from gpu_device import DEVICE, on_device, run_here, to_device
 
 from adsc_kernels import ops
 
@@ -41,9 +42,4 @@ def test_downsample_add_rms_norm(where: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_duplicates_are_summed_in_float(dtype: torch.dtype) -> None:
-    """300 ones overflow bfloat16's integers if they are added one by one in bfloat16."""
-    x = torch.randn(3, 40, dtype=dtype, device=DEVICE, requires_grad=True)
-    ops.downsample(x, keep_indices=on_device([1] * 300 + [2])).sum().backward()
-    assert x.grad is not None
-    assert x.grad[:, 0].tolist() == [0, 300, 1]
-    assert torch.equal(x.grad, x.grad[:, :1].expand(-1, 40))
+    check_duplicates(dtype, run_here)

@@ -6,8 +6,8 @@ from itertools import accumulate
 
 import pytest
 import torch
+from cases.segment_tables import stage_of
 from gpu_device import DEVICE, capture, on_device, to_device
-from segment_tables import stage_of
 
 from adsc_kernels import CompressionSchedule, make_plan, ops
 

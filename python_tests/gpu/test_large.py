@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases.segment_tables import FakeStage, stage_of
 from gpu_device import BACKEND, DEVICE, DRY_RUN, on_device, to_device
-from segment_tables import FakeStage, stage_of
 from torch import Tensor
 from torch.nn.functional import rms_norm
 

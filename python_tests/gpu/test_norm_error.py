@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_device import DEVICE
-from test_norm import drawn
+from cases.downsample_add_rms_norm import (
+    check_every_16_bit_number,
+    check_only_survivors_are_read,
+    drawn,
+)
+from gpu_device import DEVICE, run_here
 from torch.nn.functional import rms_norm
 
 from adsc_kernels import ops
@@ -40,24 +44,8 @@ def test_float64(hidden: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_16_bit_number(dtype: torch.dtype) -> None:
-    """Each of the 2^16 values plus 0, and plus another: subnormals, infinities, nans, ties."""
-    values = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)[:, None]
-    every = torch.arange(len(values), device=DEVICE)
-    one = torch.ones(1, dtype=dtype, device=DEVICE)
-    for other in (torch.zeros_like(values), values.flip(0), values.roll(321, 0)):
-        _, sums = ops.downsample_add_rms_norm(
-            values.to(DEVICE), other.to(DEVICE), one, eps=0.0, keep_indices=every
-        )
-        wanted = values + other
-        torch.testing.assert_close(sums.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
+    check_every_16_bit_number(dtype, run_here)
 
 
 def test_only_surviving_rows_are_read() -> None:
-    x, residual, weight = (t.to(DEVICE) for t in drawn(40, 512, torch.bfloat16))
-    rows = torch.arange(0, 40, 3, device=DEVICE)
-    wanted = ops.downsample_add_rms_norm(x, residual, weight, keep_indices=rows)
-    dropped = torch.ones(40, dtype=torch.bool, device=DEVICE)
-    dropped[rows] = False
-    x[dropped], residual[dropped] = torch.nan, torch.inf
-    got = ops.downsample_add_rms_norm(x, residual, weight, keep_indices=rows)
-    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    check_only_survivors_are_read(512, torch.bfloat16, run_here)

@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from gpu_device import BACKEND, DEVICE, DRY_RUN, SENTINEL, on_device, tensors, to_device
-from segment_tables import image_stage
+from cases.run import tensors
+from cases.segment_tables import image_stage
+from gpu_device import BACKEND, DEVICE, DRY_RUN, SENTINEL, on_device, to_device
 from torch import Tensor
 
 from adsc_kernels import ops

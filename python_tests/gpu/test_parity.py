@@ -10,12 +10,12 @@ from fractions import Fraction
 from itertools import accumulate
 
 import torch
+from cases.plans import layouts, shares
+from cases.row_bits import DTYPES, TRAILING, same_bits
+from cases.segment_tables import FakeStage, by_stage, stages
 from gpu_device import DEVICE, DRY_RUN, Framed, on_device, poison, to_device
 from hypothesis import given
 from hypothesis import strategies as st
-from row_bits import DTYPES, TRAILING, same_bits
-from segment_tables import FakeStage, by_stage, stages
-from strategies import layouts, shares
 from torch import Tensor
 
 from adsc_kernels import CompressionSchedule, backend, make_plan, ops, reference

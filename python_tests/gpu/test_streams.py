@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gpu_device import DEVICE, DRY_RUN, another_stream, hold_back, on_device, tensors, to_device
-from segment_tables import image_stage
+from cases.run import tensors
+from cases.segment_tables import image_stage
+from gpu_device import DEVICE, DRY_RUN, another_stream, hold_back, on_device, to_device
 from torch import Tensor
 
 from adsc_kernels import ops

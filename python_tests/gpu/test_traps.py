@@ -18,7 +18,7 @@ PRELUDE = f"""
 import torch
 import adsc_kernels as adsc
 from adsc_kernels import ops
-from segment_tables import stage_of
+from cases.segment_tables import stage_of
 
 torch.set_default_device("{DEVICE.type}")
 x = torch.randn(64, 4096)

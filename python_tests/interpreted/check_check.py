@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from cache_cases import Blocks, blocks
+from cases.compact import Blocks, blocks
+from cases.rebuild_metadata import int32
+from cases.segment_tables import stage_of
 from hypothesis import given, settings
-from segment_tables import stage_of
-from test_rebuild_metadata import int32
 from triton.runtime import interpreter
 
 from adsc_kernels import ops
@@ -109,18 +109,10 @@ def test_layouts(cu_seqlens: torch.Tensor, spans: list[list[int]], message: str)
 @given(drawn=blocks(outside=True))
 def test_block_tables(drawn: Blocks) -> None:
     """Refused exactly where the CPU op refuses, with no byte written."""
-    (wanted, arguments), (got, same) = drawn.build(), drawn.build()
-    saved = [buffer.clone() for buffer in got]
-    try:
-        torch.ops.adsc_kernels.compact_paged_kv_(*arguments)
-    except ValueError as error:
-        name = str(error).split(":")[0]
-        with pytest.raises(Exception, match=f"{name}: a block"):
-            torch.ops.adsc_triton.compact_paged_kv_(*same)
-        assert all(map(torch.equal, got, saved))
-    else:
-        torch.ops.adsc_triton.compact_paged_kv_(*same)
-        assert all(map(torch.equal, got, wanted))
+    drawn.check_refused_alike(
+        torch.ops.adsc_triton.compact_paged_kv_,
+        lambda name: pytest.raises(Exception, match=f"{name}: a block"),
+    )
 
 
 def test_what_is_right_passes() -> None:

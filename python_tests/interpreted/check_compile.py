@@ -3,10 +3,9 @@
 from dataclasses import replace
 
 import pytest
-import test_compile
 import torch
-from segment_tables import stage_of
-from test_compile import SAMPLES, batch_of, boundary, faked, fresh_dynamo, same, x
+from cases.compile import ROWS, SAMPLES, TABLE, batch_of, boundary, faked, fresh_dynamo, same, x
+from cases.segment_tables import stage_of
 from torch.library import opcheck
 
 from adsc_kernels import ops
@@ -47,7 +46,7 @@ def test_gradients_of_a_graph() -> None:
 
 def test_a_wrong_table_is_an_error() -> None:
     """The public op says so: the launchers check nothing again."""
-    table, rows = test_compile.TABLE, test_compile.ROWS
+    table, rows = TABLE, ROWS
     stage = stage_of([[0, 0, 9, 4, 0, 0]], 4, 9)
     for x_, changes, indices, error, message in [
         (x(9), {}, rows, ValueError, "^stage, keep_indices: .*both"),

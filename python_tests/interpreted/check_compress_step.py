@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from cache_cases import Case, dense_cases, on_device, paged_cases
-from compress_cases import Rows, boundaries, run, same_boundary
+from cases.boundary_step import Rows, boundaries
+from cases.compact import Case
+from cases.compress_step import HIDDEN, S, caches, check, sample
+from cases.run import on
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_compact_kernels import check_buffers, check_results
-from test_compress_step import HIDDEN, ROWS, S, sample
 from torch.library import opcheck
 
 from adsc_kernels import ops
@@ -17,16 +16,9 @@ OP = torch.ops.adsc_triton.compress_step.default
 
 
 @settings(max_examples=30, deadline=None)
-@given(case=st.one_of(dense_cases(), paged_cases()), rows=boundaries(max_length=12))
+@given(case=caches, rows=boundaries(max_length=12, widths=[1, 7, 8, 64, 520]))
 def test_equals_the_reference(case: Case, rows: Rows) -> None:
-    built, wanted = case.build(), case.build()
-    with backend("triton"):
-        step = run(case, built, rows, on_device(built.arguments))
-    with backend("reference"):
-        truth = run(case, wanted, rows)
-    check_results(step.compaction, truth.compaction)
-    check_buffers(built, wanted)
-    same_boundary(step.boundary, truth.boundary, exact=False)
+    check(case, rows, on("triton"))
 
 
 @pytest.mark.parametrize("kind", ["dense", "paged", "layout"])
@@ -35,7 +27,7 @@ def test_opcheck(kind: str) -> None:
 
 
 def test_what_is_wrong_with_the_rows_is_an_error_before_a_cache_is_written() -> None:
-    cache = torch.randn(ROWS[0], 2, 3)
+    cache = torch.randn(S.num_tokens_in, 2, 3)
     before = cache.clone()
     with backend("triton"), pytest.raises(ValueError, match=r"^others\[0\]: .*60 rows"):
         ops.compress_step(HIDDEN, ops.DenseCache([cache], None), S, others=[HIDDEN[1:]])

@@ -2,26 +2,21 @@
 
 import pytest
 import torch
+from cases.downsample_add_rms_norm import DTYPES, check, check_error
+from cases.run import on
+from cases.segment_tables import FakeStage, image_stage, stage_of, stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from segment_tables import FakeStage, by_stage, image_stage, stage_of, stages
 
-from adsc_kernels import ops, reference
-from adsc_kernels.backend import backend
+from adsc_kernels import ops
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+TRITON = on("triton")
 ROUNDING = {
     torch.float32: 2**-23,
     torch.float64: 2**-52,
     torch.bfloat16: 2**-8,
     torch.float16: 2**-11,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def on_triton():
-    with backend("triton"):
-        yield
 
 
 def near(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -49,16 +44,7 @@ def test_equals_reference(
     x = random(rows, width + offset)[:, offset:]
     residual = random(rows + offset, width)[offset:]
     weight = random(width)
-    before = x.clone(), residual.clone(), weight.clone()
-    wanted = reference.downsample_add_rms_norm(x, residual, weight, *by_stage(stage), eps)
-    indices = torch.tensor(reference.source_rows(*by_stage(stage)), dtype=torch.int32)
-    for arguments, options in (((stage, eps), {}), ((None, eps), {"keep_indices": indices})):
-        normed, residual_out = ops.downsample_add_rms_norm(
-            x, residual, weight, *arguments, **options
-        )
-        assert torch.equal(residual_out, wanted[1])
-        near(normed, wanted[0])
-    assert all(torch.equal(*pair) for pair in zip(before, (x, residual, weight), strict=True))
+    check(stage, (x, residual, weight), TRITON, eps=eps, close=near)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -68,27 +54,18 @@ def test_wide_rows(width: int, dtype: torch.dtype) -> None:
     stage = image_stage(text=3, vision=6, kept=2)
     x, residual = (torch.randn(stage.num_tokens_in, width).to(dtype) for _ in range(2))
     weight = torch.randn(width).to(dtype)
-    normed, residual_out = ops.downsample_add_rms_norm(x, residual, weight, stage)
-    wanted = reference.downsample_add_rms_norm(x, residual, weight, *by_stage(stage), 1e-6)
-    assert torch.equal(residual_out, wanted[1])
-    near(normed, wanted[0])
+    check(stage, (x, residual, weight), TRITON, eps=1e-6, close=near)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_error_is_at_most_twice_that_of_pytorch(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    x, residual = torch.randn(12, 4096).to(dtype), torch.zeros(12, 4096, dtype=dtype)
-    weight = torch.randn(4096).to(dtype)
-    normed, _ = ops.downsample_add_rms_norm(x, residual, weight, keep_indices=torch.arange(12))
-    truth = torch.nn.functional.rms_norm(x.double(), (4096,), weight.double(), 1e-6)
-    theirs = torch.nn.functional.rms_norm(x, (4096,), weight, 1e-6)
-    assert (normed - truth).abs().max() <= 2 * (theirs - truth).abs().max()
+    check_error(12, 4096, dtype, 1.0, TRITON)
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
 def test_rows_past_the_last_that_moves_are_zero(eps: float) -> None:
     x = torch.randn(10, 4)
     stage = stage_of([[0, 0, 10, 5, 0, 0]], 7, 10)
-    for out in ops.downsample_add_rms_norm(x, x, torch.ones(4), stage, eps):
+    for out in TRITON(ops.downsample_add_rms_norm, x, x, torch.ones(4), stage, eps):
         assert out[:5].all()
         assert not out[5:].any()

@@ -6,8 +6,8 @@ import random
 import torch
 import triton
 import triton.language as tl
+from cases.segment_tables import FakeStage, by_stage, stages
 from hypothesis import given, settings
-from segment_tables import FakeStage, by_stage, stages
 
 from adsc_kernels import _C, reference
 from adsc_kernels.triton.segment import RowMap, kept_count, kept_index, source_rows

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from cases.downsample import check_duplicates
+from cases.run import on
+from cases.segment_tables import FakeStage, image_stage, stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from segment_tables import FakeStage, image_stage, stages
 from torch import Tensor
 
 from adsc_kernels import ops
@@ -67,12 +69,7 @@ def test_wide_rows() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_duplicates_are_summed_in_float(dtype: torch.dtype) -> None:
-    x = torch.randn(3, 2, dtype=dtype, requires_grad=True)
-    with backend("triton"):
-        moved = ops.downsample(x, keep_indices=torch.tensor([1] * 300 + [2]))
-    moved.sum().backward()  # out of the block: the backend of the forward counts
-    assert x.grad is not None
-    assert x.grad[:, 0].tolist() == [0, 300, 1]
+    check_duplicates(dtype, on("triton"))
 
 
 def test_the_backward_stays_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 from hypothesis import strategies as st
 
-from adsc_kernels import Boundary, CompressionSchedule
+from adsc_kernels import Boundary, CompressionSchedule, StagePlan, make_plan
 from adsc_kernels.schedule import PATTERNS, POSITIONS
 
 shares = st.one_of(
@@ -59,3 +59,12 @@ def plans(draw, **options):
     schedule = draw(schedules(**options))
     cu_seqlens, spans = draw(layouts(grid=schedule.pattern == "grid"))
     return schedule, cu_seqlens, spans
+
+
+def image_plan(
+    batch: int = 1, keep: str = "1/4", text: int = 32, vision: int = 64, tail: int = 32
+) -> StagePlan:
+    schedule = CompressionSchedule.parse(f"1:{keep}", num_layers=2)
+    total = text + vision + tail
+    cu_seqlens = [b * total for b in range(batch + 1)]
+    return make_plan(schedule, cu_seqlens, [(b, text, vision) for b in range(batch)]).stages[1]

@@ -6,6 +6,8 @@ buffer, so also the gaps between views, what lies behind each sequence, and the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
@@ -14,11 +16,13 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from strategies import plans
 from torch import Tensor
 
 from adsc_kernels import make_plan, ops
+from adsc_kernels.kv.pages import CompactionResult
 from adsc_kernels.ops import compact
+from cases.plans import plans
+from cases.run import Run, reference
 
 DTYPES = [
     torch.uint8,
@@ -252,6 +256,34 @@ def paged_cases(draw: st.DrawFn) -> Case:
     return Case(lists, together, num_layers, layout, *shape, chosen, extra, seed)
 
 
+def check_buffers(got: Built, wanted: Built) -> None:
+    for i, (a, b) in enumerate(zip(got.buffers, wanted.buffers, strict=True)):
+        if not torch.equal(a, b):
+            at = int((a != b).nonzero()[0])
+            raise AssertionError(f"buffer {i}: byte {at} of {a.numel()} is {a[at]}, not {b[at]}")
+
+
+def check_results(got: CompactionResult, wanted: CompactionResult) -> None:
+    assert got.seq_lens.host == wanted.seq_lens.host
+    for name in ("slot_mapping", "block_table", "last_page_len", "indptr"):
+        a, b = getattr(got, name), getattr(wanted, name)
+        assert (a is None) == (b is None), name
+        if a is not None:
+            assert a.dtype == b.dtype, name
+            assert torch.equal(a, b), name
+    assert torch.equal(got.seq_lens.device, wanted.seq_lens.device)
+
+
+def check(case: Case, run: Run, uploaded: bool = True) -> None:
+    """A whole cache is what the reference makes of it. uploaded: lists of ints are Ints."""
+    op = ops.compact_paged_kv_ if "block_table" in case.extra else ops.compact_kv_
+    wanted, got = case.build(), case.build()
+    wanted_result = reference(op, **wanted.arguments)
+    result = run(op, **(on_device(got.arguments) if uploaded else got.arguments))
+    check_buffers(got, wanted)
+    check_results(result, wanted_result)
+
+
 class _Recorded(Exception):
     pass
 
@@ -290,6 +322,25 @@ class Blocks:
             None if self.read_only is None else torch.tensor(self.read_only, dtype=torch.int64)
         )
         return built.buffers, arguments
+
+    def check_refused_alike(
+        self, op: Callable[..., Any], refusal: Callable[[str], AbstractContextManager[Any]]
+    ) -> bool:
+        """Whether the CPU op refuses. `op` then raises in refusal(argument) with no byte written,
+        and else does the same."""
+        (wanted, arguments), (got, same) = self.build(), self.build()
+        saved = [buffer.clone() for buffer in got]
+        try:
+            outs = torch.ops.adsc_kernels.compact_paged_kv_(*arguments)
+        except ValueError as error:
+            with refusal(str(error).split(":")[0]):
+                op(*same)
+            assert all(map(torch.equal, got, saved))
+            return True
+        results = op(*same)
+        assert all(map(torch.equal, results, outs))
+        assert all(map(torch.equal, got, wanted))
+        return False
 
 
 @st.composite

@@ -28,6 +28,11 @@ def stage_of(rows: list[list[int]], num_tokens: int, num_tokens_in: int) -> Fake
     return FakeStage(table, num_tokens, num_tokens_in)
 
 
+def source_rows(stage: FakeStage) -> list[int]:
+    """The row of x that becomes each output row."""
+    return reference.source_rows(*by_stage(stage))
+
+
 @st.composite
 def stages(draw: st.DrawFn, max_sequences: int = 4, max_length: int = 40) -> FakeStage:
     """A ragged batch of text and spans in every pattern, each sequence cut to a chunk [low, high).

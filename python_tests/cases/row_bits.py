@@ -41,3 +41,14 @@ def strided_rows(x: Tensor, kind: str) -> Tensor:
         wide[:, : flat.shape[1]] = flat
         return wide.as_strided(x.shape, (wide.stride(0), *x.stride()[1:]))
     return x[:1].expand(x.shape)  # "one row, expanded"
+
+
+def shifted(x: Tensor, elements: int) -> Tensor:
+    """The same values `elements` further on in memory: aligned to no more than that."""
+    if x.numel() == 0 or elements == 0:
+        return x
+    extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    memory = torch.zeros(extent + elements, dtype=x.dtype)
+    view = memory.as_strided(x.shape, x.stride(), elements)
+    view.copy_(x)
+    return view

@@ -1,0 +1,1 @@
+"""What an op must do with drawn cases, one file for each op: run by the tests of every backend."""
