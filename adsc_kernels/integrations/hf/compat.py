@@ -1,0 +1,33 @@
+"""What transformers calls by different names from release to release."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+CACHE_NAMES = ("cache", "past_key_values")
+
+
+def parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The names that a forward takes, `self` left out."""
+    return tuple(name for name in inspect.signature(function).parameters if name != "self")
+
+
+def cache_name(names: tuple[str, ...]) -> str:
+    """What these parameters call the cache."""
+    return CACHE_NAMES[0] if CACHE_NAMES[0] in names else CACHE_NAMES[1]
+
+
+def get_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache among keyword arguments, by any of its names."""
+    return next((arguments[n] for n in CACHE_NAMES if arguments.get(n) is not None), None)
+
+
+def fitting(function: Callable[..., Any], **values: Any) -> dict[str, Any]:
+    """Those of `values` that the function has a parameter for; a cache under its name there."""
+    names = parameters(function)
+    values[cache_name(names)] = values.pop("cache", None)
+    if "inputs_embeds" not in names:
+        values["input_embeds"] = values.pop("inputs_embeds")
+    return {name: value for name, value in values.items() if name in names}
