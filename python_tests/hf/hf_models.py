@@ -1,4 +1,4 @@
-"""Tiny random models of every family, rows for them, and where pictures lie, written out by hand."""
+"""Tiny random models of every family, rows for them, and where pictures lie, by hand."""
 
 from __future__ import annotations
 
@@ -73,11 +73,12 @@ class Row:
 
 @dataclass
 class Case:
-    """A family: how its model is made, its rows, and how inputs of several rows are put together."""
+    """A family: how its model is made, its rows, and how inputs of several rows are joined."""
 
     config: Callable[[], Any]
     rows: Callable[[], list[Row]]
     types: str | None = None  # the name of the argument that tells token types
+    blocks: Callable[[Row], list[int] | None] = lambda row: None  # who sees whom both ways
     mrope: bool = False
     join: Callable[[list[list[Tensor]]], Tensor] = lambda rows: torch.cat(
         [value for row in rows for value in row]
@@ -115,10 +116,6 @@ class Case:
         return found
 
 
-def pixels(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
 def noise(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -126,7 +123,24 @@ def noise(seed: int, *shape: int) -> Tensor:
 # ---- One size of picture ----
 
 
-def _fixed(side: int, image: Callable[[int], Tensor], *, join_tiles: bool = False) -> Any:
+def _each_picture(row: Row) -> list[int]:
+    numbers = {token: n for n, grid in enumerate(row.grids) for line in grid for token in line}
+    return [numbers.get(token, -1) for token in range(len(row.ids))]
+
+
+def _prefix(row: Row) -> list[int]:
+    return [-1 if kind else 0 for kind in row.types]
+
+
+def _with_suffix() -> list[Row]:
+    """PaliGemma's token types: all but the last token are a prefix."""
+    rows = _fixed(5, _pictures(20))()
+    for row in rows:
+        row.types = [0] * (len(row.ids) - 1) + [1]
+    return rows
+
+
+def _fixed(side: int, image: Callable[[int], Tensor]) -> Callable[[], list[Row]]:
     def rows() -> list[Row]:
         one = Row().text(1, 11, 12).grid(side, side).text(13, 14).grid(side, side).text(15)
         one.give(pixel_values=image(1)).give(pixel_values=image(2))
@@ -214,8 +228,6 @@ def _paligemma() -> Any:
 
 # ---- Any size ----
 
-PINPOINTS = [[10, 20], [20, 10], [20, 20]]
-
 
 def _next() -> Any:
     return hf.LlavaNextConfig(
@@ -227,10 +239,11 @@ def _next() -> Any:
 
 
 def _next_rows() -> list[Row]:
-    """A 40 x 24 picture fills 2 x 2 tiles of 5 x 5; of their 10 columns 6 are not padding."""
+    """A 40 x 24 picture fills 2 x 2 tiles of 5 x 5; of their 10 columns 6 are not padding. A
+    16 x 40 one takes 1 x 2 tiles, and half a row of padding at either side stays."""
     one = Row().text(1, 11).grid(5, 5).grid(10, 6, between=(IMAGE,)).text(12, 13)
     one.give(pixel_values=noise(1, 1, 5, 3, 20, 20), image_sizes=torch.tensor([[40, 24]]))
-    two = Row().text(1).grid(5, 5).grid(4, 10, between=(IMAGE,)).text(14, 15, 16)
+    two = Row().text(1).grid(5, 5).grid(5, 10, between=(IMAGE,)).text(14, 15, 16)
     two.give(pixel_values=noise(2, 1, 5, 3, 20, 20), image_sizes=torch.tensor([[16, 40]]))
     return [one, two]
 
@@ -286,9 +299,7 @@ def _qwen_rows(between_frames: tuple[int, ...]) -> Callable[[], list[Row]]:
     return rows
 
 
-QWEN2_VISION = dict(
-    depth=2, embed_dim=16, hidden_size=32, num_heads=2, mlp_ratio=2, patch_size=4
-)
+QWEN2_VISION = dict(depth=2, embed_dim=16, hidden_size=32, num_heads=2, mlp_ratio=2, patch_size=4)
 QWEN25_VISION = dict(
     depth=2,
     hidden_size=16,
@@ -369,12 +380,17 @@ CASES: dict[str, Case] = {
     "llava_next": Case(_next, _next_rows),
     "llava_onevision": Case(_onevision("anyres_max_9"), _onevision_rows(10, 6)),
     "llava_onevision-1": Case(_onevision("anyres_max_1"), _onevision_rows(6, 3)),
-    "qwen2_vl": Case(_qwen(hf.Qwen2VLConfig, QWEN2_VISION), _qwen_rows(()), "mm_token_type_ids", True),
+    "qwen2_vl": Case(
+        _qwen(hf.Qwen2VLConfig, QWEN2_VISION), _qwen_rows(()), "mm_token_type_ids", mrope=True
+    ),
     "qwen2_5_vl": Case(
-        _qwen(hf.Qwen2_5_VLConfig, QWEN25_VISION), _qwen_rows(()), "mm_token_type_ids", True
+        _qwen(hf.Qwen2_5_VLConfig, QWEN25_VISION), _qwen_rows(()), "mm_token_type_ids", mrope=True
     ),
     "qwen3_vl": Case(
-        _qwen(hf.Qwen3VLConfig, QWEN3_VISION), _qwen_rows((8, 30, 7)), "mm_token_type_ids", True
+        _qwen(hf.Qwen3VLConfig, QWEN3_VISION),
+        _qwen_rows((8, 30, 7)),
+        "mm_token_type_ids",
+        mrope=True,
     ),
     "internvl": Case(_internvl, _fixed(3, SMALL)),
     "idefics3": Case(
@@ -383,7 +399,7 @@ CASES: dict[str, Case] = {
     "smolvlm": Case(
         _idefics(hf.SmolVLMConfig, hf.SmolVLMVisionConfig), _idefics_rows, join=_idefics_join
     ),
-    "gemma3": Case(_gemma3, _fixed(3, SMALL), "token_type_ids"),
+    "gemma3": Case(_gemma3, _fixed(3, SMALL), "token_type_ids", _each_picture),
     "mistral3": Case(_mistral3, _broken_rows(8)),
-    "paligemma": Case(_paligemma, _fixed(5, _pictures(20))),
+    "paligemma": Case(_paligemma, _with_suffix, "token_type_ids", _prefix),
 }
