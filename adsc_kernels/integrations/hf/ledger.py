@@ -61,26 +61,27 @@ class Ledger:
             return None if attention_mask is None else attention_mask[:, :total].bool()
         if attention_mask is None and not self.has_padding[stage]:
             return None
-        known = self.columns[stage] >= 0
-        rest = total - known.shape[1]
+        columns = self.columns[stage]
+        known, rest = columns >= 0, total - columns.shape[1]
         if attention_mask is None:
-            tail = known.new_ones((len(known), rest))
-        else:
-            tail = attention_mask[:, self.length : self.length + rest].bool()
-        return torch.cat([known, tail], 1)
+            return torch.cat([known, known.new_ones((len(known), rest))], 1)
+        mask = attention_mask.to(known.device).bool()
+        known = known & mask.gather(1, columns.clamp(min=0).long())
+        return torch.cat([known, mask[:, self.length : self.length + rest]], 1)
 
-    def extend(
-        self, seen: int, width: int, columns: list[Tensor], is_full: list[bool], padding: list[bool]
-    ) -> None:
-        """A pass of `width` columns with pictures goes behind the `seen` columns of stage 0.
+    def extended(
+        self, length: int, columns: list[Tensor], is_full: list[bool], padding: list[bool]
+    ) -> Ledger:
+        """That of a cache to which a pass with pictures has been added.
 
-        columns: [B, n] of each stage, all that it will then hold.
+        length: columns of stage 0 then. columns: [B, n] of each stage, all that it then holds.
+        is_full, padding: for each stage, of the pass.
         """
-        self.length = seen + width
-        self.columns = columns
-        self.is_full = [a and b for a, b in zip(self.is_full, is_full, strict=True)]
-        self.has_padding = padding
-        self._dropped = {}
+        after = Ledger(self.schedule)
+        after.length, after.columns = length, columns
+        after.is_full = [a and b for a, b in zip(self.is_full, is_full, strict=True)]
+        after.has_padding = [a or b for a, b in zip(self.has_padding, padding, strict=True)]
+        return after
 
     def select(self, change: Any) -> None:
         """Apply `change` to the rows of every stage."""
@@ -107,6 +108,7 @@ class StagedCache(Cache):
     """What a cache does besides once a patched model has used it."""
 
     ledger: Ledger
+    full_lengths: list[int]  # of a static cache's layers, as they were asked for
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """For layer 0 the length of the conversation, though a boundary there drops some of it."""
@@ -182,6 +184,7 @@ def stage_cache(cache: Cache, schedule: CompressionSchedule) -> StagedCache:
         )
     cache.__class__ = STAGED[type(cache)]
     cache.ledger = Ledger(schedule)
+    cache.full_lengths = [getattr(layer, "max_cache_len", 0) for layer in cache.layers]
     return cache
 
 
@@ -190,7 +193,7 @@ def shorten(cache: StagedCache, missing: list[int]) -> None:
     for layer_idx, layer in enumerate(cache.layers):
         stage = cache.ledger.schedule.stage_of_layer(layer_idx)
         if type(layer) is StaticLayer and not layer.is_initialized:
-            layer.max_cache_len -= missing[stage]
+            layer.max_cache_len = cache.full_lengths[layer_idx] - missing[stage]
 
 
 def view(cache: StagedCache, stage: int) -> Cache:

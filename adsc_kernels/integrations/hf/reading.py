@@ -18,7 +18,6 @@ from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.integrations.hf.compat import get_cache
 from adsc_kernels.integrations.hf.families import Family
 from adsc_kernels.integrations.hf.layout import BatchLayout
-from adsc_kernels.integrations.hf.ledger import StagedCache
 from adsc_kernels.integrations.hf.pictures import Piece, Span, place, runs
 from adsc_kernels.integrations.hf.stage_pass import VARLEN, PassInput
 from adsc_kernels.schedule import CompressionSchedule
@@ -67,7 +66,7 @@ def read_call(
     return PassInput(
         layout,
         mask,
-        tail_has_padding=reader.tail_has_padding,
+        hides=reader.hides,
         block_ids=reader.block_ids,
         is_varlen=arguments.get(VARLEN[0]) is not None,
     )
@@ -91,7 +90,7 @@ class _Reader:
         kinds: [B, S], 0 for text, 1 and 2 for the placeholders of images and videos.
         real: bool [B, S], False for padding.
         starts: bool [B, S], where packed sequences begin; None where each row is one sequence.
-        tail_has_padding: columns cached since the last pictures hold padding.
+        hides: there are zeros in the mask, of cached columns or new ones.
         block_ids: [B, S] on the device, for families that have them.
     """
 
@@ -109,7 +108,6 @@ class _Reader:
                 f"attention_mask: expected shape {(batch, seen + width)}, cached columns and new "
                 f"ones, got {tuple(mask.shape)}"
             )
-        told = cache.ledger.length if isinstance(cache, StagedCache) else 0
         kinds = self._kinds(ids, width, tokens)
         ones = torch.ones((batch, seen + width), dtype=torch.int8, device=tokens.device)
         real = ones if mask is None else mask.to(tokens.device).ne(0).to(torch.int8)
@@ -119,7 +117,7 @@ class _Reader:
         self.real = on_host[:, -width:].astype(bool)
         begins = on_host[:, width : 2 * width].astype(bool)
         self.starts = begins if begins[:, 1:].any() else None
-        self.tail_has_padding = not on_host[:, 2 * width + told : 2 * width + seen].all()
+        self.hides = not on_host[:, 2 * width :].all()
         types = arguments.get("token_type_ids")
         self.block_ids = None
         if family.blocks is not None and types is not None:

@@ -19,7 +19,7 @@ from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.integrations.hf import ledger as ledgers
 from adsc_kernels.integrations.hf.compat import parameters
 from adsc_kernels.integrations.hf.layout import BatchLayout, StageLayout
-from adsc_kernels.integrations.hf.ledger import StagedCache
+from adsc_kernels.integrations.hf.ledger import Ledger, StagedCache
 from adsc_kernels.integrations.hf.masks import MaskMaker, MaskRequest, of_layer
 from adsc_kernels.schedule import CompressionSchedule
 
@@ -86,9 +86,12 @@ class StagePass:
         self.config = decoder.config
         self.rotary = decoder.rotary_emb if schedule.positions == "renumber" else None
         self.deepstack: Deepstack | None = None
+        self.after: tuple[StagedCache, Ledger] | None = None  # the cache's, once layers write to it
 
     def enter(self, layer: int, x: Tensor, given: dict[str, Any]) -> Tensor:
         """Turn what a layer is given into what its stage has: x in return, `given` in place."""
+        if self.after is not None:  # not before: until now the decoder has asked for lengths
+            self.after[0].ledger, self.after = self.after[1], None
         stage = self.schedule.stage_of_layer(layer)
         run = self.runs[stage]
         if self.deepstack is not None and 0 < layer <= len(self.deepstack.features):
@@ -152,7 +155,7 @@ class PassInput:
         layout: of the tokens of this pass, None where it has no pictures.
         mask: the 2D attention mask, [B, cached + S], or None.
         masks: ready made ones of each stage, where `generate` prepared a compiled step.
-        tail_has_padding: the cached columns behind the ledger's hold padding.
+        hides: there are zeros in the mask, where the pass has a layout.
         block_ids: [B, S] or None; see MaskRequest.
         is_varlen: the lengths of packed sequences are among the arguments.
     """
@@ -160,7 +163,7 @@ class PassInput:
     layout: BatchLayout | None
     mask: Tensor | None
     masks: list[Any] | None = None
-    tail_has_padding: bool = False
+    hides: bool = False
     block_ids: Tensor | None = None
     is_varlen: bool = False
 
@@ -216,72 +219,73 @@ def picture_pass(
     rows: Tensor,
     make: MaskMaker,
 ) -> StagePass:
-    """Stages run their survivors; the cache's ledger is told of them before any layer writes."""
+    """Stages run their survivors, of which the cache's ledger will tell."""
     layout = given.layout
     assert layout is not None
     tables = upload(layout, rows.device)
     shifts: list[Tensor | None] = [None] * len(tables)
-    was_full = [True] * len(tables)
+    after = None
     if cache is not None:
-        was_full = list(cache.ledger.is_full)
         if cache.ledger.length:
             shifts = [cache.ledger.dropped(stage) for stage in range(len(tables))]
-        _tell(cache, layout, tables, given)
+        after = _tell(cache, layout, tables, given)
     runs: list[StageRun | None] = []
     for stage, (here, table) in enumerate(zip(layout.stages, tables, strict=True)):
-        if here.is_full and was_full[stage]:
+        if here.is_full and (after is None or after.is_full[stage]):
             runs.append(None)
             continue
-        request = _request(stage, here, table, cache, given, rows)
-        request.config = decoder.config
+        request = _request(here, table, given, decoder.config, rows)
+        if cache is not None and after is not None:
+            _behind_cached(request, cache, after, stage, given)
         varlen = _varlen(here.seq_lens, rows.device) if given.is_varlen else {}
         runs.append(StageRun(make(request), table, shifts[stage], varlen))
-    return StagePass(schedule, decoder, runs)
+    run = StagePass(schedule, decoder, runs)
+    if cache is not None and after is not None:
+        run.after = (cache, after)
+    return run
 
 
-def _tell(cache: StagedCache, layout: BatchLayout, tables: list[Tables], given: PassInput) -> None:
-    """Write down which columns of the conversation each stage holds after this pass."""
+def _tell(
+    cache: StagedCache, layout: BatchLayout, tables: list[Tables], given: PassInput
+) -> Ledger:
+    """Which columns of the conversation each stage holds after this pass."""
     ledger, seen = cache.ledger, int(cache.get_seq_length())
     device = tables[0].real.device
     tail = torch.arange(ledger.length, seen, dtype=torch.int32, device=device)
     tail = tail.expand(layout.batch, -1)
-    if given.mask is not None:
-        tail = tail.where(given.mask[:, ledger.length : seen].to(device).bool(), -1)
-    columns, padding = [], []
-    for stage, (here, table) in enumerate(zip(layout.stages, tables, strict=True)):
+    columns = []
+    for stage, table in enumerate(tables):
         new = (table.columns + seen).int().where(table.real, -1)
         columns.append(torch.cat([*ledger.columns[stage : stage + 1], tail, new], 1))
-        padded = ledger.has_padding[stage] or given.tail_has_padding
-        padding.append(padded or here.has_padding)
-    missing = [layout.width - here.columns.shape[1] for here in layout.stages]
-    ledgers.shorten(cache, missing)
+    ledgers.shorten(cache, [layout.width - here.columns.shape[1] for here in layout.stages])
     full = [here.is_full for here in layout.stages]
-    ledger.extend(seen, layout.width, columns, full, padding)
+    padding = [given.hides or here.has_padding for here in layout.stages]
+    return ledger.extended(seen + layout.width, columns, full, padding)
 
 
 def _request(
-    stage: int,
-    here: StageLayout,
-    table: Tables,
-    cache: StagedCache | None,
-    given: PassInput,
-    rows: Tensor,
+    here: StageLayout, table: Tables, given: PassInput, config: Any, rows: Tensor
 ) -> MaskRequest:
-    """What the mask of a stage that ran fewer rows is made of."""
-    real = table.real if here.has_padding else None
-    cached, part = 0, None
-    if cache is not None:
-        ledger, part = cache.ledger, ledgers.view(cache, stage)
-        real = ledger.columns[stage] >= 0 if ledger.has_padding[stage] else None
-        cached = ledger.columns[stage].shape[1] - here.columns.shape[1]
+    """What the mask of a stage that runs fewer rows is made of, without a cache."""
     blocks, ids = given.block_ids, None
     if blocks is not None:
         blocks = blocks.gather(1, table.columns).masked_fill(~table.real, -1)
-        blocks = nn.functional.pad(blocks, (cached, 0), value=-1)
     if here.sequence_ids is not None:
         ids = torch.from_numpy(here.sequence_ids).to(rows.device, non_blocking=True)
     place = rows.new_empty((len(rows), here.columns.shape[1], 0))
-    return MaskRequest(None, place, real, part, ids, blocks)
+    return MaskRequest(config, place, table.real if here.has_padding else None, None, ids, blocks)
+
+
+def _behind_cached(
+    request: MaskRequest, cache: StagedCache, after: Ledger, stage: int, given: PassInput
+) -> None:
+    """The same where rows come behind those of a cache, padding among them."""
+    total = after.columns[stage].shape[1]
+    request.cache = ledgers.view(cache, stage)
+    request.real = after.real(stage, given.mask if given.hides else None, total)
+    if request.block_ids is not None:
+        behind = total - request.block_ids.shape[1]
+        request.block_ids = nn.functional.pad(request.block_ids, (behind, 0), value=-1)
 
 
 def _varlen(seq_lens: tuple[int, ...], device: torch.device) -> dict[str, Any]:
