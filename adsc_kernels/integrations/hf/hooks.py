@@ -170,7 +170,7 @@ class Patch:
         """A compiled step needs masks of a fixed shape, so they are made before it."""
         spans = kwargs.pop(SPANS, None)
         inputs = prepare(*args, **kwargs)
-        if spans is not None and kwargs.get("is_first_iteration", True):
+        if spans is not None and kwargs.get("is_first_iteration"):
             inputs[SPANS] = spans
         cache = get_cache(inputs)
         if cache is not None and cache.is_compileable:

@@ -177,13 +177,16 @@ def pieces_of(family: Family, base: Any, kind: int, arguments: dict[str, Any]) -
 
 
 def follow(layout: BatchLayout, labels: Tensor) -> Tensor:
-    """Labels [B, S] of the rows of the last stage; -100 for padding."""
+    """Labels [B, S] of the rows of the last stage; -100 for padding, and for a token behind it,
+    which nothing predicts."""
     if labels.shape != (layout.batch, layout.width):
         raise ValueError(
             f"labels: expected shape {(layout.batch, layout.width)}, got {tuple(labels.shape)}"
         )
     columns = torch.from_numpy(layout.stages[-1].columns).to(labels.device, non_blocking=True)
-    return labels.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -100)
+    padding = columns < 0
+    padding[:, 1:] |= columns[:, :-1] < 0
+    return labels.gather(1, columns.clamp(min=0)).masked_fill(padding, -100)
 
 
 def check_kept(layout: BatchLayout, last: Any) -> None:
