@@ -2,7 +2,7 @@
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from types import ModuleType
+from typing import Any
 
 from adsc_kernels import accounting, attention, ops, reference
 from adsc_kernels.backend import available_backends, backend
@@ -16,10 +16,12 @@ except PackageNotFoundError:  # a source folder on the path, not installed
     __version__ = "unknown"
 
 
-def __getattr__(name: str) -> ModuleType:
-    """`adsc_kernels.llava`, which brings transformers, is imported when it is asked for."""
+def __getattr__(name: str) -> Any:
+    """What brings transformers is imported when it is asked for."""
     if name == "llava":
         return import_module("adsc_kernels.llava")
+    if name in ("apply_adsc", "remove_adsc"):
+        return getattr(import_module("adsc_kernels.integrations.hf"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -30,10 +32,12 @@ __all__ = [
     "StagePlan",
     "UnsupportedError",
     "accounting",
+    "apply_adsc",
     "attention",
     "available_backends",
     "backend",
     "make_plan",
     "ops",
     "reference",
+    "remove_adsc",
 ]

@@ -114,9 +114,7 @@ def test_lengths_of_packed_sequences_follow(model):
     offsets = torch.nn.functional.pad(lens.cumsum(0), (1, 0)).int()
     seen: list[Any] = []
     for layer in model.base_model.language_model.layers:
-        layer.self_attn.register_forward_pre_hook(
-            lambda m, a, k: seen.append(k), with_kwargs=True
-        )
+        layer.self_attn.register_forward_pre_hook(lambda m, a, k: seen.append(k), with_kwargs=True)
     with apply_adsc(model, "1:1/5,3:0"):
         model(
             input_ids=torch.tensor([[token for row in rows for token in row.ids]]),

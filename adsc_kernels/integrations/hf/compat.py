@@ -6,6 +6,10 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from transformers.cache_utils import Cache
+
+from adsc_kernels.errors import UnsupportedError
+
 CACHE_NAMES = ("cache", "past_key_values")
 
 
@@ -19,9 +23,12 @@ def cache_name(names: tuple[str, ...]) -> str:
     return CACHE_NAMES[0] if CACHE_NAMES[0] in names else CACHE_NAMES[1]
 
 
-def get_cache(arguments: Mapping[str, Any]) -> Any:
-    """The cache among keyword arguments, by any of its names."""
-    return next((arguments[n] for n in CACHE_NAMES if arguments.get(n) is not None), None)
+def get_cache(arguments: Mapping[str, Any]) -> Cache | None:
+    """The cache among keyword arguments, by any of its names; UnsupportedError for another type."""
+    cache = next((arguments[n] for n in CACHE_NAMES if arguments.get(n) is not None), None)
+    if cache is not None and not isinstance(cache, Cache):
+        raise UnsupportedError(f"cache: expected a Cache, got {type(cache).__name__}")
+    return cache
 
 
 def fitting(function: Callable[..., Any], **values: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache
 
 from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.integrations.hf import deepstack
@@ -152,8 +152,6 @@ class Patch:
             if not uses_cache(decoder, arguments):
                 return None
             cache = DynamicCache(config=decoder.config)
-        if not isinstance(cache, Cache):
-            raise UnsupportedError(f"cache: expected a Cache, got {type(cache).__name__}")
         return stage_cache(cache, self.schedule)
 
     def _enter_layer(

@@ -27,6 +27,8 @@ class Ledger:
             cached column is, -1 for padding.
         is_full: for each stage, nothing has been dropped in it.
         has_padding: for each stage, some of its columns are padding.
+        dropped: for each stage int64 [B, 1] on the device, how many tokens each row has lost in it;
+            under renumbered positions only.
     """
 
     def __init__(self, schedule: CompressionSchedule) -> None:
@@ -39,18 +41,11 @@ class Ledger:
         self.columns: list[Tensor] = []
         self.is_full = [True] * self.schedule.num_stages
         self.has_padding = [False] * self.schedule.num_stages
-        self._dropped: dict[int, Tensor] = {}
+        self.dropped: list[Tensor] = []
 
     def missing(self, stage: int) -> int:
         """How many columns stage 0 has more than this one."""
         return self.length - self.columns[stage].shape[1] if self.length else 0
-
-    def dropped(self, stage: int) -> Tensor:
-        """How many tokens of each row this stage has lost, int64 [B, 1]."""
-        if stage not in self._dropped:
-            first, here = (self.columns[s] >= 0 for s in (0, stage))
-            self._dropped[stage] = first.sum(1, keepdim=True) - here.sum(1, keepdim=True)
-        return self._dropped[stage]
 
     def real(self, stage: int, attention_mask: Tensor | None, total: int) -> Tensor | None:
         """The 2D mask of a stage's first `total` cached columns, of that of stage 0.
@@ -81,12 +76,18 @@ class Ledger:
         after.length, after.columns = length, columns
         after.is_full = [a and b for a, b in zip(self.is_full, is_full, strict=True)]
         after.has_padding = [a or b for a, b in zip(self.has_padding, padding, strict=True)]
+        after._count()
         return after
+
+    def _count(self) -> None:
+        if self.schedule.positions == "renumber":
+            counts = [(table >= 0).sum(1, keepdim=True) for table in self.columns]
+            self.dropped = [counts[0] - count for count in counts]
 
     def select(self, change: Any) -> None:
         """Apply `change` to the rows of every stage."""
         self.columns = [change(table) for table in self.columns]
-        self._dropped = {}
+        self._count()
 
     def crop(self, length: int) -> list[int]:
         """Forget what lies behind the first `length` columns of stage 0.
@@ -100,7 +101,8 @@ class Ledger:
             kept.append(int(used[-1]) + 1 if len(used) else 0)
             self.columns[stage] = table[:, : kept[-1]]
             self.has_padding[stage] = bool((self.columns[stage] < 0).any())
-        self.length, self._dropped = length, {}
+        self.length = length
+        self._count()
         return kept
 
 

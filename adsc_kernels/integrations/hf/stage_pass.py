@@ -206,7 +206,7 @@ def text_pass(
             runs.append(None)
         else:
             renumber = schedule.positions == "renumber"
-            shift = cache.ledger.dropped(stage) if renumber else None
+            shift = cache.ledger.dropped[stage] if renumber else None
             runs.append(StageRun(mask, None, shift))
     return StagePass(schedule, decoder, runs)
 
@@ -226,8 +226,7 @@ def picture_pass(
     shifts: list[Tensor | None] = [None] * len(tables)
     after = None
     if cache is not None:
-        if cache.ledger.length:
-            shifts = [cache.ledger.dropped(stage) for stage in range(len(tables))]
+        shifts = [*cache.ledger.dropped, *shifts][: len(tables)]
         after = _tell(cache, layout, tables, given)
     runs: list[StageRun | None] = []
     for stage, (here, table) in enumerate(zip(layout.stages, tables, strict=True)):
