@@ -51,8 +51,10 @@ def unpadded(
             real = attention_mask[b].bool()
         asks = real[-query.shape[2] :]
         q, k, v = query[b][:, asks], key[b][:, real], value[b][:, real]
-        hidden = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
-        scores = (q @ k.mT * scaling).masked_fill(~hidden, -torch.inf)
+        seen = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool)
+        if module.is_causal:  # the vision tower's is not
+            seen = seen.tril(k.shape[1] - q.shape[1])
+        scores = (q @ k.mT * scaling).masked_fill(~seen, -torch.inf)
         out[b][:, asks] = scores.softmax(-1) @ v
     return out.transpose(1, 2), None
 
