@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from transformers.cache_utils import Cache
 
 from adsc_kernels.errors import UnsupportedError
@@ -38,3 +39,12 @@ def fitting(function: Callable[..., Any], **values: Any) -> dict[str, Any]:
     if "inputs_embeds" not in names:
         values["input_embeds"] = values.pop("inputs_embeds")
     return {name: value for name, value in values.items() if name in names}
+
+
+def columns_seen(cache: Cache, rows: int, device: torch.device) -> int:
+    """How many columns of the cache's first layer a pass of so many rows sees, unseen ones of a
+    static cache included."""
+    new: Any = rows
+    if "cache_position" in parameters(Cache.get_mask_sizes):  # transformers 5.0
+        new = torch.arange(rows, device=device) + cache.get_seq_length()
+    return sum(cache.get_mask_sizes(new, 0))

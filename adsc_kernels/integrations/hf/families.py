@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
+from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.integrations.hf.compat import parameters
 from adsc_kernels.integrations.hf.masks import MaskMaker, MaskRequest, causal_masks
 from adsc_kernels.integrations.hf.pictures import TEXT, Piece, alike, joined
@@ -205,8 +207,12 @@ def gemma3_masks(request: MaskRequest) -> Any:
     """Causal or within a picture; where layers slide, within the window besides."""
     if request.block_ids is None:
         return causal_masks(request)
-    from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model
-
+    try:
+        from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model
+    except ImportError as error:
+        got = transformers.__version__
+        expected = "expected a transformers that has create_masks_for_vision_model"
+        raise UnsupportedError(f"gemma3: {expected}, got {got}") from error
     return create_masks_for_vision_model(
         config=request.config,
         inputs_embeds=request.rows,

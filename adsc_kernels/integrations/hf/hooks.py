@@ -92,7 +92,7 @@ class Patch:
             self._overrides.append(Override(model, name, self._prepare, (SPANS,)))
         for kind, (name, _) in MODALITIES.items():
             name = f"get_{name}_features"
-            if hasattr(base, name):
+            if hasattr(base, name) and "mm_encoder_outputs" in self._names["base"]:
                 self._overrides.append(Override(base, name, partial(self._encode, kind)))
 
     def remove(self) -> None:

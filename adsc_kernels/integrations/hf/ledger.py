@@ -142,7 +142,9 @@ class StagedCache(Cache):
         ledger = self.ledger
         seen = int(self.get_seq_length()) if tokens_to_remove > 0 or ledger.length else 0
         if tokens_to_remove > 0:
-            tokens_to_remove = min(tokens_to_remove - seen, 0)
+            tokens_to_remove -= seen
+            if tokens_to_remove >= 0:
+                return
         if seen + tokens_to_remove >= ledger.length:
             super().crop(tokens_to_remove)
             return

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from adsc_kernels import ops
 from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.integrations.hf import ledger as ledgers
-from adsc_kernels.integrations.hf.compat import parameters
+from adsc_kernels.integrations.hf.compat import columns_seen, parameters
 from adsc_kernels.integrations.hf.layout import BatchLayout, StageLayout
 from adsc_kernels.integrations.hf.ledger import Ledger, StagedCache
 from adsc_kernels.integrations.hf.masks import MaskMaker, MaskRequest, of_layer
@@ -183,7 +183,8 @@ def stage_masks(
             masks.append(None)
             continue
         part = ledgers.view(cache, stage)
-        real = cache.ledger.real(stage, mask, sum(part.get_mask_sizes(rows.shape[1], 0)))
+        total = columns_seen(part, rows.shape[1], rows.device)
+        real = cache.ledger.real(stage, mask, total)
         masks.append(make(MaskRequest(config, rows, real, part)))
     return masks
 
