@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from adsc_kernels import llava as llava
     from adsc_kernels.backend import available_backends, backend
     from adsc_kernels.errors import UnsupportedError
+    from adsc_kernels.integrations.hf import apply_adsc, remove_adsc
     from adsc_kernels.plan import CompressionPlan, StagePlan, make_plan
     from adsc_kernels.schedule import Boundary, CompressionSchedule
 
@@ -23,8 +24,10 @@ _HOMES = {
     "CompressionSchedule": "schedule",
     "StagePlan": "plan",
     "UnsupportedError": "errors",
+    "apply_adsc": "integrations.hf",
     "available_backends": "backend",
     "make_plan": "plan",
+    "remove_adsc": "integrations.hf",
 }
 _SUBMODULES = ("accounting", "attention", "integrations", "llava", "ops", "reference")
 
@@ -70,10 +73,12 @@ __all__ = [
     "StagePlan",
     "UnsupportedError",
     "accounting",
+    "apply_adsc",
     "attention",
     "available_backends",
     "backend",
     "make_plan",
     "ops",
     "reference",
+    "remove_adsc",
 ]

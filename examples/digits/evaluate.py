@@ -2,6 +2,7 @@
 
 python evaluate.py --pictures 40                                    # with transformers, dense
 python evaluate.py --pictures 40 --schedule 4:1/4,8:1/4,12:1/4      # with adsc_kernels.llava
+python evaluate.py --schedule 4:1/4,8:1/4,12:1/4 --patched          # with transformers, patched
 """
 
 from __future__ import annotations
@@ -32,12 +33,18 @@ def held_out(pictures: int, seed: int) -> Iterator[tuple[Image.Image, list[Quest
         yield to_rgb(batch.pixels[0]), sample_questions(batch.digits[0], rng, PER_PICTURE)
 
 
-def transformers_answer(model: Path, device: str, dtype: torch.dtype) -> Answer:
-    """Answer with ``transformers`` alone."""
+def transformers_answer(
+    model: Path, device: str, dtype: torch.dtype, schedule: str | None = None
+) -> Answer:
+    """Answer with ``transformers`` alone, or with ``apply_adsc`` under a schedule."""
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     processor = AutoProcessor.from_pretrained(model)
     llava = LlavaForConditionalGeneration.from_pretrained(model, dtype=dtype).to(device).eval()
+    if schedule is not None:
+        from adsc_kernels import apply_adsc
+
+        apply_adsc(llava, schedule)
 
     def answer(prompts: list[str], images: list[Image.Image]) -> list[str]:
         inputs = processor(text=prompts, images=images, padding=True, return_tensors="pt")
@@ -96,11 +103,14 @@ def main() -> None:
     parser.add_argument(
         "--schedule", help="answer with adsc_kernels.llava under this schedule ('': dense)"
     )
+    parser.add_argument(
+        "--patched", action="store_true", help="answer with transformers under the schedule"
+    )
     parser.add_argument("--json", type=Path, help="write the result here too")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
-    if args.schedule is None:
-        answer = transformers_answer(args.model, args.device, dtype)
+    if args.schedule is None or args.patched:
+        answer = transformers_answer(args.model, args.device, dtype, args.schedule)
     else:
         answer = adsc_answer(args.model, args.device, dtype, args.schedule)
     result = evaluate(answer, args.pictures, args.seed)

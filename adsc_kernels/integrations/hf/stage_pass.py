@@ -1,0 +1,295 @@
+"""One forward pass through the stages: what the hooks of the decoder's layers look up.
+
+It is made before the first layer and travels to the layers among their keyword arguments, so that
+a layer that is run again (gradient checkpointing) sees the pass it belongs to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from adsc_kernels import ops
+from adsc_kernels.errors import UnsupportedError
+from adsc_kernels.integrations.hf import ledger as ledgers
+from adsc_kernels.integrations.hf.compat import columns_seen, parameters
+from adsc_kernels.integrations.hf.layout import BatchLayout, StageLayout
+from adsc_kernels.integrations.hf.ledger import Ledger, StagedCache
+from adsc_kernels.integrations.hf.masks import MaskMaker, MaskRequest, of_layer
+from adsc_kernels.schedule import CompressionSchedule
+
+if TYPE_CHECKING:
+    from adsc_kernels.integrations.hf.deepstack import Deepstack
+
+VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+@dataclass
+class Tables:
+    """A stage's rows on the device.
+
+    Attributes:
+        keep: int32 [B * S_s], rows of the stage before; None where they are the same.
+        columns: int64 [B, S_s], the columns of this pass they came from; 0 for padding.
+        real: bool [B, S_s], False for padding.
+        before: int64 [B, S_s], how many tokens of their sequence were dropped in front of them.
+    """
+
+    keep: Tensor | None
+    columns: Tensor
+    real: Tensor
+    before: Tensor
+
+
+def upload(layout: BatchLayout, device: torch.device) -> list[Tables]:
+    """The tables of all stages, in one copy to the device."""
+    parts: list[np.ndarray] = []
+    for stage in layout.stages:
+        kept = np.empty(0, int) if stage.keep is None else stage.keep
+        parts += [kept.ravel(), stage.columns.ravel(), stage.before.ravel()]
+    packed = torch.from_numpy(np.concatenate(parts).astype(np.int32))
+    if device.type != "cpu":
+        packed = packed.pin_memory().to(device, non_blocking=True)
+    pieces = iter(packed.split([part.size for part in parts]))
+    tables = []
+    for stage in layout.stages:
+        keep, columns, before = next(pieces), next(pieces), next(pieces)
+        columns = columns.view(stage.columns.shape)
+        rest = (columns.clamp(min=0).long(), columns >= 0, before.view_as(columns).long())
+        tables.append(Tables(None if stage.keep is None else keep, *rest))
+    return tables
+
+
+@dataclass
+class StageRun:
+    """What the layers of one stage are given in place of what the decoder gives them."""
+
+    mask: Any  # or a dict by layer type
+    tables: Tables | None  # None in a pass without pictures: all stages run the same rows
+    shift: Tensor | None  # [B, 1]: tokens dropped in earlier passes, for renumbered positions
+    varlen: dict[str, Any] = field(default_factory=dict)
+    rope: dict[Any, Any] = field(default_factory=dict)  # by layer type: source, result
+
+
+class StagePass:
+    """The stages of one pass; `None` among `runs` where a stage is as the decoder has it."""
+
+    def __init__(
+        self, schedule: CompressionSchedule, decoder: Any, runs: list[StageRun | None]
+    ) -> None:
+        self.schedule, self.runs = schedule, runs
+        self.config = decoder.config
+        self.rotary = decoder.rotary_emb if schedule.positions == "renumber" else None
+        self.deepstack: Deepstack | None = None
+        self.after: tuple[StagedCache, Ledger] | None = None  # the cache's, once layers write to it
+
+    def enter(self, layer: int, x: Tensor, given: dict[str, Any]) -> Tensor:
+        """Turn what a layer is given into what its stage has: x in return, `given` in place."""
+        if self.after is not None:  # not before: until now the decoder has asked for lengths
+            self.after[0].ledger, self.after = self.after[1], None
+        stage = self.schedule.stage_of_layer(layer)
+        run = self.runs[stage]
+        if self.deepstack is not None and 0 < layer <= len(self.deepstack.features):
+            last = self.runs[self.schedule.stage_of_layer(layer - 1)]
+            x = self.deepstack.add(layer - 1, x, None if last is None else last.tables)
+        if run is None:
+            return x
+        tables = run.tables
+        first = self.schedule.boundaries[stage - 1].layer
+        if layer == first and tables is not None and tables.keep is not None:
+            rows = ops.downsample(x.flatten(0, 1), keep_indices=tables.keep.to(x.device))
+            x = rows.view(len(x), -1, x.shape[-1])
+        given["attention_mask"] = of_layer(run.mask, self.config, layer)
+        self._move(layer, run, x, given)
+        given.update(run.varlen)
+        return x
+
+    def _move(self, layer: int, run: StageRun, x: Tensor, given: dict[str, Any]) -> None:
+        """Positions and their embeddings follow the rows."""
+        kind = getattr(self.config, "layer_types", {layer: None})[layer]
+        ids, rope = given.get("position_ids"), given["position_embeddings"]
+        source, result = run.rope.get(kind, (None, None))
+        if source is not rope:
+            result = self._positions(kind, run, x, ids, rope)
+            run.rope[kind] = (rope, result)
+        given["position_ids"], given["position_embeddings"] = result
+
+    def _positions(
+        self, kind: Any, run: StageRun, x: Tensor, ids: Tensor | None, rope: tuple[Tensor, ...]
+    ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+        tables = run.tables
+        if tables is not None:
+            columns = tables.columns.to(x.device)
+            rope = tuple(_take(part, columns) for part in rope)
+            if ids is not None:
+                # Without gaps: attention that looks for packed sequences takes a gap for one.
+                ids = ids.expand(len(columns), -1).gather(1, columns) - tables.before.to(x.device)
+        if self.rotary is not None:
+            if ids is None:
+                raise UnsupportedError("positions: expected layers that are given position_ids")
+            if run.shift is not None:
+                ids = ids - run.shift.to(x.device)
+            kinds = {"layer_type": kind} if "layer_type" in parameters(self.rotary.forward) else {}
+            rope = self.rotary(x, position_ids=ids, **kinds)
+        return ids, rope
+
+
+def _take(part: Tensor, columns: Tensor) -> Tensor:
+    """cos or sin, [..., B or 1, S, D], of the rows of a stage."""
+    batch, rows = columns.shape
+    *lead, _, width, size = part.shape
+    index = columns[..., None].expand(*lead, batch, rows, size)
+    return part.expand(*lead, batch, width, size).gather(-2, index)
+
+
+@dataclass
+class PassInput:
+    """What the model's entry found out of its arguments, for the decoder's hook.
+
+    Attributes:
+        layout: of the tokens of this pass, None where it has no pictures.
+        mask: the 2D attention mask, [B, cached + S], or None.
+        masks: ready made ones of each stage, where `generate` prepared a compiled step.
+        hides: there are zeros in the mask, where the pass has a layout.
+        block_ids: [B, S] or None; see MaskRequest.
+        is_varlen: the lengths of packed sequences are among the arguments.
+    """
+
+    layout: BatchLayout | None
+    mask: Tensor | None
+    masks: list[Any] | None = None
+    hides: bool = False
+    block_ids: Tensor | None = None
+    is_varlen: bool = False
+
+
+def stage_masks(
+    schedule: CompressionSchedule,
+    cache: StagedCache | None,
+    mask: Tensor | None,
+    rows: Tensor,
+    config: Any,
+    make: MaskMaker,
+) -> list[Any]:
+    """Those of a pass without pictures; None for stages that nothing was dropped in."""
+    masks: list[Any] = []
+    for stage in range(schedule.num_stages):
+        if cache is None or cache.ledger.is_full[stage]:
+            masks.append(None)
+            continue
+        part = ledgers.view(cache, stage)
+        total = columns_seen(part, rows.shape[1], rows.device)
+        real = cache.ledger.real(stage, mask, total)
+        masks.append(make(MaskRequest(config, rows, real, part)))
+    return masks
+
+
+def text_pass(
+    schedule: CompressionSchedule,
+    decoder: Any,
+    cache: StagedCache | None,
+    given: PassInput,
+    rows: Tensor,
+    make: MaskMaker,
+) -> StagePass:
+    """All stages run the same rows; their masks are as long as their caches."""
+    masks = given.masks
+    if masks is None:
+        masks = stage_masks(schedule, cache, given.mask, rows, decoder.config, make)
+    runs: list[StageRun | None] = []
+    for stage, mask in enumerate(masks):
+        if cache is None or cache.ledger.is_full[stage]:
+            runs.append(None)
+        else:
+            renumber = schedule.positions == "renumber"
+            shift = cache.ledger.dropped[stage] if renumber else None
+            runs.append(StageRun(mask, None, shift))
+    return StagePass(schedule, decoder, runs)
+
+
+def picture_pass(
+    schedule: CompressionSchedule,
+    decoder: Any,
+    cache: StagedCache | None,
+    given: PassInput,
+    rows: Tensor,
+    make: MaskMaker,
+) -> StagePass:
+    """Stages run their survivors, of which the cache's ledger will tell."""
+    layout = given.layout
+    assert layout is not None
+    tables = upload(layout, rows.device)
+    shifts: list[Tensor | None] = [None] * len(tables)
+    after = None
+    if cache is not None:
+        shifts = [*cache.ledger.dropped, *shifts][: len(tables)]
+        after = _tell(cache, layout, tables, given)
+    runs: list[StageRun | None] = []
+    for stage, (here, table) in enumerate(zip(layout.stages, tables, strict=True)):
+        if here.is_full and (after is None or after.is_full[stage]):
+            runs.append(None)
+            continue
+        request = _request(here, table, given, decoder.config, rows)
+        if cache is not None and after is not None:
+            _behind_cached(request, cache, after, stage, given)
+        varlen = _varlen(here.seq_lens, rows.device) if given.is_varlen else {}
+        runs.append(StageRun(make(request), table, shifts[stage], varlen))
+    run = StagePass(schedule, decoder, runs)
+    if cache is not None and after is not None:
+        run.after = (cache, after)
+    return run
+
+
+def _tell(
+    cache: StagedCache, layout: BatchLayout, tables: list[Tables], given: PassInput
+) -> Ledger:
+    """Which columns of the conversation each stage holds after this pass."""
+    ledger, seen = cache.ledger, int(cache.get_seq_length())
+    device = tables[0].real.device
+    tail = torch.arange(ledger.length, seen, dtype=torch.int32, device=device)
+    tail = tail.expand(layout.batch, -1)
+    columns = []
+    for stage, table in enumerate(tables):
+        new = (table.columns + seen).int().where(table.real, -1)
+        columns.append(torch.cat([*ledger.columns[stage : stage + 1], tail, new], 1))
+    ledgers.shorten(cache, [layout.width - here.columns.shape[1] for here in layout.stages])
+    full = [here.is_full for here in layout.stages]
+    padding = [given.hides or here.has_padding for here in layout.stages]
+    return ledger.extended(seen + layout.width, columns, full, padding)
+
+
+def _request(
+    here: StageLayout, table: Tables, given: PassInput, config: Any, rows: Tensor
+) -> MaskRequest:
+    """What the mask of a stage that runs fewer rows is made of, without a cache."""
+    blocks, ids = given.block_ids, None
+    if blocks is not None:
+        blocks = blocks.gather(1, table.columns).masked_fill(~table.real, -1)
+    if here.sequence_ids is not None:
+        ids = torch.from_numpy(here.sequence_ids).to(rows.device, non_blocking=True)
+    place = rows.new_empty((len(rows), here.columns.shape[1], 0))
+    return MaskRequest(config, place, table.real if here.has_padding else None, None, ids, blocks)
+
+
+def _behind_cached(
+    request: MaskRequest, cache: StagedCache, after: Ledger, stage: int, given: PassInput
+) -> None:
+    """The same where rows come behind those of a cache, padding among them."""
+    total = after.columns[stage].shape[1]
+    request.cache = ledgers.view(cache, stage)
+    request.real = after.real(stage, given.mask if given.hides else None, total)
+    if request.block_ids is not None:
+        behind = total - request.block_ids.shape[1]
+        request.block_ids = nn.functional.pad(request.block_ids, (behind, 0), value=-1)
+
+
+def _varlen(seq_lens: tuple[int, ...], device: torch.device) -> dict[str, Any]:
+    """The lengths of packed sequences, as flash attention takes them."""
+    offsets = torch.tensor([0, *accumulate(seq_lens)], dtype=torch.int32)
+    offsets = offsets.to(device, non_blocking=True)
+    return dict(zip(VARLEN, (offsets, offsets, max(seq_lens), max(seq_lens)), strict=True))

@@ -1,0 +1,250 @@
+"""Generation, later turns and caches of a patched LLaVA: each is what running all at once gives."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hf_models import CASES, IMAGE, LAYERS, Row, noise
+from hf_oracle import oracle
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+
+from adsc_kernels import CompressionSchedule
+from adsc_kernels.integrations.hf import apply_adsc
+
+MADE = CASES["llava"]
+NEW = 6
+GREEDY: dict[str, Any] = dict(
+    max_new_tokens=NEW,
+    min_new_tokens=NEW,
+    do_sample=False,
+    pad_token_id=0,
+    suppress_tokens=[IMAGE],  # transformers would look for its picture where nothing is cached
+)
+SCHEDULES = ["1:1/2,3:1/3", "0:2/3,2:1/4@linspace@renumber"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return MADE.model()
+
+
+@pytest.fixture(params=SCHEDULES)
+def patched(model, request):
+    with apply_adsc(model, request.param) as applied:
+        yield applied
+
+
+def lengths(cache: Any) -> list[int]:
+    return [int(layer.get_seq_length()) for layer in cache.layers]
+
+
+def kept(applied: Any, *pictures: int) -> list[int]:
+    """Vision tokens of each layer."""
+    schedule = applied.schedule
+    counts = [schedule.kept(n) for n in pictures]
+    return [sum(c[schedule.stage_of_layer(n)] for c in counts) for n in range(LAYERS)]
+
+
+def joined(first: Row, answer: list[int], second: Row) -> Row:
+    """A conversation as one sequence."""
+    whole = copy.deepcopy(first).text(*answer)
+    shift = len(whole.ids)
+    whole.ids += second.ids
+    whole.grids += [[[n + shift for n in line] for line in grid] for grid in second.grids]
+    for name, values in second.inputs.items():
+        whole.give(**{name: torch.cat(values)})
+    return whole
+
+
+def second_turn(seed: int) -> Row:
+    row = Row().text(21, 22).grid(5, 5).text(23, seed)
+    return row.give(pixel_values=noise(seed, 1, 3, 20, 20))
+
+
+@torch.no_grad()
+def test_greedy_answers_are_the_oracles(model, patched):
+    row = MADE.rows()[0]
+    ids = model.generate(**MADE.inputs([row]), **GREEDY)[0]
+    schedule = patched.schedule
+    plain = MADE.model()
+    for n in range(len(row.ids), len(ids)):
+        inputs = {**MADE.inputs([row]), "input_ids": ids[None, :n]}
+        logits, _ = oracle(plain, inputs, row.grids, schedule)
+        logits[:, IMAGE] = -torch.inf
+        assert logits[-1].argmax() == ids[n]
+
+
+@torch.no_grad()
+def test_each_layers_cache_is_as_short_as_its_stage(model, patched):
+    row = MADE.rows()[0]
+    cache = model(**MADE.inputs([row])).past_key_values
+    text = len(row.ids) - 50
+    want = [text + n for n in kept(patched, 25, 25)]
+    assert lengths(cache) == want
+    got = sum(x.untyped_storage().nbytes() for n in cache.layers for x in (n.keys, n.values))
+    assert got == sum(want) * 2 * 2 * 8 * 4  # K and V, 2 heads of 8 float32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [[0], [0, 1, 2]])
+def test_a_static_cache_gives_the_same_and_is_as_short(model, patched, rows):
+    inputs = MADE.inputs([MADE.rows()[n] for n in rows])
+    options = {**GREEDY, "return_dict_in_generate": True}
+    want = model.generate(**inputs, **options)
+    got = model.generate(**inputs, **options, cache_implementation="static")
+    assert torch.equal(got.sequences, want.sequences)
+    assert lengths(got.past_key_values) == lengths(want.past_key_values)
+    allocated = [layer.keys.shape[2] for layer in got.past_key_values.layers]
+    dropped = [lengths(want.past_key_values)[0] - n for n in lengths(want.past_key_values)]
+    assert [allocated[0] - n for n in allocated] == dropped
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_second_turn_is_the_whole_conversation(model, patched, kind):
+    first = MADE.rows()[0]
+    cache = None
+    if kind == "static":
+        cache = StaticCache(model.config.get_text_config(), max_cache_len=200)
+    options = {**GREEDY, "return_dict_in_generate": True}
+    turn = model.generate(**MADE.inputs([first]), **options, past_key_values=cache)
+    ids = turn.sequences[0].tolist()
+    later = second_turn(24)
+    whole = joined(first, ids[len(first.ids) :], later)
+    inputs = {"input_ids": torch.tensor([whole.ids]), "pixel_values": noise(24, 1, 3, 20, 20)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    got = model.generate(**inputs, **options, past_key_values=turn.past_key_values)
+    want = model.generate(**MADE.inputs([whole]), **options)
+    assert torch.equal(got.sequences, want.sequences)
+    assert lengths(got.past_key_values) == lengths(want.past_key_values)
+
+
+@torch.no_grad()
+def test_later_turns_of_an_uneven_batch(model, patched):
+    """Rows of other lengths with other pictures, then text alone, then pictures again."""
+    rows, cache, mask = MADE.rows(), DynamicCache(), None
+    turns = [rows, [Row().text(30 + n, 31) for n in range(3)]]
+    turns.append([second_turn(24), Row().text(*range(20, 49)), second_turn(26)])
+    for turn in turns:
+        inputs = MADE.inputs(turn)
+        here = inputs.pop("attention_mask", torch.ones_like(inputs["input_ids"]))
+        mask = here if mask is None else torch.cat([mask, here], 1)
+        got = model(**inputs, attention_mask=mask, past_key_values=cache).logits
+    alone = rows
+    for turn in turns[1:]:
+        alone = [joined(row, [], more) for row, more in zip(alone, turn, strict=True)]
+    for row, logits in zip(alone, got, strict=True):
+        want = model(**MADE.inputs([row])).logits[0, -1]
+        assert torch.allclose(logits[-1], want, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(num_beams=3),
+        dict(num_beams=2, num_return_sequences=2),
+        dict(prompt_lookup_num_tokens=3),
+        dict(do_sample=True, num_return_sequences=3),
+        dict(num_beams=2, cache_implementation="static"),
+    ],
+    ids=str,
+)
+def test_generation_with_a_cache_is_that_without(model, patched, options):
+    inputs = MADE.inputs(MADE.rows()[:1] if "prompt_lookup_num_tokens" in options else MADE.rows())
+    plain = {name: n for name, n in options.items() if "lookup" not in name and "cache" not in name}
+    torch.manual_seed(0)
+    want = model.generate(**inputs, **{**GREEDY, **plain}, use_cache=False)
+    torch.manual_seed(0)
+    got = model.generate(**inputs, **{**GREEDY, **options})
+    assert torch.equal(got, want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("left", [56, 50, 29, 12, 3])
+def test_a_cropped_cache_is_that_of_the_shorter_prompt(model, patched, left):
+    """Cropped behind the pictures, inside one, between and before them; then text is added."""
+    row = MADE.rows()[0]
+    cache = model(**MADE.inputs([row])).past_key_values
+    model(input_ids=torch.tensor([[30, 31]]), past_key_values=cache)
+    cache.crop(left - len(row.ids) - 2)
+    assert cache.get_seq_length() == left
+    got = model(input_ids=torch.tensor([[32, 33]]), past_key_values=cache)
+    # What was dropped of a picture that is cut is what the whole one lost.
+    mask = torch.ones(1, len(row.ids) + 4)
+    mask[:, left : len(row.ids) + 2] = 0
+    whole = model(**MADE.inputs([row])).past_key_values
+    model(input_ids=torch.tensor([[30, 31]]), past_key_values=whole)
+    ids = torch.arange(left, left + 2)[None]
+    want = model(
+        input_ids=torch.tensor([[32, 33]]),
+        past_key_values=whole,
+        attention_mask=mask,
+        position_ids=ids,
+    )
+    if patched.schedule.positions == "original" or left == 56:
+        assert torch.allclose(got.logits, want.logits, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_rows_of_a_cache_can_be_chosen_and_repeated(model, patched):
+    rows = MADE.rows()
+    new = torch.tensor([[30], [31], [32]])
+
+    def prefilled() -> tuple[Any, Tensor]:
+        inputs = MADE.inputs(rows)
+        mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1)], 1)
+        return model(**inputs).past_key_values, mask
+
+    cache, mask = prefilled()
+    want = model(input_ids=new, past_key_values=cache, attention_mask=mask).logits
+    for change, order in (
+        (lambda c, n: c.reorder_cache(n), [2, 0, 1]),
+        (lambda c, n: c.batch_select_indices(n), [1, 2]),
+        (lambda c, n: c.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+    ):
+        cache, _ = prefilled()
+        cache = copy.deepcopy(cache)
+        chosen = torch.tensor(order)
+        change(cache, chosen)
+        got = model(input_ids=new[chosen], past_key_values=cache, attention_mask=mask[chosen])
+        assert torch.allclose(got.logits, want[chosen], atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_cache_that_is_reset_is_new(model, patched):
+    inputs = MADE.inputs(MADE.rows())
+    cache = DynamicCache()
+    want = model(**inputs, past_key_values=cache).logits
+    cache.reset()
+    assert torch.equal(model(**inputs, past_key_values=cache).logits, want)
+
+
+@torch.no_grad()
+def test_rows_of_one_length_that_lose_different_numbers(model, patched):
+    """No padding in the batch, but in its later stages."""
+    one, two = MADE.rows()[0], Row().text(1).grid(5, 5).text(*range(20, 50))
+    two.give(pixel_values=noise(9, 1, 3, 20, 20))
+    assert len(one.ids) == len(two.ids)
+    assert "attention_mask" not in MADE.inputs([one, two])
+    for options in (GREEDY, {**GREEDY, "cache_implementation": "static"}):
+        got = model.generate(**MADE.inputs([one, two]), **options)
+        for row, ids in zip([one, two], got, strict=True):
+            assert torch.equal(model.generate(**MADE.inputs([row]), **options)[0], ids)
+
+
+@torch.no_grad()
+def test_a_schedules_cache_is_not_anothers(model):
+    inputs = MADE.inputs(MADE.rows()[:1])
+    before = model(**inputs).past_key_values
+    with apply_adsc(model, "1:1/2"):
+        with pytest.raises(ValueError, match="filled without apply_adsc"):
+            model(input_ids=torch.tensor([[9]]), past_key_values=before)
+        cache = model(**inputs).past_key_values
+    other = CompressionSchedule.parse("1:1/4", LAYERS)
+    with apply_adsc(model, other), pytest.raises(ValueError, match="schedule 1:1/4"):
+        model(input_ids=torch.tensor([[9]]), past_key_values=cache)
