@@ -51,7 +51,9 @@ def row_map(
                 f"shape {tuple(segments.shape)}"
             )
         if num_tokens > 0 and len(segments) == 0:
-            raise ValueError(f"segments: expected some for {num_tokens} output rows, got none")
+            raise ValueError(
+                f"segments: expected a table for {num_tokens} output rows, got an empty one"
+            )
     else:
         if rows.dtype not in (torch.int32, torch.int64) or rows.shape != (num_tokens,):
             raise ValueError(

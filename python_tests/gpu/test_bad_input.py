@@ -23,6 +23,7 @@ CONTENTS_OF_LAYOUT = {
     "spans height",
 }  # fmt: skip
 
+pytestmark = pytest.mark.every_case
 downsample = cpu_tests("test_downsample")
 norm = cpu_tests("test_norm")
 metadata = cpu_tests("test_rebuild_metadata")

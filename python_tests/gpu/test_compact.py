@@ -12,6 +12,7 @@ import torch
 from cache_cases import Built, Case, dense_cases, paged_cases
 from gpu_device import DEVICE, DRY_RUN, another_stream, capture, hold_back
 from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from adsc_kernels import CompressionSchedule, StagePlan, backend, make_plan, ops
@@ -67,14 +68,46 @@ def check(case: Case, op: Callable[..., ops.CompactionResult]) -> None:
         assert torch.equal(buffer.cpu(), expected)
 
 
-@given(case=dense_cases())
-def test_dense(case: Case) -> None:
-    check(case, ops.compact_kv_)
+FORMS: dict[str, Callable[[Case], bool]] = {
+    "stage": lambda case: "stage" in case.rows.arguments,
+    "keep_indices": lambda case: "keep_indices" in case.rows.arguments,
+    "NHD": lambda case: case.layout == "NHD",
+    "HND": lambda case: case.layout == "HND",
+    "K and V in one": lambda case: case.together,
+    "K and V of two shapes": lambda case: (
+        not case.together
+        and "v_caches" in case.geometries
+        and case.geometries["v_caches"].last != case.geometries["k_caches"].last
+    ),
+    "K alone": lambda case: "v_caches" not in case.geometries,
+    "scales": lambda case: "k_scales" in case.geometries,
+}
+DENSE_FORMS = {
+    **FORMS,
+    "packed": lambda case: case.blocks is None,
+    "batched": lambda case: case.blocks is not None,
+}
+PAGED_FORMS = {
+    **FORMS,
+    "slots": lambda case: case.blocks is None,
+    "blocks": lambda case: case.blocks is not None,
+    "table edited": lambda case: case.extra["edit_table"],
+    "table kept": lambda case: not case.extra["edit_table"],
+}
 
 
-@given(case=paged_cases())
-def test_paged(case: Case) -> None:
-    check(case, ops.compact_paged_kv_)
+@pytest.mark.every_case
+@pytest.mark.parametrize("form", DENSE_FORMS)
+@given(data=st.data())
+def test_dense(form: str, data: st.DataObject) -> None:
+    check(data.draw(dense_cases().filter(DENSE_FORMS[form])), ops.compact_kv_)
+
+
+@pytest.mark.every_case
+@pytest.mark.parametrize("form", PAGED_FORMS)
+@given(data=st.data())
+def test_paged(form: str, data: st.DataObject) -> None:
+    check(data.draw(paged_cases().filter(PAGED_FORMS[form])), ops.compact_paged_kv_)
 
 
 # ---- Caches of a real size ----

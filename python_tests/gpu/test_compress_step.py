@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cache_cases import Case, dense_cases, paged_cases
+from cache_cases import dense_cases, paged_cases
 from compress_cases import Rows, boundaries, run, same_boundary
 from gpu_device import BACKEND, DEVICE, DRY_RUN, another_stream, capture, hold_back
 from hypothesis import given
@@ -41,8 +41,16 @@ def back(step: ops.BoundaryStep) -> ops.BoundaryStep:
     return ops.BoundaryStep(step.hidden.cpu(), residual, [x.cpu() for x in step.others], metadata)
 
 
-@given(case=st.one_of(dense_cases(), paged_cases()), rows=boundaries())
-def test_equals_the_reference(case: Case, rows: Rows) -> None:
+CACHES = {"dense": dense_cases(), "paged": paged_cases()}
+
+
+@pytest.mark.every_case
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("form", ["stage", "keep_indices", "layout"])
+@given(data=st.data())
+def test_equals_the_reference(cache: str, form: str, data: st.DataObject) -> None:
+    case = data.draw(CACHES[cache])
+    rows = data.draw(boundaries().filter(lambda rows: form in rows.arguments))
     truth, mine = case.build(), here(case.build())
     with backend("reference"):
         wanted = run(case, truth, rows)
