@@ -151,6 +151,7 @@ def read_sanitizer(status: int, output: str) -> dict[str, Any]:
 def bench_jobs(folder: Path, only: str) -> list[Job]:
     """One for each family of ops, one after the other."""
     jobs = []
+    interpreted = {"TRITON_INTERPRET": "1"} if DRY_RUN and version_of("triton") else {}
     for name, seconds in BENCHES.items():
         file = folder / f"{name}.json"
         jobs.append(
@@ -158,6 +159,7 @@ def bench_jobs(folder: Path, only: str) -> list[Job]:
                 name,
                 python(f"bench/gpu_{name}.py", file, seconds),
                 lambda status, _, file=file: {"ok": status == 0, **json.loads(file.read_text())},
+                interpreted,
             )
         )
     return [job for job in jobs if only in job.name]
