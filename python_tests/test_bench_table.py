@@ -193,3 +193,16 @@ def test_every_line_of_a_table_has_as_many_cells(tmp_path: Path) -> None:
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 4
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_the_plot_has_every_op_and_the_copy_beside_it() -> None:
+    pytest.importorskip("matplotlib")
+    import plot
+
+    page = plot.figure(table.read_results(table.RESULTS)["gpu-bench"][-1])
+    panels = {axes.get_title(): axes for axes in page.axes}
+    for op in plot.PANELS:
+        lines = {line.get_label(): line.get_ydata() for line in panels[op].get_lines()}
+        assert {"the fastest copy", "CUDA", "Triton"} < lines.keys()
+        assert all(len(points) >= 3 for points in (lines["CUDA"], lines["the fastest copy"]))
+    assert (ROOT / "docs" / "gpu.png").stat().st_size < 200_000

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -67,11 +68,46 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     assert not report["ok"] and report["left_out"] == ["memcheck, cpu"]
 
 
-def test_a_library_from_other_sources_is_not_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """tools/gpu.py"""
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    gpu = importlib.import_module("gpu")
+    return importlib.import_module("gpu")
+
+
+def test_every_gpu_test_is_in_one_job_of_each_backend(gpu: ModuleType, tmp_path: Path) -> None:
+    jobs = gpu.test_jobs(tmp_path, "")
+    names = [job.name for job in jobs]
+    assert len(set(names)) == len(names)
+    backends = [name.rpartition(", ")[2] for name in names]
+    half = len(names) // 2
+    assert backends == ["cuda"] * half + ["triton"] * half
+    found: dict[str, set[str]] = {}
+    for job in jobs[:half]:
+        file, _, test = job.command[-1].partition("::")
+        found.setdefault(Path(file).name, set()).add(test)
+    files = {file.name: file for file in (ROOT / "python_tests" / "gpu").glob("test_*.py")}
+    assert found.keys() == files.keys()
+    for name, tests in found.items():
+        if tests != {""}:
+            assert tests == set(re.findall(r"def (test_\w+)", files[name].read_text()))
+    assert {"parity::downsample, cuda", "traps, triton"} <= set(names)
+
+
+def test_a_process_whose_tests_are_skipped_has_not_failed(gpu: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "junit.xml"
+    case = '<testcase classname="a" name="b"><{0} message="why"/></testcase>'
+    for kind, ok in (("skipped", True), ("failure", False), ("error", False)):
+        file.write_text(f"<testsuite>{case.format(kind)}</testsuite>")
+        assert gpu.read_junit(0, file)["ok"] is ok
+    assert gpu.read_junit(1, file)["ok"] is False
+    file.write_text("<testsuite></testsuite>")
+    assert gpu.read_junit(0, file)["ok"] is False
+
+
+def test_a_library_from_other_sources_is_not_taken(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mark = tmp_path / "libadsc_ops.sources"
     monkeypatch.setattr(gpu, "PREBUILT", mark)
     monkeypatch.setattr(gpu, "python", lambda *_: ["true"])  # a library that serves the GPU
