@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import tempfile
 import time
@@ -43,18 +42,13 @@ def run(job: Job, deadline: float) -> None:
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         try:
             process = subprocess.Popen(
-                job.command,
-                cwd=ROOT,
-                env=environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+                job.command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
             )
             status = process.wait(deadline - begin)
         except OSError as problem:
             error = f"not started: {problem}"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
+            process.kill()
             status, error = process.wait(), "stopped: out of time"
         log.seek(0)
         job.output = log.read()
