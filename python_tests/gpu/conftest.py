@@ -58,9 +58,8 @@ def drawing() -> bool:
     """Whether hypothesis is drawing from a strategy: one of its do_draw is being executed."""
     frame = sys._getframe()
     while frame is not None:
-        if frame.f_code.co_name == "do_draw" and frame.f_globals["__name__"].startswith(
-            "hypothesis"
-        ):
+        module = frame.f_globals.get("__name__", "")
+        if frame.f_code.co_name == "do_draw" and module.startswith("hypothesis"):
             return True
         frame = frame.f_back
     return False
