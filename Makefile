@@ -12,7 +12,7 @@ WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: venv venv-vllm demo test test-vllm test-fast test-cpp bench gpu-test gpu-sanitize gpu-bench lint format docs wheel clean help
+.PHONY: venv venv-vllm demo test test-vllm test-fast test-cpp bench gpu-test gpu-sanitize gpu-bench gpu-all gpu-prebuild lint format docs wheel clean help
 
 help:           ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## */\t/' | expand -t 12
@@ -88,6 +88,22 @@ gpu-sanitize:   ## compute-sanitizer's four tools over a small selection
 
 gpu-bench:      ## GPU benchmarks beside eager and compiled PyTorch and the plain copy
 	@$(PYTHON) tools/gpu.py bench
+
+gpu-all:        ## gpu-test, gpu-bench and gpu-sanitize in one call, on one budget of time
+	@$(PYTHON) tools/gpu.py all
+
+# For a machine with a GPU and without a compiler, or whose time is dear: what it prints goes there,
+# beside the sources. The stable ABI makes any torch do; the Python has to be of the same version.
+VENV_GPU := .venv-gpu
+
+$(VENV_GPU)/.tools:
+	$(PYTHON) -m venv $(VENV_GPU)
+	$(VENV_GPU)/bin/python -m pip install --disable-pip-version-check --quiet --upgrade pip
+	$(VENV_GPU)/bin/python -m pip install --disable-pip-version-check --quiet "$(TORCH)" cmake ninja pybind11 "setuptools>=77"
+	@touch $@
+
+gpu-prebuild: $(VENV_GPU)/.tools  ## the library for a GPU elsewhere (sm_90a): PYTHON=python3.12 as it is there
+	@$(VENV_GPU)/bin/python tools/gpu.py prebuild
 
 # For every architecture, whatever GPU is here.
 report wheel: export ADSC_CUDA_ARCHS ?= all

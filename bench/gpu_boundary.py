@@ -5,11 +5,12 @@ python bench/gpu_boundary.py FILE SECONDS      (make gpu-bench runs it)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from gpu_shapes import BATCHES, TEXT, VISION, Batch
-from gpu_timing import DEVICE, DRY_RUN, Case, main
+from gpu_timing import DEVICE, DRY_RUN, Case, Run, main
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
@@ -31,6 +32,30 @@ def norm_bytes(batch: Batch, rows: int) -> int:
     return 4 * rows * batch.hidden * 2
 
 
+def engines(rows: Tensor) -> dict[str, Run]:
+    """index_select, and an engine's own fused sum and norm in place, where one is installed."""
+
+    def behind_index_select(norm: Callable[..., object]) -> Run:
+        def run(buffers: list[Tensor]) -> tuple[Tensor, Tensor]:
+            x, residual, weight = buffers
+            x, residual = (torch.index_select(t, 0, rows) for t in (x, residual))
+            norm(x, residual, weight, EPS)
+            return x, residual
+
+        return run
+
+    found = {}
+    with contextlib.suppress(ImportError):
+        from flashinfer.norm import fused_add_rmsnorm
+
+        found["flashinfer"] = behind_index_select(fused_add_rmsnorm)
+    with contextlib.suppress(ImportError):
+        from vllm._custom_ops import fused_add_rms_norm
+
+        found["vllm"] = behind_index_select(fused_add_rms_norm)
+    return found
+
+
 def add_rms_norm(batch: Batch) -> Case:
     stage = batch.stage()
     rows = stage.keep_indices()
@@ -46,7 +71,8 @@ def add_rms_norm(batch: Batch) -> Case:
         norm_bytes(batch, stage.num_tokens),
         lambda: rows_and_weight(batch, stage.num_tokens_in),
         lambda buffers: ops.downsample_add_rms_norm(*buffers, stage, EPS),
-        {"eager": eager},
+        {"eager": eager, **engines(rows)},
+        compiled=batch.compiled,
         tolerance=CLOSE,
     )
 
@@ -89,6 +115,7 @@ def boundary_step(batch: Batch) -> Iterator[Case]:
         make,
         lambda buffers: ours(buffers, stage=stage),
         {"eager": eager},
+        compiled=batch.compiled,
         tolerance=CLOSE,
     )
     yield Case(
@@ -144,15 +171,16 @@ def rebuild_metadata(sequences: int) -> Case:
         make,
         lambda buffers: ops.rebuild_metadata(*buffers, "1/4"),
         {"eager": eager},
+        compiled=sequences in (32, 8192),
     )
 
 
 def cases() -> Iterator[Case]:
+    for sequences in (1, 4) if DRY_RUN else (1, 32, 1024, 8192):
+        yield rebuild_metadata(sequences)
     for batch in BATCHES:
         yield add_rms_norm(batch)
         yield from boundary_step(batch)
-    for sequences in (1, 4) if DRY_RUN else (1, 32, 1024, 8192):
-        yield rebuild_metadata(sequences)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,16 @@ def downsample(batch: Batch) -> Iterator[Case]:
 
     baselines = {"eager": lambda x: torch.index_select(x, 0, rows)}
     size = moved_bytes(batch, 2 * batch.hidden)
-    yield Case("downsample", batch.name, size, make, lambda x: ops.downsample(x, stage), baselines)
-    if batch.hidden == BATCHES[0].hidden and batch.sequences in (1, 32):
+    yield Case(
+        "downsample",
+        batch.name,
+        size,
+        make,
+        lambda x: ops.downsample(x, stage),
+        baselines,
+        compiled=batch.compiled,
+    )
+    if batch.compiled:
         yield Case(
             "downsample",
             f"{batch.name}, keep_indices",
@@ -63,6 +71,7 @@ def downsample_many(batch: Batch) -> Case:
         make,
         lambda xs: ops.downsample_many(xs, stage),
         {"eager": lambda xs: [torch.index_select(x, 0, rows) for x in xs]},
+        compiled=batch.compiled,
     )
 
 

@@ -2,14 +2,16 @@
 
 A contestant is a function of one set of buffers. It is called on many sets in turn, together
 several times the L2 cache, so that each call finds its bytes in device memory and leaves its
-outputs there. Two times of a call, each a median of repetitions, both by CUDA events:
+outputs there. Three times of a call, each a median of repetitions:
 
-  graph_us   all calls captured in one CUDA graph and replayed: what the device takes
+  graph_us   all calls captured in one CUDA graph and replayed: what the device takes (events)
   eager_us   the same calls from Python one after the other: what a caller without graphs waits
+  host_us    until the call returns, with nothing queued before it: what the host takes
 
 Bytes are counted, not measured: every row that is needed read once and written once. GB/s comes
-from graph_us, and `share_of_copy` is the time of a plain copy that moves as many bytes, taken in
-the same run in the same way, over that of the contestant.
+from graph_us. `share_of_copy` is the time of the fastest plain copy of as many bytes over that of
+the contestant. Three copies are timed in the same run: memcpy in a graph, where a large one is
+slower than on a stream; memcpy on a stream; and a copy kernel in a graph.
 
 ADSC_GPU_DRY_RUN=1 runs the same on CPU tensors with the wall clock: a check of these files whose
 numbers mean nothing.
@@ -17,6 +19,8 @@ numbers mean nothing.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import json
 import os
@@ -37,8 +41,10 @@ import adsc_kernels as adsc
 DRY_RUN = os.environ.get("ADSC_GPU_DRY_RUN") == "1"
 DEVICE = torch.device("cpu" if DRY_RUN else "cuda")
 BACKENDS = ("cpu",) if DRY_RUN else ("cuda", "triton")
-REPETITIONS = 3 if DRY_RUN else 30
+REPETITIONS = 2 if DRY_RUN else 30  # at most: no measurement takes much longer than LONG
+LONG = 0.2  # seconds
 CALLS = 2 if DRY_RUN else 16  # at least, in a graph: the start of a graph is spread over them
+MANY_BYTES = 256 << 20  # a call that moves as much is long beside the start of a graph
 MOST_SETS = 2 if DRY_RUN else 64
 LARGE_COPY = 1 << (16 if DRY_RUN else 30)
 
@@ -73,12 +79,16 @@ def synchronize() -> None:
 
 def microseconds(run: Call) -> float:
     """The median time of a call, queued behind a call so that the host is ahead of the device."""
+    begin = time.perf_counter()
+    run()
+    synchronize()
+    repetitions = max(min(int(LONG / (time.perf_counter() - begin)), REPETITIONS), 2)
     if DRY_RUN:
         begin = time.perf_counter()
-        for _ in range(REPETITIONS):
+        for _ in range(repetitions):
             run()
-        return (time.perf_counter() - begin) / REPETITIONS * 1e6
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(REPETITIONS + 1)]
+        return (time.perf_counter() - begin) / repetitions * 1e6
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions + 1)]
     run()
     for mark in marks[:-1]:
         mark.record()
@@ -86,6 +96,17 @@ def microseconds(run: Call) -> float:
     marks[-1].record()
     torch.cuda.synchronize()
     return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks)) * 1e3
+
+
+def host_microseconds(calls: Sequence[Call]) -> float:
+    """The median time until a call returns that finds the device idle."""
+    found = []
+    for call in itertools.islice(itertools.cycle(calls), REPETITIONS):
+        synchronize()
+        begin = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - begin)
+    return statistics.median(found) * 1e6
 
 
 def captured(calls: Sequence[Call]) -> Call:
@@ -113,13 +134,14 @@ def in_turn(calls: Sequence[Call]) -> Call:
 
 
 def times(calls: Sequence[Call]) -> dict[str, float]:
-    """graph_us and eager_us of one call among these."""
+    """graph_us, eager_us and host_us of one call among these."""
     for call in calls[:3]:  # compile, load, reserve
         call()
     synchronize()
+    host = host_microseconds(calls)
     eager = microseconds(in_turn(calls)) / len(calls)
     graph = microseconds(captured(calls)) / len(calls)
-    return {"graph_us": round(graph, 3), "eager_us": round(eager, 3)}
+    return {"graph_us": round(graph, 3), "eager_us": round(eager, 3), "host_us": round(host, 3)}
 
 
 def number_of_sets(bytes_moved: int) -> int:
@@ -128,25 +150,42 @@ def number_of_sets(bytes_moved: int) -> int:
     return min(MOST_SETS, max(2, -(-4 * cache // max(bytes_moved, 1))))
 
 
-def repeated(runs: Iterable[Call]) -> list[Call]:
+def repeated(runs: Iterable[Call], bytes_moved: int) -> list[Call]:
     """The same calls over and over until there are enough for a graph."""
     runs = list(runs)
-    return runs * -(-CALLS // len(runs))
+    return runs * -(-(CALLS if bytes_moved < MANY_BYTES else CALLS // 4 or 1) // len(runs))
 
 
-def copy_times(bytes_moved: int) -> dict[str, float]:
-    """Of a plain copy that reads half of the bytes and writes the other half."""
-    size = max(bytes_moved // 2, 1)
+@functools.cache
+def copy_times(bytes_moved: int) -> dict[str, dict[str, float]]:
+    """Of plain copies that read half of the bytes and write the other half."""
+    words = max(bytes_moved // 16, 1)
     pairs = [
-        [torch.randint(0, 255, (size,), dtype=torch.uint8, device=DEVICE) for _ in range(2)]
+        [torch.randint(0, 255, (words,), device=DEVICE) for _ in range(2)]
         for _ in range(number_of_sets(bytes_moved))
     ]
-    return times(repeated(partial(a.copy_, b) for a, b in pairs))
+    ways: dict[str, Callable[[Tensor, Tensor], object]] = {"copy": Tensor.copy_}
+    with contextlib.suppress(ImportError):  # without Triton
+        from copy_kernel import copy
+
+        ways["copy kernel"] = copy
+    found = {}
+    for name, way in ways.items():
+        pairs[0][0].zero_()
+        way(*pairs[0])
+        assert torch.equal(*pairs[0]), name
+        found[name] = times(repeated((partial(way, a, b) for a, b in pairs), bytes_moved))
+    return found
+
+
+def fastest(copies: dict[str, dict[str, float]]) -> float:
+    """The time of the fastest plain copy, in a graph or on a stream."""
+    return min(copy[kind] for copy in copies.values() for kind in ("graph_us", "eager_us"))
 
 
 def ceilings() -> dict[str, float]:
     """What no call can be faster than: a large copy, and a kernel that does nothing."""
-    copy = copy_times(2 * LARGE_COPY)["graph_us"]
+    copy = fastest(copy_times(2 * LARGE_COPY))
     empty = times([partial(torch.cuda._sleep, 0)] * 256) if not DRY_RUN else times([int] * 2)
     return {
         "copy_gb_per_s": round(2 * LARGE_COPY / copy / 1e3, 1),
@@ -176,6 +215,8 @@ def measure(case: Case) -> dict[str, Any]:
     if case.compiled:
         compiler = "aot_eager" if DRY_RUN else "inductor"
         for name, run in case.baselines.items():
+            if not name.startswith("eager"):
+                continue
             contestants[f"{name} compiled"] = torch.compile(run, fullgraph=True, backend=compiler)
     wanted = []
     if case.tolerance is not None:
@@ -186,12 +227,15 @@ def measure(case: Case) -> dict[str, Any]:
             with adsc.backend(name if name in BACKENDS else "auto"):
                 if case.tolerance is not None:
                     check(case, run, wanted, sets[0])
-                found[name] = times(repeated(partial(run, buffers) for buffers in sets))
+                found[name] = times(
+                    repeated((partial(run, buffers) for buffers in sets), case.bytes_moved)
+                )
         except Exception as error:
             found[name] = {"error": f"{type(error).__name__}: {error}"[:400]}
             print(f"{case.op} {case.name} {name}: {found[name]['error']}", flush=True)
     del sets, wanted
-    found["copy"] = copy_times(case.bytes_moved)
+    copies = copy_times(case.bytes_moved)
+    found.update(copies)
     good = {name: t["graph_us"] for name, t in found.items() if "graph_us" in t}
     return {
         "op": case.op,
@@ -199,13 +243,13 @@ def measure(case: Case) -> dict[str, Any]:
         "bytes_moved": case.bytes_moved,
         "times": found,
         "gb_per_s": {n: round(case.bytes_moved / us / 1e3, 1) for n, us in good.items()},
-        "share_of_copy": {n: round(good["copy"] / us, 3) for n, us in good.items()},
+        "share_of_copy": {n: round(fastest(copies) / us, 3) for n, us in good.items()},
     }
 
 
 def main(cases: Iterable[Case]) -> None:
-    """`python bench/gpu_NAME.py FILE SECONDS`: measures all and writes JSON to the file. No case
-    begins after so many seconds."""
+    """`python bench/gpu_NAME.py FILE SECONDS`: measures all, in this order, and writes JSON to the
+    file after each. No case begins after so many seconds."""
     file, seconds = Path(sys.argv[1]), float(sys.argv[2])
     begin = time.monotonic()
     torch.manual_seed(0)
@@ -213,11 +257,11 @@ def main(cases: Iterable[Case]) -> None:
     for case in cases:
         if time.monotonic() - begin > seconds:
             report["left_out"].append(f"{case.op} {case.name}")
-            continue
-        report["cases"].append(measure(case))
-        print(json.dumps(report["cases"][-1]), flush=True)
-        if not DRY_RUN:
-            torch.cuda.empty_cache()
-    file.write_text(json.dumps(report))
+        else:
+            report["cases"].append(measure(case))
+            print(json.dumps(report["cases"][-1]), flush=True)
+            if not DRY_RUN:
+                torch.cuda.empty_cache()
+        file.write_text(json.dumps(report))
     failed = [c for c in report["cases"] for name in BACKENDS if "error" in c["times"][name]]
     sys.exit(1 if failed or report["left_out"] else 0)

@@ -1,11 +1,11 @@
-"""Makes the README's performance tables of the result files in bench/results.
+"""Makes the performance tables of README.md and docs/performance.md of what bench/results holds.
 
-    python bench/table.py            writes them into README.md
-    python bench/table.py --check    exits with 1 where README.md says anything else
+    python bench/table.py            writes them
+    python bench/table.py --check    exits with 1 where a page says anything else
 
-Each stands between a pair of markers, `<!-- gpu-results -->` and `<!-- /gpu-results -->`, and
-`cpu-results` likewise. Of several results of one target the latest counts. Where there is none for
-a GPU, the table is a line that says so and how to get one. The result of a dry run is refused.
+Each stands between a pair of markers, `<!-- gpu-results -->` and `<!-- /gpu-results -->`. Of several
+results of one target those of the latest one's commit count. Where there is none for a GPU, the
+README's table is a line that says so and how to get one. The result of a dry run is refused.
 """
 # ruff: noqa: E501 (sentences of the README)
 
@@ -14,138 +14,52 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import table_gpu
+from table_gpu import Report, Results, table
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-UNRUN = (
-    "**GPU**: unrun. No GPU was at hand for this version, so there are no figures here. `make gpu-test`, "
-    "`make gpu-sanitize` and\n`make gpu-bench` take what they find on a machine with one, and "
-    "`python bench/table.py` makes this table of what they write."
-)
 
 
-def read_results(folder: Path) -> dict[str, dict[str, Any]]:
-    """The latest report of each target; that of pytest-benchmark is `cpu-bench`."""
-    latest: dict[str, dict[str, Any]] = {}
-    for file in sorted(folder.glob("*.json")):
+def read_results(folder: Path) -> Results:
+    """Of each target the reports of one commit, that of the latest, by date; that of
+    pytest-benchmark is `cpu-bench`. From this folder, and from those in it GPU reports."""
+    found: dict[str, list[Report]] = {}
+    for file in [*sorted(folder.glob("*.json")), *sorted(folder.glob("*/gpu-*.json"))]:
         report = json.loads(file.read_text())
         if "benchmarks" in report:
-            target, date = "cpu-bench", report["datetime"]
-        else:
-            target, date = report["target"], report["stamp"]["date"]
-            if report["stamp"]["dry_run"]:
-                raise ValueError(f"{file.name}: expected a result of a GPU, got one of a dry run")
-        if target not in latest or date >= latest[target]["_date"]:
-            latest[target] = {**report, "_date": date}
-    return latest
+            entry = {**report, "_date": report["datetime"], "_of": ""}
+            found.setdefault("cpu-bench", []).append(entry)
+            continue
+        stamp = report["stamp"]
+        if stamp["dry_run"]:
+            raise ValueError(f"{file.name}: expected a result of a GPU, got one of a dry run")
+        # What else was measured in that session lies beside it, without a stamp of its own.
+        entry = {**report, "_date": stamp["date"], "_of": stamp["commit"], "_folder": file.parent}
+        found.setdefault(report["target"], []).append(entry)
+    for target, reports in found.items():
+        reports.sort(key=lambda report: report["_date"])
+        found[target] = [r for r in reports if r["_of"] == reports[-1]["_of"]]
+    return found
 
 
-def table(heading: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = [heading, ["---"] * len(heading), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-# ---- GPU ----
-
-
-def stamp_of(report: dict[str, Any]) -> str:
-    stamp = report["stamp"]
-    changed = " with changes" if stamp["changed_files"] else ""
-    return (
-        f"{stamp['device']}, driver {stamp['driver']}, torch {stamp['torch']}, triton "
-        f"{stamp['triton']}, nvcc {stamp['nvcc']}, {stamp['date']}, commit "
-        f"{(stamp['commit'] or 'unknown')[:10]}{changed}"
-    )
-
-
-GPU_HEADING = [
-    "op", "case", "MiB moved", "µs", "GB/s", "of copy", "Triton", "eager", "compiled", "µs from Python", "eager from Python",
-]  # fmt: skip
-
-
-def gpu_row(case: dict[str, Any]) -> list[str]:
-    """Times of the native kernel, and how many times as long the others take."""
-    times = case["times"]
-    if "graph_us" not in times.get("cuda", {}):
-        return [f"`{case['op']}`", case["case"], "failed", *["–"] * (len(GPU_HEADING) - 3)]
-    ours = times["cuda"]
-
-    def ratio(name: str, kind: str) -> str:
-        return f"{times[name][kind] / ours[kind]:.2f}" if kind in times.get(name, {}) else "–"
-
-    others = [name for name in times if name not in ("cuda", "triton", "copy")]
-    eager = min(
-        (name for name in others if not name.endswith("compiled") and "graph_us" in times[name]),
-        key=lambda name: times[name]["graph_us"],
-        default="",
-    )
-    return [
-        f"`{case['op']}`",
-        case["case"],
-        f"{case['bytes_moved'] / 2**20:.2f}",
-        f"{ours['graph_us']:.1f}",
-        f"{case['gb_per_s']['cuda']:.0f}",
-        f"{case['share_of_copy']['cuda']:.2f}",
-        ratio("triton", "graph_us"),
-        ratio(eager, "graph_us"),
-        ratio(f"{eager} compiled", "graph_us"),
-        f"{ours['eager_us']:.1f}",
-        ratio(eager, "eager_us"),
-    ]
-
-
-def gpu_section(results: dict[str, dict[str, Any]]) -> str:
-    if "gpu-bench" not in results:
-        return UNRUN
-    bench = results["gpu-bench"]
-    jobs = [job for job in bench["jobs"] if "ceilings" in job]
-    limits = [job["ceilings"] for job in jobs]
-    copy = max(limit["copy_gb_per_s"] for limit in limits)
-    empty = min(limit["empty_kernel_graph_us"] for limit in limits)
-    parts = [
-        f"**GPU** ({stamp_of(bench)}). Medians with a cold L2 cache, from `make gpu-bench`. µs, GB/s (bytes "
-        f"read and written) and *of copy* (the time of a plain copy of as many bytes over this one's) are the CUDA "
-        f"kernel's in a CUDA graph; Triton, eager PyTorch with its indices on the device and `torch.compile` of it are "
-        f"times as long, in a graph too; *from Python* without a graph. A large copy moves {copy:.0f} GB/s, an empty "
-        f"kernel takes {empty:.2f} µs.",
-        table(GPU_HEADING, [gpu_row(case) for job in jobs for case in job["cases"]]),
-    ]
-    left_out = [name for job in jobs for name in job["left_out"]]
-    failed = [job["name"] for job in bench["jobs"] if not job["ok"]]
-    if left_out or failed:
-        parts.append(
-            f"Left out for time: {', '.join(left_out) or 'none'}. Failed: {', '.join(failed) or 'none'}."
-        )
-    if "gpu-test" in results:
-        jobs = results["gpu-test"]["jobs"]
-        passed, bad = (sum(job.get(kind, 0) for job in jobs) for kind in ("passed", "failed"))
-        skipped = sum(sum(job.get("skipped", {}).values()) for job in jobs)
-        unfinished = sum("error" in job for job in jobs)
-        parts.append(
-            f"`make gpu-test` ({stamp_of(results['gpu-test'])}): {passed} passed, {bad} failed, {skipped} skipped, "
-            f"{unfinished} of {len(jobs)} files not finished."
-        )
-    if "gpu-sanitize" in results:
-        said = [
-            f"{job['name']}: {job.get('summary') or job.get('error')}"
-            for job in results["gpu-sanitize"]["jobs"]
-        ]
-        parts.append(
-            f"`make gpu-sanitize` ({stamp_of(results['gpu-sanitize'])}): " + "; ".join(said) + "."
-        )
-    return "\n\n".join(parts)
+def beside_the_bench(results: Results, name: str, section: Callable[[str], str]) -> str:
+    """A section of a file that lies beside the GPU bench's result."""
+    file = results["gpu-bench"][-1]["_folder"] / name if "gpu-bench" in results else Path(name)
+    return section(file.read_text()) if file.is_file() else "Unrun."
 
 
 # ---- CPU ----
 
 
-def cpu_section(results: dict[str, dict[str, Any]]) -> str:
+def cpu_section(results: Results) -> str:
     if "cpu-bench" not in results:
         return "**CPU**: unrun; `make bench` measures it."
-    report = results["cpu-bench"]
+    report = results["cpu-bench"][-1]
     machine = report["machine_info"]
     commit = report["commit_info"]["id"][:10]
     found = {bench["name"]: bench for bench in report["benchmarks"]}
@@ -205,37 +119,53 @@ def compact_rows(found: dict[str, dict[str, Any]]) -> list[list[str]]:
     return [[form, *map(" / ".join, columns.values())] for form, columns in cells.items()]
 
 
-# ---- The README ----
+# ---- The pages ----
 
-SECTIONS = {"gpu-results": gpu_section, "cpu-results": cpu_section}
+Sections = dict[str, Callable[[Results], str]]
+PAGES: dict[str, Sections] = {
+    "README.md": {"gpu-results": table_gpu.headline, "cpu-results": cpu_section},
+    "docs/performance.md": {
+        "gpu-cases": table_gpu.all_cases,
+        "gpu-tests": table_gpu.tests,
+        "gpu-prefill": lambda results: beside_the_bench(
+            results, "e2e.json", lambda text: table_gpu.prefill(json.loads(text))
+        ),
+        "gpu-decode": lambda results: beside_the_bench(
+            results, "decode_profile.txt", table_gpu.decode
+        ),
+    },
+}
 
 
-def filled(readme: str, results: dict[str, dict[str, Any]]) -> str:
-    """The README with its tables as the results have them."""
-    for name, section in SECTIONS.items():
-        begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
-        if readme.count(begin) != 1 or readme.count(end) != 1:
-            raise ValueError(
-                f"README.md: expected one pair of markers {begin.strip()} and {end.strip()}"
-            )
-        before, rest = readme.split(begin)
-        readme = before + begin + section(results) + end + rest.split(end)[1]
-    return readme
+def filled(page: str, sections: Sections, results: Results) -> str:
+    """The page with its tables as the results have them."""
+    for name, section in sections.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        if page.count(begin) != 1 or page.count(end) != 1:
+            raise ValueError(f"expected one pair of markers {begin.strip()} and {end}")
+        before, rest = page.split(begin)
+        page = before + begin + section(results) + "\n" + end + rest.split(end)[1]
+    return page
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="The README's performance tables.")
-    parser.add_argument("--check", action="store_true", help="change nothing; 1 where it differs")
+    parser = argparse.ArgumentParser(description="The tables of the pages about performance.")
+    parser.add_argument("--check", action="store_true", help="change nothing; 1 where one differs")
     options = parser.parse_args()
-    file = ROOT / "README.md"
-    readme = file.read_text(encoding="utf-8")
-    wanted = filled(readme, read_results(RESULTS))
-    if options.check and readme != wanted:
-        print("README.md: its tables are not those of bench/results; run python bench/table.py")
-        return 1
-    if readme != wanted:
-        file.write_text(wanted, encoding="utf-8")
-    return 0
+    results = read_results(RESULTS)
+    differ = False
+    for name, sections in PAGES.items():
+        file = ROOT / name
+        page = file.read_text(encoding="utf-8")
+        wanted = filled(page, sections, results)
+        if page == wanted:
+            continue
+        differ = True
+        if options.check:
+            print(f"{name}: its tables are not those of bench/results; run python bench/table.py")
+        else:
+            file.write_text(wanted, encoding="utf-8")
+    return int(differ and options.check)
 
 
 if __name__ == "__main__":

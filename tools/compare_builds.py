@@ -250,8 +250,8 @@ def compact_paged_kv_(rng: Random, op: Any) -> Any:
     edit = rng.random() < 0.5
     cached = draw_cached(rng, edit)
     caches, table, size, layout = paged_arguments(rng, cached)
-    pinned = ints(rng, [rng.randrange(50)]) if rng.random() < 0.2 else None
-    arguments = (table, size, *cached.rows, edit, pinned, layout)
+    read_only = ints(rng, [rng.randrange(50)]) if rng.random() < 0.2 else None
+    arguments = (table, size, *cached.rows, edit, read_only, layout)
     return op(caches, cached.num_layers, *arguments), caches
 
 

@@ -1,22 +1,28 @@
-"""`make gpu-test`, `gpu-sanitize`, `gpu-bench`: build for the GPU that is here, run, write JSON.
+"""`make gpu-test`, `gpu-sanitize`, `gpu-bench`, `gpu-all`, `gpu-prebuild`: JSON about a GPU.
 
-    python3 tools/gpu.py test|sanitize|bench [--only WORD]
+    python3 tools/gpu.py test|sanitize|bench|all|prebuild [--only WORD] [--seconds N]
 
 Takes the Python, torch and nvcc that it finds and makes no environment of its own. Every job is a
 process of its own, so that an illegal access in one kernel ends that job and no other; none starts
 once the time is up. Where there is no CUDA device it says so, runs nothing and exits with 0; where
 there is a GPU that torch can't use, or no torch to ask, it exits with 1.
 
+`all` is test, bench and sanitize in turn on one budget of time. `prebuild` compiles on a machine
+without a GPU, for the architectures that ADSC_CUDA_ARCHS names (90a); where the library comes from
+there and from the very sources that lie here, nothing is compiled on the machine with the GPU.
+
 Writes gpu-test.json (gpu-sanitize.json, gpu-bench.json) and a log beside it to the folder that
-ADSC_OUT names (out/), and prints a short table last. ADSC_COMMIT names the commit where there is
-no .git. ADSC_GPU_DRY_RUN=1 runs the very same files on CPU tensors, tiny, with nothing built: a
-check of the files, whose JSON says so and is no result of a GPU.
+ADSC_OUT names (out/), anew with every result, and prints a short table last. ADSC_COMMIT names the
+commit where there is no .git. ADSC_GPU_DRY_RUN=1 runs the very same files on CPU tensors, tiny,
+with nothing built: a check of the files, whose JSON says so and is no result of a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -27,65 +33,24 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 460  # for everything: a call on a lent machine is cut off a little later
+from gpu_run import ROOT, Job, run_all
+from gpu_show import left_out, print_benches, print_sanitizers, print_tests
+
+SECONDS = 560  # for everything: a call on a lent machine is cut off a little later
+# Of `all`: the seconds after which each target gives way to the next. What one leaves, it gets.
+ENDS = {"test": 190, "bench": 440, "sanitize": SECONDS}
 BACKENDS = ("cuda", "triton")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Seconds after which no case begins.
-BENCHES = {"downsample": 90, "boundary": 120, "compact": 110, "compress": 60}
+BENCHES = {"downsample": 60, "boundary": 70, "compact": 65, "compress": 30}
+# Files whose tests take long: a process for each test.
+SPLIT = ("parity", "compact", "compress_step", "llava", "compiled")
 DRY_RUN = os.environ.get("ADSC_GPU_DRY_RUN") == "1"
-
-
-@dataclass
-class Job:
-    """A process, and what becomes of it: `read` makes the result of its exit status and output."""
-
-    name: str
-    command: list[str]
-    read: Callable[[int, str], dict[str, Any]]
-    environment: dict[str, str] = field(default_factory=dict)
-    result: dict[str, Any] = field(default_factory=dict)
-    output: str = ""
-
-
-def run(job: Job, deadline: float) -> None:
-    """Fills in the job's result, whatever happens; a job that never starts has failed too."""
-    begin = time.monotonic()
-    if begin > deadline:
-        job.result = {"name": job.name, "ok": False, "error": "not started: out of time"}
-        return
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "python_tests")))
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
-    environment.update(job.environment)
-    print(f"{job.name} ...", flush=True)
-    status, error = -1, ""
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
-        try:
-            process = subprocess.Popen(
-                job.command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
-            status = process.wait(deadline - begin)
-        except OSError as problem:
-            error = f"not started: {problem}"
-        except subprocess.TimeoutExpired:
-            process.kill()
-            status, error = process.wait(), "stopped: out of time"
-        log.seek(0)
-        job.output = log.read()
-    try:
-        job.result = {"name": job.name, **job.read(status, job.output)}
-    except (OSError, ValueError, ElementTree.ParseError):  # nothing to be read: it died early
-        last = (job.output.strip().splitlines() or [""])[-1]
-        job.result = {"name": job.name, "ok": False, "error": f"exit status {status}: {last}"}
-    if error:
-        job.result.update(ok=False, error=error)
-    job.result["seconds"] = round(time.monotonic() - begin, 1)
+SLACK = 10 if DRY_RUN else 1  # times as long: a dry run may have half a processor, and no lease
+PREBUILT = ROOT / "adsc_kernels" / "libadsc_ops.sources"  # what the library was made from
 
 
 # ---- The jobs of each target ----
@@ -95,25 +60,35 @@ def python(*arguments: object) -> list[str]:
     return [sys.executable, *map(str, arguments)]
 
 
+def pytest_job(folder: Path, name: str, what: list[str], backend: str, **environment: str) -> Job:
+    xml = folder / f"{name} {backend}.xml".replace("/", " ")
+    return Job(
+        f"{name}, {backend}",
+        python("-m", "pytest", "-q", "-p", "no:cacheprovider", "--junit-xml", xml, *what),
+        lambda status, _: read_junit(status, xml),
+        {"ADSC_GPU_TEST_BACKEND": backend, **environment},
+    )
+
+
 def test_jobs(folder: Path, only: str) -> list[Job]:
-    """One for each test file and backend; in a dry run one for all files."""
+    """One for each test file, or test, and backend. A dry run takes all files in one, and, where
+    Triton is, the calls that it must refuse under its interpreter."""
     files = [f for f in (ROOT / "python_tests" / "gpu").glob("test_*.py") if only in f.name]
-    files.sort(key=lambda file: -file.stat().st_size)  # about the order of their times
-    groups = [files] if DRY_RUN else [[file] for file in files]
-    jobs = []
-    for number, group in enumerate(groups):
-        for backend in ("cpu",) if DRY_RUN else BACKENDS:
-            xml = folder / f"{number}-{backend}.xml"
-            pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--junit-xml", xml)
-            jobs.append(
-                Job(
-                    f"{'all files' if DRY_RUN else group[0].stem.removeprefix('test_')}, {backend}",
-                    python(*pytest, *group),
-                    lambda status, _, xml=xml: read_junit(status, xml),
-                    {"ADSC_GPU_TEST_BACKEND": backend},
-                )
-            )
-    return jobs
+    names = {file.stem.removeprefix("test_"): file for file in files}
+    if DRY_RUN:
+        jobs = [pytest_job(folder, "all files", [*map(str, files)], "cpu")]
+        if "bad_input" in names and version_of("triton"):
+            what = [str(names["bad_input"])]
+            jobs.append(pytest_job(folder, "bad_input", what, "triton", TRITON_INTERPRET="1"))
+        return jobs
+    parts: dict[str, list[str]] = {}
+    for name, file in sorted(names.items(), key=lambda item: item[0] not in SPLIT):
+        if name in SPLIT:
+            for test in re.findall(r"^def (test_\w+)", file.read_text(), flags=re.MULTILINE):
+                parts[f"{name}::{test.removeprefix('test_')}"] = [f"{file}::{test}"]
+        else:
+            parts[name] = [str(file)]
+    return [pytest_job(folder, *part, backend) for backend in BACKENDS for part in parts.items()]
 
 
 def read_junit(status: int, file: Path) -> dict[str, Any]:
@@ -130,7 +105,8 @@ def read_junit(status: int, file: Path) -> dict[str, Any]:
         else:
             passed += 1
     return {
-        "ok": status == 0 and not failures and passed > 0,
+        # A process may be one test alone, which is skipped; without any pytest's status is not 0.
+        "ok": status == 0 and not failures and passed + sum(skipped.values()) > 0,
         "passed": passed,
         "failed": len(failures),
         "skipped": skipped,
@@ -142,10 +118,10 @@ def sanitize_jobs(_: Path, only: str) -> list[Job]:
     """The same small selection under each tool, every tensor in an allocation of its own."""
     script = python("python_tests/gpu/sanitized.py")
     jobs = []
-    for tool in SANITIZERS:
-        for backend in ("cpu",) if DRY_RUN else BACKENDS:
+    for backend in ("cpu",) if DRY_RUN else BACKENDS:
+        for tool in SANITIZERS:
             prefix = [sanitizer(), "--tool", tool, "--error-exitcode", "9"]
-            prefix += ["--target-processes", "application-only"]
+            prefix += ["--target-processes", "all"]  # python3 may be a launcher of the real one
             jobs.append(
                 Job(
                     f"{tool}, {backend}",
@@ -178,13 +154,15 @@ def read_sanitizer(status: int, output: str) -> dict[str, Any]:
 def bench_jobs(folder: Path, only: str) -> list[Job]:
     """One for each family of ops, one after the other."""
     jobs = []
+    interpreted = {"TRITON_INTERPRET": "1"} if DRY_RUN and version_of("triton") else {}
     for name, seconds in BENCHES.items():
         file = folder / f"{name}.json"
         jobs.append(
             Job(
                 name,
-                python(f"bench/gpu_{name}.py", file, seconds),
+                python(f"bench/gpu_{name}.py", file, SLACK * seconds),
                 lambda status, _, file=file: {"ok": status == 0, **json.loads(file.read_text())},
+                interpreted,
             )
         )
     return [job for job in jobs if only in job.name]
@@ -202,19 +180,52 @@ def missing_device() -> str:
     return ""
 
 
-def build() -> None:
-    """The native parts in place, for this device alone."""
-    import torch
+def sources() -> str:
+    """A hash of all that the native library is made from."""
+    files = [ROOT / "CMakeLists.txt", *(ROOT / "cmake").rglob("*"), *(ROOT / "csrc").rglob("*")]
+    found = hashlib.sha256()
+    for file in sorted(file for file in files if file.is_file()):
+        found.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes() + b"\0")
+    return found.hexdigest()
 
-    major, minor = torch.cuda.get_device_capability()
-    arch = f"{major}{minor}" + ("a" if major == 9 else "")
-    print(f"building for sm_{arch} ...", flush=True)
+
+def compile_for(archs: str) -> None:
+    print(f"building for {archs} ...", flush=True)
     subprocess.run(
         python("setup.py", "--quiet", "build_ext", "--inplace"),
         cwd=ROOT,
-        env={**os.environ, "ADSC_CUDA": "1", "ADSC_CUDA_ARCHS": arch},
+        env={**os.environ, "ADSC_CUDA": "1", "ADSC_CUDA_ARCHS": archs},
         check=True,
     )
+
+
+def prebuild() -> None:
+    """The native parts in place, for a GPU elsewhere and the Python that runs this."""
+    compile_for(os.environ.get("ADSC_CUDA_ARCHS") or "90a")
+    PREBUILT.write_text(sources() + "\n")
+    files = [*(ROOT / "adsc_kernels").glob(f"_C.{sys.implementation.cache_tag}*.so")]
+    for file in (*files, PREBUILT.with_suffix(".so"), PREBUILT):
+        print(file.relative_to(ROOT))
+
+
+def prebuilt() -> bool:
+    """Whether a library from these very sources serves the GPU that is here. Asked of another
+    process: a library that is loaded here could not be built anew."""
+    if not PREBUILT.is_file() or PREBUILT.read_text().strip() != sources():
+        return False
+    code = "import sys, adsc_kernels; sys.exit(not adsc_kernels.available_backends()['cuda'][0])"
+    return subprocess.run(python("-c", code), cwd=ROOT, capture_output=True).returncode == 0
+
+
+def build() -> None:
+    """The native parts in place, for this device alone, where they don't lie there already."""
+    import torch
+
+    if prebuilt():
+        print("the library was built before", flush=True)
+        return
+    major, minor = torch.cuda.get_device_capability()
+    compile_for(f"{major}{minor}" + ("a" if major == 9 else ""))
 
 
 def said_by(*command: str) -> str | None:
@@ -223,6 +234,13 @@ def said_by(*command: str) -> str | None:
         return None
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def stamp() -> dict[str, Any]:
@@ -242,10 +260,7 @@ def stamp() -> dict[str, Any]:
         "nvcc": (re.findall(r"release (\S+),", said_by("nvcc", "--version") or "") or [None])[0],
     }
     for package in ("triton", "transformers"):
-        try:
-            facts[package] = __import__(package).__version__
-        except ImportError:
-            facts[package] = None
+        facts[package] = version_of(package)
     if not DRY_RUN:
         found = torch.cuda.get_device_properties(0)
         query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
@@ -260,67 +275,56 @@ def stamp() -> dict[str, Any]:
     return facts
 
 
-# ---- What is printed last ----
-
-
-def table(rows: list[list[object]]) -> str:
-    """Columns under each other; the first row is the heading."""
-    cells = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
-
-
-def print_tests(results: list[dict[str, Any]]) -> None:
-    for job in results:
-        for failure in job.get("failures", []):
-            print(f"FAILED {failure['test']} [{job['name']}]: {failure['message'][:200]}")
-        for reason, count in job.get("skipped", {}).items():
-            print(f"skipped {count} [{job['name']}]: {reason}")
-    rows: list[list[object]] = [["file, backend", "passed", "failed", "skipped", "s", ""]]
-    for job in results:
-        skipped = sum(job.get("skipped", {}).values())
-        counts = [job.get("passed", 0), job.get("failed", 0), skipped, job.get("seconds", "-")]
-        rows.append([job["name"], *counts, job.get("error", "" if job["ok"] else "failed")])
-    print(table(rows))
-
-
-def print_sanitizers(results: list[dict[str, Any]]) -> None:
-    rows: list[list[object]] = [["tool, backend", "calls", "s", "summary"]]
-    for job in results:
-        said = job.get("error") or job.get("summary", "")
-        rows.append([job["name"], job.get("calls", 0), job.get("seconds", "-"), said])
-    print(table(rows))
-
-
-def print_benches(results: list[dict[str, Any]]) -> None:
-    """Microseconds as CUDA graphs, and how many times as long the others take as the first."""
-    for job in results:
-        if job.get("error"):
-            print(f"{job['name']}: {job['error']}")
-    rows: list[list[object]] = [["op", "case", "of copy", "contestants: µs in a graph (eager)"]]
-    for case in (case for job in results for case in job.get("cases", [])):
-        times = [
-            f"{name} {t['graph_us']:.1f} ({t['eager_us']:.1f})" if "graph_us" in t else f"{name} !"
-            for name, t in case["times"].items()
-        ]
-        share = case["share_of_copy"].get("cuda") or case["share_of_copy"].get("cpu") or 0
-        rows.append([case["op"], case["case"], f"{share:.2f}", "  ".join(times)])
-    print(table(rows))
-
+# ---- Running ----
 
 TARGETS = {
     "test": (test_jobs, print_tests),
-    "sanitize": (sanitize_jobs, print_sanitizers),
     "bench": (bench_jobs, print_benches),
+    "sanitize": (sanitize_jobs, print_sanitizers),
 }
+
+
+def run_target(target: str, only: str, deadline: float, facts: dict[str, Any]) -> bool:
+    """Runs its jobs and writes its report with every result that comes; whether all is well."""
+    begin = time.monotonic()
+    name, (make_jobs, show) = f"gpu-{target}", TARGETS[target]
+    out = Path(os.environ.get("ADSC_OUT") or ROOT / "out")
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / f"{'dry-run-' if DRY_RUN else ''}{name}.json"
+    # Tests share the device, which is idle most of the time; what is timed has it for itself.
+    together = 1 if target == "bench" or DRY_RUN else min(os.cpu_count() or 1, 16)
+    results: list[dict[str, Any]] = []
+    ok, seconds = False, 0.0
+    with tempfile.TemporaryDirectory() as folder, file.with_suffix(".log").open("w") as log:
+        jobs = make_jobs(Path(folder), only)
+        waiting = [job.name for job in jobs]
+        for job in run_all(jobs, deadline, together):
+            log.write(f"==== {job.name}\n{job.output}\n")
+            log.flush()
+            waiting.remove(job.name)
+            results = [job.result for job in jobs if job.name not in waiting]
+            ok = not waiting and all(result["ok"] for result in results)
+            seconds = round(time.monotonic() - begin, 1)
+            report = {"target": name, "ok": ok, "seconds": seconds, "stamp": facts}
+            report |= {"jobs": results, "left_out": [*waiting, *left_out(results)]}
+            file.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"\n{name} on {facts['device']}, torch {facts['torch']}, commit {facts['commit']}")
+    show(results)
+    print(f"left out: {', '.join(left_out(results)) or 'nothing'}")
+    print(f"{'ok' if ok else 'NOT OK'}: {seconds} s; {file}", flush=True)
+    return ok
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Runs a GPU target; see the head of this file.")
-    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("target", choices=[*TARGETS, "all", "prebuild"])
     parser.add_argument("--only", default="", help="only the jobs whose name has this in it")
+    seconds = SLACK * SECONDS
+    parser.add_argument("--seconds", type=float, default=seconds, help="for everything together")
     options = parser.parse_args()
+    if options.target == "prebuild":
+        prebuild()
+        return 0
     name = f"gpu-{options.target}"
     try:
         why = "" if DRY_RUN else missing_device()
@@ -331,32 +335,16 @@ def main() -> int:
         print(f"{name}: {why}; nothing was run and no test counts as passed")
         return 1 if said_by("nvidia-smi", "-L") else 0  # a GPU that this torch can't use
     begin = time.monotonic()
-    deadline = begin + SECONDS
     if not DRY_RUN:
         build()
-    make_jobs, show = TARGETS[options.target]
-    # Tests share the device, which is idle most of the time; what is timed has it for itself.
-    together = 1 if options.target == "bench" or DRY_RUN else 4
-    with tempfile.TemporaryDirectory() as folder:
-        jobs = make_jobs(Path(folder), options.only)
-        with ThreadPoolExecutor(together) as pool:
-            list(pool.map(lambda job: run(job, deadline), jobs))
-    results = [job.result for job in jobs]
-    ok = bool(results) and all(result["ok"] for result in results)
-
-    out = Path(os.environ.get("ADSC_OUT") or ROOT / "out")
-    out.mkdir(parents=True, exist_ok=True)
-    file = out / f"{'dry-run-' if DRY_RUN else ''}{name}.json"
-    seconds = round(time.monotonic() - begin, 1)
-    report = {"target": name, "ok": ok, "seconds": seconds, "stamp": stamp(), "jobs": results}
-    file.write_text(json.dumps(report, indent=1) + "\n")
-    log = "\n".join(f"==== {job.name}\n{job.output}" for job in jobs)
-    file.with_suffix(".log").write_text(log)
-    facts = report["stamp"]
-    print(f"\n{name} on {facts['device']}, torch {facts['torch']}, commit {facts['commit']}")
-    show(results)
-    print(f"{'ok' if ok else 'NOT OK'}: {seconds} s; {file}")
-    return 0 if ok else 1
+    facts = stamp()
+    if options.target != "all":
+        return not run_target(options.target, options.only, begin + options.seconds, facts)
+    share = options.seconds / SECONDS  # of time, against what ENDS says
+    done = [
+        run_target(target, options.only, begin + share * end, facts) for target, end in ENDS.items()
+    ]
+    return not all(done)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,12 @@ def random_bits(rows: int, trailing: tuple[int, ...], dtype: torch.dtype, seed: 
     """Any bit patterns, not-a-number ones included: a row is bytes to the ops that move it."""
     generator = torch.Generator().manual_seed(seed)
     shape = (rows, *trailing, dtype.itemsize)
-    data = torch.randint(0, 2 if dtype == torch.bool else 256, shape, generator=generator)
-    return data.to(torch.uint8).view(dtype)[..., 0]
+    count = torch.Size(shape).numel()
+    words = torch.randint(-(1 << 63), (1 << 63) - 1, (-(-count // 8),), generator=generator)
+    data = words.view(torch.uint8)[:count].reshape(shape)
+    if dtype == torch.bool:
+        data = data & 1
+    return data.view(dtype)[..., 0]
 
 
 def bits(x: Tensor) -> Tensor:

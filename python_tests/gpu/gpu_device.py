@@ -97,16 +97,15 @@ class Framed:
         values: Tensor | None = None,
     ) -> None:
         host = random_bits(rows, trailing, dtype, seed) if values is None else values.cpu()
-        width, size = host[:1].numel(), dtype.itemsize
+        width, size = host.shape[1:].numel(), dtype.itemsize
         pitch = width + gap
         if pitch == 0:
             host = host[:1].expand(host.shape)
-        before = torch.full(((offset + rows * pitch + width + 64) * size,), SENTINEL).byte()
+        count = (offset + rows * pitch + width + 64) * size
+        before = torch.full((count,), SENTINEL, dtype=torch.uint8)
         if host.numel():
-            flat = bits(host).reshape(rows, -1)
-            for i in range(rows):
-                start = (offset + i * pitch) * size
-                before[start : start + width * size] = flat[i]
+            flat = bits(host[: rows if pitch else 1]).reshape(-1, width * size)
+            before.as_strided(flat.shape, (pitch * size, 1), offset * size).copy_(flat)
         self.host, self._before = host, before
         self._buffer = before.to(DEVICE)
         inner = torch.empty(1, *trailing).stride()[1:]

@@ -24,6 +24,7 @@ CONTENTS_OF_LAYOUT = {
     "spans height",
 }  # fmt: skip
 
+pytestmark = pytest.mark.every_case
 downsample = cases_here("refused.downsample")
 norm = cases_here("refused.downsample_add_rms_norm")
 metadata = cases_here("refused.rebuild_metadata")

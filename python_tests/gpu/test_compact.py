@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -13,15 +15,46 @@ from hypothesis import strategies as st
 
 from adsc_kernels import ops
 
+FORMS: dict[str, Callable[[Case], bool]] = {
+    "stage": lambda case: "stage" in case.rows.arguments,
+    "keep_indices": lambda case: "keep_indices" in case.rows.arguments,
+    "NHD": lambda case: case.layout == "NHD",
+    "HND": lambda case: case.layout == "HND",
+    "K and V in one": lambda case: case.together,
+    "K and V of two shapes": lambda case: (
+        not case.together
+        and "v_caches" in case.geometries
+        and case.geometries["v_caches"].last != case.geometries["k_caches"].last
+    ),
+    "K alone": lambda case: "v_caches" not in case.geometries,
+    "scales": lambda case: "k_scales" in case.geometries,
+}
+DENSE_FORMS = {
+    **FORMS,
+    "packed": lambda case: case.blocks is None,
+    "batched": lambda case: case.blocks is not None,
+}
+PAGED_FORMS = {
+    **FORMS,
+    "slots": lambda case: case.blocks is None,
+    "blocks": lambda case: case.blocks is not None,
+    "table edited": lambda case: case.extra["edit_table"],
+    "table kept": lambda case: not case.extra["edit_table"],
+}
 
-@given(case=dense_cases(), uploaded=st.booleans())
-def test_dense(case: Case, uploaded: bool) -> None:
-    check(case, run_here, uploaded)
+
+@pytest.mark.every_case
+@pytest.mark.parametrize("form", DENSE_FORMS)
+@given(data=st.data(), uploaded=st.booleans())
+def test_dense(form: str, data: st.DataObject, uploaded: bool) -> None:
+    check(data.draw(dense_cases().filter(DENSE_FORMS[form])), run_here, uploaded)
 
 
-@given(case=paged_cases(), uploaded=st.booleans())
-def test_paged(case: Case, uploaded: bool) -> None:
-    check(case, run_here, uploaded)
+@pytest.mark.every_case
+@pytest.mark.parametrize("form", PAGED_FORMS)
+@given(data=st.data(), uploaded=st.booleans())
+def test_paged(form: str, data: st.DataObject, uploaded: bool) -> None:
+    check(data.draw(paged_cases().filter(PAGED_FORMS[form])), run_here, uploaded)
 
 
 # ---- Caches of a real size ----

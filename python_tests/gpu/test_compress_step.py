@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases.boundary_step import Rows, boundaries
-from cases.compact import Case
-from cases.compress_step import caches, check
+from cases.boundary_step import FORMS, boundaries
+from cases.compact import dense_cases, paged_cases
+from cases.compress_step import check
 from gpu_caches import TEXT, VISION, image_stage, random
 from gpu_device import BACKEND, DEVICE, DRY_RUN, another_stream, capture, hold_back, run_here
 from hypothesis import given
@@ -18,9 +18,16 @@ from adsc_kernels import ops
 HIDDEN = 64 if DRY_RUN else 4096
 
 
-@given(case=caches, rows=boundaries(), uploaded=st.booleans())
-def test_equals_the_reference(case: Case, rows: Rows, uploaded: bool) -> None:
-    check(case, rows, run_here, uploaded=uploaded)
+CACHES = {"dense": dense_cases(), "paged": paged_cases()}
+
+
+@pytest.mark.every_case
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("form", FORMS)
+@given(data=st.data(), uploaded=st.booleans())
+def test_equals_the_reference(cache: str, form: str, data: st.DataObject, uploaded: bool) -> None:
+    rows = data.draw(boundaries(forms=(form,)))
+    check(data.draw(CACHES[cache]), rows, run_here, uploaded=uploaded)
 
 
 # ---- A step of a real size ----

@@ -6,7 +6,9 @@ afterwards the whole pool is read back, outputs and the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -18,7 +20,8 @@ from torch import Tensor
 from adsc_kernels import ops
 
 WIDTHS = (1, 3, 33, 512, 4096, 4099)
-SMALL, LARGE = 1 << 20, 64 << 20  # the allocator keeps a pool for requests up to 1 MiB
+# The allocator keeps memory of its own for requests up to 1 MiB.
+SMALL, LARGE = 1 << 20, (8 if DRY_RUN else 64) << 20
 STAGE = to_device(image_stage(3, text=11, vision=25, kept=7))
 ROWS = STAGE.num_tokens_in
 BOUNDS, SPANS = on_device([0, 36, 72, 108]), on_device([[b, 5, 25] for b in range(3)])
@@ -33,17 +36,53 @@ class _Memory:
         }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def pool() -> tuple[object, list[Tensor]]:
-    """A pool that has one large and one small free block, and their bytes."""
+@dataclass
+class Pool:
+    """Free memory that outputs come from, as runs of bytes: an output lies in one run, whole."""
+
+    runs: list[Tensor]
+    own: object = None  # a dry run has no allocator to ask, and lays the outputs there itself
+
+    @contextmanager
+    def outputs(self) -> Iterator[list[Tensor]]:
+        """Whatever is allocated in the block; in a dry run a list to be laid in the first run."""
+        made: list[Tensor] = []
+        if self.own is not None:
+            with torch.cuda.use_mem_pool(self.own):
+                yield made
+            return
+        yield made
+        start = 0
+        for i, out in enumerate(made):
+            place = self.runs[0][start : start + out.nbytes]
+            made[i] = place.view(out.dtype).view(out.shape).copy_(out)
+            start += -(-out.nbytes // 512) * 512
+
+
+def joined(blocks: list[Tensor]) -> list[tuple[int, int]]:
+    """(address, bytes) of runs of blocks: the allocator joins neighbours when both are free."""
+    runs: list[tuple[int, int]] = []
+    for address, size in sorted((block.data_ptr(), block.nbytes) for block in blocks):
+        if runs and sum(runs[-1]) == address:
+            address, size = runs[-1][0], runs.pop()[1] + size
+        runs.append((address, size))
+    return runs
+
+
+@pytest.fixture
+def pool() -> Pool:
+    """One of this test's own, since a failed one keeps its outputs: a large block, two small."""
     if DRY_RUN:
-        return None, [torch.empty(SMALL, dtype=torch.uint8)]
+        memory = torch.empty(LARGE, dtype=torch.uint8)
+        blocks = list(memory.split([SMALL, SMALL, LARGE - 2 * SMALL]))
+        ((_, size),) = joined(blocks)
+        return Pool([memory[:size]])
     own = torch.cuda.MemPool()
     with torch.cuda.use_mem_pool(own):
         kept = [torch.empty(n, dtype=torch.uint8, device=DEVICE) for n in (SMALL, SMALL, LARGE)]
-    bytes_of = [torch.as_tensor(_Memory(t.data_ptr(), t.numel()), device=DEVICE) for t in kept]
-    assert [b.data_ptr() for b in bytes_of] == [t.data_ptr() for t in kept]
-    return own, bytes_of
+    runs = [torch.as_tensor(_Memory(*run), device=DEVICE) for run in joined(kept)]
+    assert [run.data_ptr() for run in runs] == [address for address, _ in joined(kept)]
+    return Pool(runs, own)
 
 
 def call_of(op: str, width: int, dtype: torch.dtype) -> Callable[[], object]:
@@ -75,31 +114,32 @@ CASES = [
 ]
 
 
+def untouched(run: Tensor, outputs: list[Tensor]) -> Tensor:
+    """Which of its bytes belong to none of the outputs."""
+    mask = torch.ones_like(run, dtype=torch.bool)
+    for out in outputs:
+        start = out.data_ptr() - run.data_ptr()
+        if 0 <= start < run.nbytes:
+            assert start + out.nbytes <= run.nbytes, "an output goes on behind the pool's memory"
+            mask[start : start + out.nbytes] = False
+    return mask
+
+
+@pytest.mark.every_case
 @pytest.mark.parametrize(("op", "width", "dtype"), CASES)
-def test_only_outputs_are_written(
-    op: str, width: int, dtype: torch.dtype, pool: tuple[object, list[Tensor]]
-) -> None:
-    own, memory = pool
+def test_only_outputs_are_written(op: str, width: int, dtype: torch.dtype, pool: Pool) -> None:
     call = call_of(op, width, dtype)
     wanted = [t.cpu() for t in tensors(call())]
-    for block in memory:
-        block.fill_(SENTINEL)
-    if DRY_RUN:
-        assert all(torch.equal(a, b) for a, b in zip(tensors(call()), wanted, strict=True))
-        return
-    with torch.cuda.use_mem_pool(own):
-        got = tensors(call())
-    torch.cuda.synchronize()
-    untouched = [torch.ones_like(block, dtype=torch.bool) for block in memory]
+    for run in pool.runs:
+        run.fill_(SENTINEL)
+    with pool.outputs() as got:
+        got += tensors(call())
+    if not DRY_RUN:
+        torch.cuda.synchronize()
     for out, truth in zip(got, wanted, strict=True):
         assert torch.equal(out.cpu(), truth)
-        inside = [
-            (mask, out.data_ptr() - block.data_ptr())
-            for mask, block in zip(untouched, memory, strict=True)
-            if 0 <= out.data_ptr() - block.data_ptr() < block.numel()
-        ]
-        assert inside, f"{BACKEND}: an output outside of the pool's blocks: this test is blind"
-        for mask, start in inside:
-            mask[start : start + out.nbytes] = False
-    for block, mask in zip(memory, untouched, strict=True):
-        assert bool((block[mask] == SENTINEL).all())
+    masks = [untouched(run, got) for run in pool.runs]
+    found = sum(int((~mask).sum()) for mask in masks)
+    assert found == sum(out.nbytes for out in got), f"{BACKEND}: an output outside of the pool"
+    for run, mask in zip(pool.runs, masks, strict=True):
+        assert bool((run[mask] == SENTINEL).all())

@@ -12,7 +12,8 @@ from itertools import accumulate
 import torch
 from cases.plans import layouts, shares
 from cases.row_bits import DTYPES, TRAILING, same_bits
-from cases.segment_tables import FakeStage, by_stage, stages
+from cases.segment_tables import FakeStage, by_stage, image_stage, stage_of, stages
+from forms import each_form
 from gpu_device import DEVICE, DRY_RUN, Framed, on_device, poison, to_device
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,6 +29,19 @@ WIDTHS = [1, 2, 7, 8, 64, 127, 128, 513, 1024, 4096, 5120]
 offsets = st.sampled_from([0, 0, 1, 2, 3, 4, 8])
 gaps = st.sampled_from([0, 0, 1, 3, 8, 16])
 
+SOME = image_stage(2, text=5, vision=24, kept=7)
+# No rows at all; rows of which none stays; spans in the other two patterns, one begun before.
+STAGES = [
+    stage_of([], 0, 0),
+    stage_of([[0, 0, 9, 0, 0, 0]], 0, 9),
+    stage_of([[0, 0, 30, 7, 0, 1], [7, 30, 9, 9, 0, 0], [16, 22, 30, 8, 4, 2]], 20, 52),
+]
+# cu_seqlens, and the spans of pictures: b, start, length, height, width.
+LAYOUT = ([0, 30, 30, 75], [(0, 3, 20, 4, 5), (2, 0, 12, 3, 4), (2, 13, 30, 5, 6)])
+LAYOUTS = [([0], []), ([0, 0], []), ([0, 7], []), ([0, 20], [(0, 0, 20, 4, 5)])]
+QUARTER, SHARES = Fraction(1, 4), [Fraction(0), Fraction(1), Fraction(2, 7)]
+KINDS = [(i, i % 3, i % 5) for i in range(9)]  # number of the dtype, gap, offset
+
 
 def indices_of(stage: FakeStage, width: torch.dtype) -> Tensor:
     return on_device(reference.source_rows(*by_stage(stage)), width)
@@ -41,6 +55,35 @@ def indices_of(stage: FakeStage, width: torch.dtype) -> Tensor:
     offset=offsets,
     expanded=st.booleans(),
     seed=st.integers(0, 2**31),
+)
+@each_form(
+    {
+        "stage": SOME,
+        "dtype": torch.bfloat16,
+        "trailing": (64,),
+        "gap": 0,
+        "offset": 0,
+        "expanded": False,
+        "seed": 0,
+    },
+    stage=STAGES,
+    dtype=DTYPES,
+    trailing=[*TRAILING, (4096,)],
+    gap=[1, 8],
+    offset=[1, 8],
+    expanded=[True],
+)
+@each_form(
+    {
+        "stage": STAGES[0],
+        "dtype": torch.bool,
+        "trailing": (),
+        "gap": 0,
+        "offset": 0,
+        "expanded": True,
+        "seed": 0,
+    },
+    trailing=[(0,), (2, 3)],
 )
 def test_downsample(
     stage: FakeStage,
@@ -72,6 +115,11 @@ def test_downsample(
         st.tuples(st.integers(0, len(DTYPES) - 1), gaps, offsets), min_size=1, max_size=9
     ),
 )
+@each_form(
+    {"stage": SOME, "kinds": KINDS},
+    stage=STAGES,
+    kinds=[[(number, 0, 0)] for number in range(len(DTYPES))],
+)
 def test_downsample_many(stage: FakeStage, kinds: list[tuple[int, int, int]]) -> None:
     xs = [
         Framed(stage.num_tokens_in, TRAILING[i], DTYPES[number], gap=gap, offset=offset, seed=i)
@@ -92,6 +140,12 @@ def test_downsample_many(stage: FakeStage, kinds: list[tuple[int, int, int]]) ->
     dtype=st.sampled_from([*FLOATS, torch.complex64]),
     trailing=st.sampled_from(TRAILING),
     seed=st.integers(0, 100),
+)
+@each_form(
+    {"stage": SOME, "dtype": torch.float32, "trailing": (33,), "seed": 0},
+    stage=STAGES,
+    dtype=[*FLOATS[1:], torch.complex64],
+    trailing=TRAILING,
 )
 def test_upsample_grad(
     stage: FakeStage, dtype: torch.dtype, trailing: tuple[int, ...], seed: int
@@ -119,6 +173,14 @@ def normal(rows: int, hidden: int, dtype: torch.dtype, seed: int) -> Tensor:
     dtype=st.sampled_from(FLOATS),
     gap=gaps,
     offset=offsets,
+)
+@each_form(
+    {"stage": SOME, "hidden": 4096, "dtype": torch.bfloat16, "gap": 0, "offset": 0},
+    stage=STAGES,
+    hidden=WIDTHS,
+    dtype=FLOATS,
+    gap=[3, 8],
+    offset=[1, 4],
 )
 def test_downsample_add_rms_norm(
     stage: FakeStage, hidden: int, dtype: torch.dtype, gap: int, offset: int
@@ -195,6 +257,14 @@ kinds_of_others = st.lists(
     norm=st.booleans(),
     kinds=kinds_of_others,
 )
+@each_form(
+    {"stage": SOME, "hidden": 4096, "dtype": torch.bfloat16, "norm": True, "kinds": KINDS[:3]},
+    stage=STAGES,
+    hidden=WIDTHS,
+    dtype=FLOATS,
+    norm=[False],
+    kinds=[[], KINDS],
+)
 def test_boundary_step(
     stage: FakeStage,
     hidden: int,
@@ -225,6 +295,28 @@ def test_boundary_step(
     kinds=kinds_of_others,
     spare=st.integers(0, 20),
     behind=st.integers(0, 5),
+)
+@each_form(
+    {
+        "layout": LAYOUT,
+        "keeps": (QUARTER, QUARTER),
+        "pattern": "start",
+        "hidden": 64,
+        "dtype": torch.bfloat16,
+        "norm": True,
+        "kinds": KINDS[:3],
+        "spare": 0,
+        "behind": 0,
+    },
+    layout=LAYOUTS,
+    keeps=[(share, share) for share in SHARES],
+    pattern=[*PATTERNS[1:], "grid"],
+    hidden=WIDTHS,
+    dtype=FLOATS,
+    norm=[False],
+    kinds=[[], KINDS],
+    spare=[9],
+    behind=[4],
 )
 def test_boundary_step_over_a_layout(
     layout: tuple[list[int], list[tuple[int, ...]]],
@@ -271,6 +363,12 @@ def same_metadata(got: ops.Metadata, wanted: tuple[Tensor, ...]) -> None:
 
 
 @given(layout=layouts(grid=False, max_sequences=9), keep=shares, pattern=st.sampled_from(PATTERNS))
+@each_form(
+    {"layout": LAYOUT, "keep": QUARTER, "pattern": "start"},
+    layout=LAYOUTS,
+    keep=SHARES,
+    pattern=PATTERNS[1:],
+)
 def test_rebuild_metadata(
     layout: tuple[list[int], list[tuple[int, ...]]], keep: Fraction, pattern: str
 ) -> None:
@@ -283,6 +381,7 @@ def test_rebuild_metadata(
 
 
 @given(layout=layouts(grid=True, max_sequences=9), rows=shares, columns=shares)
+@each_form({"layout": LAYOUT, "rows": QUARTER, "columns": QUARTER}, layout=LAYOUTS, rows=SHARES)
 def test_rebuild_metadata_of_a_grid(
     layout: tuple[list[int], list[tuple[int, ...]]], rows: Fraction, columns: Fraction
 ) -> None:

@@ -6,13 +6,14 @@ Each in a process of its own, which a trap takes down.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
-from gpu_device import BACKEND, DEVICE, DRY_RUN
+from gpu_device import BACKEND, DEVICE
 
 PRELUDE = f"""
 import torch
@@ -67,31 +68,32 @@ CALLS = {
     "block twice": ("compact([[0, 1, 2, 2], [4, 5, 6, 7]])", "block_table"),
     "read-only written": ("compact([[0, 1, 2, 3], [4, 5, 6, 7]], [6])", "read_only_blocks"),
 }  # fmt: skip
-if DRY_RUN:
-    CALLS = {name: CALLS[name] for name in ("good table", "index past x")}
 
 
-def run(call: str) -> tuple[int, str]:
-    code = (
+def code_of(call: str) -> str:
+    return (
         f"{PRELUDE}\nwith adsc.backend('{BACKEND}'):\n    {call}\n"
         "if x.is_cuda:\n    torch.cuda.synchronize()\nprint('went through')"
     )
-    path = os.pathsep.join([os.environ.get("PYTHONPATH", "."), "python_tests"])
-    environment = {**os.environ, "ADSC_CHECK": "1", "PYTHONPATH": path}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
-    )
-    return done.returncode, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, tuple[int, str]]:
-    """Of all, several at a time: nearly all of each one's time is Python's start."""
-    with ThreadPoolExecutor(4 if DEVICE.type == "cuda" else 2) as pool:
-        found = pool.map(run, [call for call, _ in CALLS.values()])
-    return dict(zip(CALLS, found, strict=True))
+    """Exit status and output of all, several at a time, in processes of their own."""
+    path = os.pathsep.join([os.environ.get("PYTHONPATH", "."), "python_tests"])
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("trapped.py")],
+        input=json.dumps({name: code_of(call) for name, (call, _) in CALLS.items()}),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ADSC_CHECK": "1", "PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, tuple[int, str]] = json.loads(done.stdout)
+    return found
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("name", CALLS)
 def test_trap(name: str, outcomes: dict[str, tuple[int, str]]) -> None:
     status, said = outcomes[name]
