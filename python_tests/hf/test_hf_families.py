@@ -13,13 +13,16 @@ from torch import Tensor
 from adsc_kernels import CompressionSchedule
 from adsc_kernels.integrations.hf import apply_adsc, remove_adsc
 
-PLAIN = [
-    f"{text}@{pattern}@{positions}"
-    for text in ("1:1/2,3:1/3", "0:1/4,2:2/3")
-    for pattern in ("start", "center", "linspace")
-    for positions in ("original", "renumber")
+SCHEDULES = [
+    *(
+        f"1:1/2,3:1/3@{pattern}@{positions}"
+        for pattern in ("start", "center", "linspace")
+        for positions in ("original", "renumber")
+    ),
+    "0:1/4,2:2/3@linspace",
+    "1:1/2x2/3,3:1/2x1/2@grid",
+    "0:1x1/2,2:1/3x1@grid@renumber",
 ]
-SCHEDULES = [*PLAIN, "1:1/2x2/3,3:1/2x1/2@grid", "0:1x1/2,2:1/3x1@grid@renumber"]
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -41,6 +41,7 @@ from adsc_kernels.integrations.hf.stage_pass import (
 )
 from adsc_kernels.schedule import CompressionSchedule
 
+ROPE = "position_embeddings"
 PASS = "adsc_pass"  # the argument by which a call's layout, and then its stages, travel
 Arguments = dict[str, Any]
 Call = tuple[tuple[Any, ...], Arguments]
@@ -158,6 +159,12 @@ class Patch:
         self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments
     ) -> Call:
         given = dict(kwargs)
+        for name, what in ((PASS, "the decoder's other arguments"), (ROPE, ROPE)):
+            if name not in given:
+                raise UnsupportedError(
+                    f"{self.decoder}: expected one that hands {what} on to its layers, got "
+                    f"{type(module).__name__} without them"
+                )
         run = given.pop(PASS)
         x = args[0] if args else given.pop("hidden_states")
         return (run.enter(number, x, given), *args[1:]), given
