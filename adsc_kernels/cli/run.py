@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adsc_kernels.cli import png, report
+from adsc_kernels.cli import png, report, run_transformers
 from adsc_kernels.schedule import CompressionSchedule
 
 if TYPE_CHECKING:
@@ -37,6 +37,12 @@ def add_parser(commands: Any) -> None:
         metavar="PATH_OR_ID",
         help="a LLaVA-1.5 checkpoint in Hugging Face format: a folder, or an id on the hub such as "
         "llava-hf/llava-1.5-7b-hf (the bundled one)",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("thin", "transformers"),
+        default="thin",
+        help="transformers: any model that apply_adsc serves (thin: our LLaVA-1.5)",
     )
     parser.add_argument(
         "--image",
@@ -108,6 +114,11 @@ def execute(args: argparse.Namespace) -> None:
     device = _device(args.device)
     dtype = _dtype(args.dtype, device)
     folder = find_folder(args.model or bundled)
+    if args.engine == "transformers":
+        run_transformers.check(args)
+        asked = [question.text for question in questions]
+        run_transformers.execute(args, folder, images, asked, device, dtype)
+        return
     depth = LlavaConfig.from_folder(folder).num_layers
     schedule = (
         default_schedule(depth)
