@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from adsc_kernels import checks
 from adsc_kernels.budget import PRESETS
-from adsc_kernels.cli import options, png, report
+from adsc_kernels.cli import options, png, report, run_transformers
 from adsc_kernels.hub import bundled_checkpoint, find_folder, read_config
 from adsc_kernels.images import load_image
 from adsc_kernels.schedule import CompressionSchedule
@@ -40,6 +40,12 @@ def add_parser(commands: Any) -> None:
         metavar="PATH_OR_ID",
         help="a LLaVA-1.5 checkpoint in Hugging Face format: a folder, or an id on the hub such as "
         "llava-hf/llava-1.5-7b-hf (the bundled one)",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("thin", "transformers"),
+        default="thin",
+        help="transformers: any model that apply_adsc serves (thin: our LLaVA-1.5)",
     )
     parser.add_argument(
         "--image",
@@ -123,6 +129,11 @@ def execute(args: argparse.Namespace) -> None:
 
     dtype = _dtype(args.dtype, device)
     folder = find_folder(bundled if args.model is None else args.model)
+    if args.engine == "transformers":
+        run_transformers.check(args)
+        asked = [question.text for question in questions]
+        run_transformers.execute(args, folder, images, asked, device, dtype)
+        return
     depth = LlavaConfig.from_folder(folder).num_layers
     schedule = (
         default_schedule(depth)
