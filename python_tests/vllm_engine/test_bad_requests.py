@@ -120,6 +120,7 @@ def bad_requests(llm: Any, count: int, refused: Counter) -> None:
     scheduler = scheduler_of(llm)
     for _ in range(3000):
         if not scheduler.has_unfinished_requests():
+            core.abort_request(list(core.output_processor.request_states), internal=True)
             return
         step(core, refused)
     left = [(name, r.num_computed_tokens, r.status) for name, r in scheduler.requests.items()]
