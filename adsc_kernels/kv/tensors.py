@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.kv.cache import CacheLayout, DenseCache, PagedCache, Tensors
 from adsc_kernels.kv.overlap import Reach, check_overlap
 
@@ -25,6 +26,24 @@ class Caches:
     reaches: list[Reach]  # empty while a graph is traced
 
 
+def check_no_transform(name: str) -> None:
+    """Raises UnsupportedError under a transform of torch.func, which sees no write in place."""
+    if torch._C._are_functorch_transforms_active():
+        raise UnsupportedError(
+            f"{name}: expected plain tensors, since torch.func's transforms don't see what is "
+            "written in place, got a call under one"
+        )
+
+
+def check_writable(x: Tensor, name: str) -> None:
+    """Raises ValueError where torch lets nothing be written in place."""
+    if x.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{name}: expected a tensor that may be written here, got an inference tensor outside "
+            "of torch.inference_mode()"
+        )
+
+
 def axis(rank: int, layout: CacheLayout, name: str) -> int:
     """The place of "token" or "head" in a cache of that rank."""
     order = ("token", "head") if layout == "NHD" else ("head", "token")
@@ -33,6 +52,7 @@ def axis(rank: int, layout: CacheLayout, name: str) -> int:
 
 def check_caches(cache: DenseCache | PagedCache) -> Caches:
     """Types, devices, shapes and strides of all tensors, and that no two share memory."""
+    check_no_transform("k_caches")
     if cache.layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {cache.layout!r}")
     k = _tensors(cache.k_caches, "k_caches", None)
@@ -51,10 +71,12 @@ def check_caches(cache: DenseCache | PagedCache) -> Caches:
         checked: Any = None
         for i, x in enumerate(tensors):
             of = (k if name[0] == "k" else v)[i]
-            form = (x.dtype, x.device, x.shape, x.stride(), x.requires_grad, of.shape)
+            marks = (x.requires_grad, x.is_inference())
+            form = (x.dtype, x.device, x.shape, x.stride(), marks, of.shape)
             if form != checked:
                 scaled = of if name.endswith("scales") else None
                 _check_type(x, name, i, first if scaled is None else tensors[0], first)
+                check_writable(x, f"{name}[{i}]")
                 _check_form(x, f"{name}[{i}]", scaled, first, cache.layout)
                 checked = form
     tensors = [x for group in lists.values() for x in group]

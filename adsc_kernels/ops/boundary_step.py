@@ -10,6 +10,7 @@ from torch import Tensor
 
 from adsc_kernels import fakes
 from adsc_kernels.check import Stage, check_rows, row_source
+from adsc_kernels.ops import _composed
 from adsc_kernels.ops._dispatch import call, choose, register
 from adsc_kernels.ops.downsample import upsample_grad
 from adsc_kernels.ops.downsample_add_rms_norm import check_norm, norm_gradients
@@ -234,6 +235,7 @@ register(
     "Tensor? segments, Tensor? keep_indices, Tensor? cu_seqlens, Tensor? spans, int[] keep, "
     "str pattern, SymInt max_height, SymInt num_tokens) -> Tensor[]",
     fake=fakes.boundary_step,
+    composed=_composed.boundary_step,
     backward=_backward,
     setup=_setup,
     triton="boundary_step",

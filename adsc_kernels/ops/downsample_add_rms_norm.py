@@ -7,6 +7,7 @@ from torch import Tensor
 
 from adsc_kernels import fakes
 from adsc_kernels.check import Stage, check_rows, row_source
+from adsc_kernels.ops import _composed
 from adsc_kernels.ops._dispatch import call, choose, register
 from adsc_kernels.ops.downsample import upsample_grad
 
@@ -111,6 +112,7 @@ register(
     "(Tensor x, Tensor residual, Tensor weight, Tensor? segments, Tensor? keep_indices, "
     "SymInt num_tokens, float eps) -> (Tensor, Tensor)",
     fake=fakes.downsample_add_rms_norm,
+    composed=_composed.downsample_add_rms_norm,
     backward=_backward,
     setup=_setup,
     triton="downsample_add_rms_norm",
