@@ -12,7 +12,7 @@ from torch.library import opcheck
 
 from adsc_kernels import CompressionSchedule, make_plan, ops, reference
 from adsc_kernels.backend import backend
-from adsc_kernels.check import Stage
+from adsc_kernels.rows import Stage
 
 OPS = torch.ops.adsc_kernels
 STAGE = stage_of([[0, 0, 3, 3, 0, 0], [3, 3, 6, 3, 0, 0], [6, 9, 0, 0, 0, 0]], 6, 9)

@@ -25,8 +25,9 @@ class Ints(NamedTuple):
     this they don't, which is what a captured graph needs.
 
     host: a tuple of ints.
-    device: contiguous int32 or int64 [as many]. Both must hold the same; the host can't compare
-      them without waiting for the device, and doesn't.
+    device: contiguous int32 or int64 [as many]. Both must hold the same. On the CPU they are
+      compared; elsewhere that would be a wait, and the host's rule what is checked, allotted and
+      returned as host ints, the device's what is moved.
     """
 
     host: tuple[int, ...]

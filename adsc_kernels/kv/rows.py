@@ -1,17 +1,19 @@
 """What the compaction ops check of rows: which stay, and whose they are."""
 
+from collections.abc import Iterable
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from adsc_kernels.check import check_table
+from adsc_kernels import checks
 from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.kv.cache import CacheStage, DenseCache, IntsLike, PagedCache
 from adsc_kernels.kv.pages import HostRows, Ints
 from adsc_kernels.kv.tensors import Caches
+from adsc_kernels.rows import check_table, is_readable
 
 
 class Rows(NamedTuple):
@@ -74,6 +76,10 @@ def check_rows(
 def _check_words(cache: DenseCache | PagedCache) -> None:
     """Which of them go together."""
     stage = cache.stage
+    if stage is not None:
+        checks.stage("stage", stage)
+        lengths = ("cu_seqlens", "cu_seqlens_in", "seq_lens", "seq_lens_in", "cached_lens")
+        checks.has("stage", stage, "a StagePlan, which says whose rows are whose", lengths)
     if (stage is None) == (cache.keep_indices is None):
         both = "both" if stage is not None else "neither"
         raise ValueError(f"stage, keep_indices: expected exactly one of them, got {both}")
@@ -124,14 +130,17 @@ def check_ints(
         raise TypeError(f"{name}: expected host ints or Ints(host, device), got a tensor")
     if isinstance(values, np.ndarray):
         values = values.tolist()
-    host = values.host if isinstance(values, Ints) else tuple(values)
-    if not all(isinstance(n, int) for n in host):
-        raise TypeError(f"{name}: expected ints, got {host}")
+    host = values.host if isinstance(values, Ints) else _host_ints(values, name)
+    if not all(type(n) is int for n in host):
+        for n in host:
+            checks.integer(name, n)
     if len(host) != count and (count is not None or not host):
         wanted = "at least one" if count is None else str(count)
         raise ValueError(f"{name}: expected {wanted} of them, got {len(host)}")
     if any(n < 0 for n in host):
         raise ValueError(f"{name}: expected at least 0, got {min(host)}")
+    if not torch.compiler.is_compiling() and max(host, default=0) > checks.INT32_MAX:
+        raise ValueError(f"{name}: expected at most 2^31 - 1, got {max(host)}")
     if rising and (host[0] != 0 or any(b < a for a, b in pairwise(host))):
         raise ValueError(f"{name}: expected boundaries that rise from 0, got {host}")
     if not isinstance(values, Ints):
@@ -146,7 +155,24 @@ def check_ints(
         raise ValueError(
             f"{name}.device: expected shape [{len(host)}], got {tuple(values.device.shape)}"
         )
+    _check_same_ints(values, name)
     return values
+
+
+def _host_ints(values: Any, name: str) -> tuple[Any, ...]:
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise TypeError(f"{name}: expected host ints or Ints(host, device), got {values!r}")
+    return tuple(values)
+
+
+def _check_same_ints(values: Ints, name: str) -> None:
+    """Both sides of Ints must be the same, where the host can read them without a wait."""
+    device = values.device
+    if is_readable(device) and tuple(device.tolist()) != tuple(values.host):
+        raise ValueError(
+            f"{name}: expected Ints whose host and device are the same, got "
+            f"{checks.shown(values.host)} and {checks.shown(device.tolist())}"
+        )
 
 
 def _differences(bounds: tuple[int, ...]) -> tuple[int, ...]:
@@ -212,7 +238,7 @@ def _index_sources(
     indices: Tensor, cu_kept: tuple[int, ...], source_lens: tuple[int, ...]
 ) -> tuple[np.ndarray, ...] | None:
     """keep_indices by sequence, checked, where the host can read them."""
-    if indices.device.type != "cpu" or torch.compiler.is_compiling():
+    if not is_readable(indices):
         return None
     values = indices.numpy().astype(np.int64, copy=False)
     sources = []

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from adsc_kernels import fakes
-from adsc_kernels.check import Stage
 from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.kv.cache import DenseCache, PagedCache
 from adsc_kernels.kv.check import CompactionCall, check_dense, check_paged
@@ -21,6 +20,7 @@ from adsc_kernels.ops.boundary_step import (
     check_boundary,
     step_of,
 )
+from adsc_kernels.rows import Stage
 
 
 class CompressStep(NamedTuple):

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from adsc_kernels import fakes
-from adsc_kernels.check import Stage, check_rows, row_source
 from adsc_kernels.ops import _composed
 from adsc_kernels.ops._dispatch import call, choose, register
+from adsc_kernels.rows import Stage, check_rows, row_source
 
 
 def downsample(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from adsc_kernels import reference
-from adsc_kernels.check import Stage
+from adsc_kernels.rows import Stage
 
 cases = cpu_tests("test_compile")
 OPS = torch.ops.adsc_triton if BACKEND == "triton" else torch.ops.adsc_kernels
