@@ -57,7 +57,7 @@ def check_dense(cache: DenseCache) -> CompactionCall:
     """The arguments of `compact_kv_`. Raises as it does."""
     caches = check_caches(cache)
     rows, host = check_rows(cache, caches, with_sources=False)
-    starts, room = _room(cache, caches, len(host.seq_lens))
+    starts, room = _room(cache, caches, host.batch)
     for b, (length, space) in enumerate(zip(host.seq_lens, room, strict=True)):
         if length > space:
             raise ValueError(
@@ -83,6 +83,8 @@ def _room(cache: DenseCache, caches: Caches, batch: int) -> tuple[Tensor | None,
         return None, (caches.tokens,) * batch
     if cache.seq_starts is not None:
         bounds, starts = check_ints(cache.seq_starts, "seq_starts", batch + 1, first)
+        if torch.compiler.is_compiling():
+            return starts, ()
         if any(b < a for a, b in pairwise(bounds)) or bounds[-1] > caches.tokens:
             raise ValueError(
                 f"seq_starts: expected rising boundaries of at most {caches.tokens}, got {bounds}"
@@ -96,7 +98,7 @@ def _room(cache: DenseCache, caches: Caches, batch: int) -> tuple[Tensor | None,
             f"k_caches[0]: expected at least {stage.num_tokens_in} tokens "
             f"(stage.num_tokens_in), got {caches.tokens}"
         )
-    return stage.cu_seqlens_in, stage.seq_lens_in
+    return stage.cu_seqlens_in, () if torch.compiler.is_compiling() else stage.seq_lens_in
 
 
 def check_paged(cache: PagedCache) -> CompactionCall:
@@ -112,7 +114,7 @@ def check_paged(cache: PagedCache) -> CompactionCall:
             "edit_table: one table can't serve heads or layers that keep different rows, got "
             f"keep_indices of shape {tuple(rows.keep_indices.shape)}"
         )
-    table, pages = _host_table(cache, host.seq_lens, size), None
+    table, pages = _host_table(cache, host, size), None
     if table is None:
         read_only = _unseen_blocks(cache.read_only_blocks, first, num_blocks)
     else:
@@ -163,7 +165,7 @@ def _block_size(cache: PagedCache, caches: Caches) -> tuple[int, int]:
 def _check_block_table(cache: PagedCache, first: Tensor, size: int, host: HostRows) -> None:
     table = cache.block_table
     check_tensor(table, "block_table", (torch.int32, torch.int64), first, "k_caches[0]")
-    _check_table_shape(table, "block_table", len(host.seq_lens))
+    _check_table_shape(table, "block_table", host.batch)
     if table.numel() > 1 and table.shape[1] > 1 and table.stride(1) != 1:
         raise ValueError(
             f"block_table: expected unit stride within a row, got strides {tuple(table.stride())}"
@@ -181,8 +183,8 @@ def _check_table_shape(table: Tensor | np.ndarray, name: str, batch: int) -> Non
         raise ValueError(f"{name}: expected shape [{batch}, max_blocks], got {tuple(table.shape)}")
 
 
-def _host_table(cache: PagedCache, lens: tuple[int, ...], size: int) -> np.ndarray | None:
-    table, host, batch = cache.block_table, cache.block_table_host, len(lens)
+def _host_table(cache: PagedCache, rows: HostRows, size: int) -> np.ndarray | None:
+    table, host = cache.block_table, cache.block_table_host
     if host is None:
         return table.numpy() if is_readable(table) else None
     if isinstance(host, Tensor):
@@ -198,14 +200,14 @@ def _host_table(cache: PagedCache, lens: tuple[int, ...], size: int) -> np.ndarr
             "block_table_host: expected a CPU tensor or an array of integers, got "
             f"{getattr(host, 'dtype', type(host).__name__)}"
         )
-    _check_table_shape(host, "block_table_host", batch)
+    _check_table_shape(host, "block_table_host", rows.batch)
     if host.shape[1] < table.shape[1]:
         raise ValueError(
             f"block_table_host: expected {table.shape[1]} blocks a row, as in block_table, "
             f"got {host.shape[1]}"
         )
     if is_readable(table):
-        _check_same_table(host, table.numpy(), lens, size)
+        _check_same_table(host, table.numpy(), rows.seq_lens, size)
     return host
 
 

@@ -208,7 +208,7 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
 
     grad_hidden = grad_residual = grad_weight = None
     if h is not None:
-        grad_h, grad_weight = norm_gradients(h, weight, ctx.eps, *grads[:2], num_rows)
+        grad_h, grad_weight = norm_gradients(h, weight, ctx.eps, grads[0], grads[1], num_rows)
         grad_hidden = grad_residual = scatter(grad_h)
     elif ctx.hidden_wanted:
         grad_hidden = scatter(grads[0])
