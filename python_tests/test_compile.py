@@ -23,7 +23,7 @@ from torch.library import opcheck
 
 from adsc_kernels import ops
 from adsc_kernels.backend import backend
-from adsc_kernels.check import Stage
+from adsc_kernels.rows import Stage
 
 __all__ = ["fresh_dynamo"]  # a fixture for every test
 

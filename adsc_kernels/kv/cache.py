@@ -7,8 +7,8 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy as np
 from torch import Tensor
 
-from adsc_kernels.check import Stage
 from adsc_kernels.kv.pages import Ints
+from adsc_kernels.rows import Stage
 
 Blocks = Sequence[int] | Tensor | np.ndarray
 CacheLayout = Literal["NHD", "HND"]
@@ -117,7 +117,8 @@ class PagedCache(_Cache):
       suffix is a multiple of block_size, no row of the suffix moves, nor, with block_size 1, any
       row. Needs the same rows for all heads and layers.
     block_table_host: a copy of block_table in host memory, any integer type; on CPU the table
-      itself serves.
+      itself serves. Where both are in host memory they must name the same blocks; else the host's
+      rules what is checked and which blocks are free, the device's what is moved.
     read_only_blocks: blocks that must not be written: shared through a prefix cache, or to be
       copied on write. Rows in them may stay, or be read on their way into another block. In host
       memory; or, where the table is on a device alone, there, contiguous int32 or int64.

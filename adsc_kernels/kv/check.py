@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adsc_kernels import checks
 from adsc_kernels.backend import CHECK
-from adsc_kernels.check import check_table, check_tensor
 from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.kv.cache import Blocks, DenseCache, PagedCache
 from adsc_kernels.kv.pages import CompactionResult, HostRows, Ints, Pages, check_pages
 from adsc_kernels.kv.rows import check_ints, check_rows
 from adsc_kernels.kv.tensors import Caches, axis, check_caches
+from adsc_kernels.rows import check_table, check_tensor, is_readable
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def check_dense(cache: DenseCache) -> CompactionCall:
     """The arguments of `compact_kv_`. Raises as it does."""
     caches = check_caches(cache)
     rows, host = check_rows(cache, caches, with_sources=False)
-    starts, room = _room(cache, caches, len(host.seq_lens))
+    starts, room = _room(cache, caches, host.batch)
     for b, (length, space) in enumerate(zip(host.seq_lens, room, strict=True)):
         if length > space:
             raise ValueError(
@@ -82,6 +83,8 @@ def _room(cache: DenseCache, caches: Caches, batch: int) -> tuple[Tensor | None,
         return None, (caches.tokens,) * batch
     if cache.seq_starts is not None:
         bounds, starts = check_ints(cache.seq_starts, "seq_starts", batch + 1, first)
+        if torch.compiler.is_compiling():
+            return starts, ()
         if any(b < a for a, b in pairwise(bounds)) or bounds[-1] > caches.tokens:
             raise ValueError(
                 f"seq_starts: expected rising boundaries of at most {caches.tokens}, got {bounds}"
@@ -95,7 +98,7 @@ def _room(cache: DenseCache, caches: Caches, batch: int) -> tuple[Tensor | None,
             f"k_caches[0]: expected at least {stage.num_tokens_in} tokens "
             f"(stage.num_tokens_in), got {caches.tokens}"
         )
-    return stage.cu_seqlens_in, stage.seq_lens_in
+    return stage.cu_seqlens_in, () if torch.compiler.is_compiling() else stage.seq_lens_in
 
 
 def check_paged(cache: PagedCache) -> CompactionCall:
@@ -111,11 +114,11 @@ def check_paged(cache: PagedCache) -> CompactionCall:
             "edit_table: one table can't serve heads or layers that keep different rows, got "
             f"keep_indices of shape {tuple(rows.keep_indices.shape)}"
         )
-    table, pages = _host_table(cache, len(host.seq_lens)), None
+    table, pages = _host_table(cache, host, size), None
     if table is None:
-        read_only = _unseen_blocks(cache.read_only_blocks, first)
+        read_only = _unseen_blocks(cache.read_only_blocks, first, num_blocks)
     else:
-        blocks = _host_blocks(cache.read_only_blocks)
+        blocks = _host_blocks(cache.read_only_blocks, num_blocks)
         name = "block_table" if cache.block_table_host is None else "block_table_host"
         pages = check_pages(table, host, size, num_blocks, cache.edit_table, blocks, name)
         checked = first.device.type == "cuda" and not CHECK  # nothing is left for the op
@@ -142,8 +145,8 @@ def check_paged(cache: PagedCache) -> CompactionCall:
 def _block_size(cache: PagedCache, caches: Caches) -> tuple[int, int]:
     """Rows of a block, and blocks of the pool."""
     first, size = caches.tensors[0], cache.block_size
-    if size is not None and (not isinstance(size, int) or size < 1):
-        raise ValueError(f"block_size: expected an int of at least 1, got {size!r}")
+    if size is not None:
+        checks.integer("block_size", size, 1, checks.INT32_MAX)
     if first.dim() == 4:
         if size not in (None, caches.tokens):
             place = axis(4, cache.layout, "token")
@@ -162,7 +165,7 @@ def _block_size(cache: PagedCache, caches: Caches) -> tuple[int, int]:
 def _check_block_table(cache: PagedCache, first: Tensor, size: int, host: HostRows) -> None:
     table = cache.block_table
     check_tensor(table, "block_table", (torch.int32, torch.int64), first, "k_caches[0]")
-    _check_table_shape(table, "block_table", len(host.seq_lens))
+    _check_table_shape(table, "block_table", host.batch)
     if table.numel() > 1 and table.shape[1] > 1 and table.stride(1) != 1:
         raise ValueError(
             f"block_table: expected unit stride within a row, got strides {tuple(table.stride())}"
@@ -180,18 +183,16 @@ def _check_table_shape(table: Tensor | np.ndarray, name: str, batch: int) -> Non
         raise ValueError(f"{name}: expected shape [{batch}, max_blocks], got {tuple(table.shape)}")
 
 
-def _host_table(cache: PagedCache, batch: int) -> np.ndarray | None:
+def _host_table(cache: PagedCache, rows: HostRows, size: int) -> np.ndarray | None:
     table, host = cache.block_table, cache.block_table_host
     if host is None:
-        if table.device.type != "cpu" or torch.compiler.is_compiling():
-            return None
-        return table.numpy()
+        return table.numpy() if is_readable(table) else None
     if isinstance(host, Tensor):
         if host.device.type != "cpu":
             raise ValueError(
                 f"block_table_host: expected a table in host memory, got one on {host.device}"
             )
-        if torch.compiler.is_compiling():
+        if not is_readable(host):
             return None
         host = host.numpy()
     if not isinstance(host, np.ndarray) or host.dtype.kind not in "iu":
@@ -199,16 +200,33 @@ def _host_table(cache: PagedCache, batch: int) -> np.ndarray | None:
             "block_table_host: expected a CPU tensor or an array of integers, got "
             f"{getattr(host, 'dtype', type(host).__name__)}"
         )
-    _check_table_shape(host, "block_table_host", batch)
+    _check_table_shape(host, "block_table_host", rows.batch)
     if host.shape[1] < table.shape[1]:
         raise ValueError(
             f"block_table_host: expected {table.shape[1]} blocks a row, as in block_table, "
             f"got {host.shape[1]}"
         )
+    if is_readable(table):
+        _check_same_table(host, table.numpy(), rows.seq_lens, size)
     return host
 
 
-def _host_blocks(blocks: Blocks | None) -> np.ndarray:
+def _check_same_table(
+    host: np.ndarray, table: np.ndarray, lens: tuple[int, ...], size: int
+) -> None:
+    """Of two tables that the host can read, the entries that hold rows must be the same."""
+    for b, length in enumerate(lens):
+        pages = -(-length // size)
+        differ = np.flatnonzero(host[b, :pages] != table[b, :pages])
+        if differ.size:
+            page = differ[0]
+            raise ValueError(
+                f"block_table_host: expected what block_table holds, block {table[b, page]} for "
+                f"page {page} of sequence {b}, got {host[b, page]}"
+            )
+
+
+def _host_blocks(blocks: Blocks | None, num_blocks: int) -> np.ndarray:
     if isinstance(blocks, Tensor) and blocks.device.type != "cpu":
         raise ValueError(
             "read_only_blocks: expected blocks in host memory, as the table, got them on "
@@ -217,10 +235,16 @@ def _host_blocks(blocks: Blocks | None) -> np.ndarray:
     array = np.asarray([] if blocks is None else blocks)
     if array.size and array.dtype.kind not in "iu":
         raise TypeError(f"read_only_blocks: expected integers, got {array.dtype}")
+    outside = array[(array < -1) | (array >= num_blocks)] if array.size else array
+    if outside.size:
+        raise ValueError(
+            f"read_only_blocks: expected blocks of the pool, in [0, {num_blocks}), or -1 for none, "
+            f"got {outside.ravel()[0]}"
+        )
     return array.astype(np.int64).ravel()
 
 
-def _unseen_blocks(blocks: Blocks | None, like: Tensor) -> Tensor | None:
+def _unseen_blocks(blocks: Blocks | None, like: Tensor, num_blocks: int) -> Tensor | None:
     """read_only_blocks as the op takes them, where the host has seen no table."""
     if blocks is None:
         return None
@@ -229,7 +253,7 @@ def _unseen_blocks(blocks: Blocks | None, like: Tensor) -> Tensor | None:
         return blocks.view(-1)
     if torch.compiler.is_compiling():
         return torch.as_tensor(blocks, dtype=torch.int64, device=like.device).view(-1)
-    return _uploaded(_host_blocks(blocks), like)
+    return _uploaded(_host_blocks(blocks, num_blocks), like)
 
 
 def _uploaded(blocks: np.ndarray, like: Tensor) -> Tensor:

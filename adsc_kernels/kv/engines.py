@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from adsc_kernels import checks
 from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.kv.cache import CacheLayout, DenseCache, PagedCache
 
@@ -262,7 +263,10 @@ def crop_transformers(cache: Cache, seq_lens: Sequence[int]) -> None:
     from transformers.cache_utils import DynamicLayer
 
     layers = _dense_layers(cache)
-    length, *others = seq_lens
+    lens = [checks.integer("seq_lens", n, 0) for n in seq_lens]
+    if not lens:
+        raise ValueError("seq_lens: expected one length for each sequence, got none")
+    length, *others = lens
     if any(n != length for n in others):
         raise ValueError(f"seq_lens: expected one length for the batch, got {tuple(seq_lens)}")
     for i, layer in enumerate(layers):

@@ -16,36 +16,81 @@ class Reach(NamedTuple):
     name: str
 
 
+class _Part(NamedTuple):
+    """What of a tensor's addresses is still to be told from others'."""
+
+    begin: int  # bytes, from the same place for all parts
+    form: "_Form"
+    reach: Reach
+
+
+# Distances that are stepped, largest first, each with the bytes from the first to behind the last
+# that lie within it; at the end the bytes of a row, stepped by one.
+_Form = tuple[tuple[int, int], ...]
+
+
 def check_overlap(tensors: Sequence[Tensor], names: Sequence[str]) -> list[Reach]:
     """Where the tensors lie that hold anything.
 
     Raises ValueError where two tensors, or two elements of one, share memory.
     """
-    spans = []
-    extents: dict[Any, int] = {}
+    parts = []
+    forms: dict[Any, _Form] = {}
     for x, name in zip(tensors, names, strict=True):
-        form = (x.shape, x.stride())
-        extent = extents.get(form, 0)
-        if extent == 0:
+        key = (x.shape, x.stride(), x.itemsize)
+        form = forms.get(key)
+        if form is None:
             if x.numel() == 0:
                 continue
-            extent = extents[form] = _extent(x, name)
+            form = forms[key] = _form(x, name)
         begin = x.data_ptr()
-        spans.append(Reach(begin, begin + extent * x.itemsize, x, name))
-    spans.sort(key=lambda span: span[:2])
-    # Extents in a chain of overlaps: views into one another's gaps, such as K and V of one storage.
-    chain: list[Reach] = []
+        parts.append(_Part(begin, form, Reach(begin, begin + form[0][1], x, name)))
+    _check_parts(parts)
+    return [part.reach for part in parts]
+
+
+def _check_parts(parts: list[_Part]) -> None:
+    """Splits parts where no extent reaches across; what still hangs together is looked into."""
+    chain: list[_Part] = []
     end = 0
-    for span in [*spans, None]:
-        if span is not None and chain and span.begin < end:
-            chain.append(span)
-            end = max(end, span.end)
-            continue
-        for a, b in combinations(chain, 2):
-            _check_pair(a, b)
-        if span is not None:
-            chain, end = [span], span.end
-    return spans
+    for part in sorted(parts, key=lambda part: part.begin):
+        if part.begin >= end:
+            _check_chain(chain)
+            chain = []
+        chain.append(part)
+        end = max(end, part.begin + part.form[0][1])
+    _check_chain(chain)
+
+
+def _check_chain(chain: list[_Part]) -> None:
+    """Tells parts by their places within the largest distance that any of them steps, such as K and
+    V of all layers within a page: those that lie apart there are apart. It takes a sort for each
+    such distance; only where a part lies across two places are all pairs compared.
+    """
+    if len(chain) < 2:
+        return
+    outer = max(part.form[0][0] for part in chain)
+    origin = chain[0].begin
+    inner = []
+    for begin, form, reach in chain:
+        below = form[1:] if form[0][0] == outer > 1 else form  # a run of bytes stays one
+        place = (begin - origin) % outer
+        if outer == 1 or place + below[0][1] > outer:
+            break
+        inner.append(_Part(place, below, reach))
+    else:
+        return _check_parts(inner)
+    for a, b in combinations(sorted((part.reach for part in chain), key=lambda r: r.begin), 2):
+        _check_pair(a, b)
+
+
+def _form(x: Tensor, name: str) -> _Form:
+    _check_own(x, name)
+    extent, form = 0, []
+    for step, size in sorted(_steps(x).items()):
+        extent = size if step == 1 else extent + (size - 1) * step
+        form.append((step, extent))
+    return tuple(reversed(form))
 
 
 def _check_pair(a: Reach, b: Reach) -> None:
@@ -66,8 +111,8 @@ def check_apart(inputs: Sequence[tuple[str, Tensor]], caches: Sequence[Reach]) -
                     _check_pair(*sorted((reach, cache), key=lambda r: r.begin))
 
 
-def _extent(x: Tensor, name: str) -> int:
-    """Elements from the first to the last of x."""
+def _check_own(x: Tensor, name: str) -> None:
+    """Raises ValueError where two elements of x share memory."""
     extent = 1
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1:
@@ -77,7 +122,6 @@ def _extent(x: Tensor, name: str) -> int:
                     f"{tuple(x.shape)} with strides {tuple(x.stride())}"
                 )
             extent += (size - 1) * stride
-    return extent
 
 
 def _share_memory(a: Tensor, b: Tensor, offset: int) -> bool:

@@ -25,8 +25,9 @@ class Ints(NamedTuple):
     this they don't, which is what a captured graph needs.
 
     host: a tuple of ints.
-    device: contiguous int32 or int64 [as many]. Both must hold the same; the host can't compare
-      them without waiting for the device, and doesn't.
+    device: contiguous int32 or int64 [as many]. Both must hold the same. On the CPU they are
+      compared; elsewhere that would be a wait, and the host's rule what is checked, allotted and
+      returned as host ints, the device's what is moved.
     """
 
     host: tuple[int, ...]
@@ -46,7 +47,8 @@ class Ints(NamedTuple):
 class CompactionResult:
     """The cache after a compaction. Device tensors are written by the launch that moved the rows.
 
-    seq_lens: cached rows of each sequence now; the device copy is int32 [B].
+    seq_lens: cached rows of each sequence now; the device copy is int32 [B]. Under torch.compile
+      host is empty, since a graph that held lengths would serve them alone.
     slot_mapping: int64 [B]: the slot of each sequence's next token, as engines number slots:
       block * block_size + offset for a paged cache, the row for a packed one, b * capacity + row
       for a batched one; -1 where the sequence has no room for it (dense) or needs another block.
@@ -76,10 +78,13 @@ class CompactionResult:
 class HostRows:
     """How long the parts of each sequence are: prefix | rows to choose from | suffix.
 
+    A graph that is traced knows no lengths, so that it serves all batches: all are empty then.
+    batch: sequences.
     sources: the rows that are kept, counted within the second part, one array for each sequence;
       None where they are on a device, or differ from head to head, or nobody asks.
     """
 
+    batch: int
     prefix_lens: tuple[int, ...]
     source_lens: tuple[int, ...]
     kept_lens: tuple[int, ...]

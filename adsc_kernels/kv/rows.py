@@ -1,17 +1,19 @@
 """What the compaction ops check of rows: which stay, and whose they are."""
 
+from collections.abc import Iterable
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from adsc_kernels.check import check_table
+from adsc_kernels import checks
 from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.kv.cache import CacheStage, DenseCache, IntsLike, PagedCache
 from adsc_kernels.kv.pages import HostRows, Ints
 from adsc_kernels.kv.tensors import Caches
+from adsc_kernels.rows import check_table, is_readable
 
 
 class Rows(NamedTuple):
@@ -34,14 +36,18 @@ def check_rows(
     kept: Ints | None = None
     if stage is not None:
         _check_stage(stage, like)
-        batch = len(stage.seq_lens)
+        batch = stage.cu_seqlens.shape[0] - 1
     else:
         assert cache.cu_kept is not None
         kept = check_ints(cache.cu_kept, "cu_kept", None, like, rising=True)
-        batch = len(kept.host) - 1
+        batch = kept.device.shape[0] - 1
     prefix = _some_ints(cache.prefix_lens, "prefix_lens", batch, like)
     total = _some_ints(cache.seq_lens, "seq_lens", batch, like)
     rows = _some_ints(cache.cu_rows, "cu_rows", batch + 1, like, rising=True)
+    device = [None if ints is None else ints.device for ints in (rows, prefix, total)]
+    mapping = _mapping(cache, caches, kept, device)
+    if torch.compiler.is_compiling():
+        return mapping, HostRows(batch, (), (), (), (), None)
     prefix_host = (0,) * batch if prefix is None else prefix.host
     if stage is not None:
         kept_host, source_host = stage.seq_lens, stage.seq_lens_in
@@ -58,22 +64,37 @@ def check_rows(
     else:
         total_host = tuple(p + n for p, n in zip(prefix_host, source_host, strict=True))
     _check_lens(prefix_host, source_host, kept_host, total_host)
-    device = [None if ints is None else ints.device for ints in (rows, prefix, total)]
     if stage is not None:
         sources = _stage_sources(stage) if with_sources else None
-        of_stage = (stage.segments, None, stage.cu_seqlens, stage.cu_seqlens_in)
-        mapping = Rows(*of_stage, *device[1:])
     else:
-        assert kept is not None and cache.keep_indices is not None
-        indices = _check_indices(cache.keep_indices, kept.host[-1], caches)
-        sources = _index_sources(indices, kept.host, source_host)
-        mapping = Rows(None, indices, kept.device, *device)
-    return mapping, HostRows(prefix_host, source_host, kept_host, total_host, sources)
+        assert kept is not None and mapping.keep_indices is not None
+        sources = _index_sources(mapping.keep_indices, kept.host, source_host)
+    return mapping, HostRows(batch, prefix_host, source_host, kept_host, total_host, sources)
+
+
+def _mapping(
+    cache: DenseCache | PagedCache,
+    caches: Caches,
+    kept: Ints | None,
+    device: list[Tensor | None],
+) -> Rows:
+    """device: cu_rows, prefix_lens and seq_lens."""
+    stage = cache.stage
+    if stage is not None:
+        of_stage = (stage.segments, None, stage.cu_seqlens, stage.cu_seqlens_in)
+        return Rows(*of_stage, *device[1:])
+    assert kept is not None and cache.keep_indices is not None
+    return Rows(None, _check_indices(cache.keep_indices, kept, caches), kept.device, *device)
 
 
 def _check_words(cache: DenseCache | PagedCache) -> None:
     """Which of them go together."""
     stage = cache.stage
+    if stage is not None:
+        checks.stage("stage", stage)
+        if not torch.compiler.is_compiling():  # a graph that looks at lengths serves them alone
+            lengths = ("cu_seqlens", "cu_seqlens_in", "seq_lens", "seq_lens_in", "cached_lens")
+            checks.has("stage", stage, "a StagePlan, which says whose rows are whose", lengths)
     if (stage is None) == (cache.keep_indices is None):
         both = "both" if stage is not None else "neither"
         raise ValueError(f"stage, keep_indices: expected exactly one of them, got {both}")
@@ -85,6 +106,8 @@ def _check_words(cache: DenseCache | PagedCache) -> None:
     for name, value in (("cu_kept", cache.cu_kept), ("cu_rows", cache.cu_rows)):
         if value is not None:
             raise ValueError(f"{name}: expected None with a stage, got {value}")
+    if torch.compiler.is_compiling():
+        return
     if cache.prefix_lens is None and any(stage.cached_lens):
         raise ValueError(
             "prefix_lens: expected the rows cached in front of the stage's, since its plan "
@@ -124,14 +147,19 @@ def check_ints(
         raise TypeError(f"{name}: expected host ints or Ints(host, device), got a tensor")
     if isinstance(values, np.ndarray):
         values = values.tolist()
-    host = values.host if isinstance(values, Ints) else tuple(values)
-    if not all(isinstance(n, int) for n in host):
-        raise TypeError(f"{name}: expected ints, got {host}")
+    if isinstance(values, Ints) and torch.compiler.is_compiling():
+        return _check_device_ints(values, name, count, like)
+    host = values.host if isinstance(values, Ints) else _host_ints(values, name)
+    if not all(type(n) is int for n in host):
+        for n in host:
+            checks.integer(name, n)
     if len(host) != count and (count is not None or not host):
         wanted = "at least one" if count is None else str(count)
         raise ValueError(f"{name}: expected {wanted} of them, got {len(host)}")
     if any(n < 0 for n in host):
         raise ValueError(f"{name}: expected at least 0, got {min(host)}")
+    if not torch.compiler.is_compiling() and max(host, default=0) > checks.INT32_MAX:
+        raise ValueError(f"{name}: expected at most 2^31 - 1, got {max(host)}")
     if rising and (host[0] != 0 or any(b < a for a, b in pairwise(host))):
         raise ValueError(f"{name}: expected boundaries that rise from 0, got {host}")
     if not isinstance(values, Ints):
@@ -141,12 +169,34 @@ def check_ints(
                 "keeps what an upload reads, got plain ints"
             )
         return Ints.of(host, like.device)
-    check_table(values.device, f"{name}.device", (torch.int32, torch.int64), like, "k_caches[0]")
-    if values.device.shape != (len(host),):
-        raise ValueError(
-            f"{name}.device: expected shape [{len(host)}], got {tuple(values.device.shape)}"
-        )
+    _check_device_ints(values, name, len(host), like)
+    _check_same_ints(values, name)
     return values
+
+
+def _check_device_ints(values: Ints, name: str, count: int | None, like: Tensor) -> Ints:
+    device = values.device
+    check_table(device, f"{name}.device", (torch.int32, torch.int64), like, "k_caches[0]")
+    if device.dim() != 1 or (count is not None and device.shape[0] != count):
+        wanted = "any number" if count is None else str(count)
+        raise ValueError(f"{name}.device: expected shape [{wanted}], got {tuple(device.shape)}")
+    return values
+
+
+def _host_ints(values: Any, name: str) -> tuple[Any, ...]:
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise TypeError(f"{name}: expected host ints or Ints(host, device), got {values!r}")
+    return tuple(values)
+
+
+def _check_same_ints(values: Ints, name: str) -> None:
+    """Both sides of Ints must be the same, where the host can read them without a wait."""
+    device = values.device
+    if is_readable(device) and tuple(device.tolist()) != tuple(values.host):
+        raise ValueError(
+            f"{name}: expected Ints whose host and device are the same, got "
+            f"{checks.shown(values.host)} and {checks.shown(device.tolist())}"
+        )
 
 
 def _differences(bounds: tuple[int, ...]) -> tuple[int, ...]:
@@ -154,7 +204,7 @@ def _differences(bounds: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _check_stage(stage: CacheStage, like: Tensor) -> None:
-    batch = len(stage.seq_lens)
+    batch = stage.cu_seqlens.shape[0] - 1
     for table, name, shape in (
         (stage.segments, "stage.segments", (-1, 6)),
         (stage.cu_seqlens, "stage.cu_seqlens", (batch + 1,)),
@@ -171,14 +221,12 @@ def _check_stage(stage: CacheStage, like: Tensor) -> None:
 
 
 def _stage_sources(stage: CacheStage) -> tuple[np.ndarray, ...] | None:
-    if torch.compiler.is_compiling():
-        return None
     parts = np.split(stage.source_rows(), np.cumsum(stage.seq_lens, dtype=np.int64)[:-1])
     begins = accumulate((0, *stage.seq_lens_in[:-1]))
     return tuple(part - begin for part, begin in zip(parts, begins, strict=False))
 
 
-def _check_indices(indices: Tensor, num_kept: int, caches: Caches) -> Tensor:
+def _check_indices(indices: Tensor, kept: Ints, caches: Caches) -> Tensor:
     """indices as [layers or 1, heads or 1, rows]."""
     check_table(
         indices, "keep_indices", (torch.int32, torch.int64), caches.tensors[0], "k_caches[0]"
@@ -190,8 +238,10 @@ def _check_indices(indices: Tensor, num_kept: int, caches: Caches) -> Tensor:
             f"rows], got {shape}"
         )
     layers, heads, rows = (1,) * (3 - len(shape)) + shape
-    if rows != num_kept:
-        raise ValueError(f"keep_indices: expected {num_kept} rows (cu_kept), got shape {shape}")
+    if not torch.compiler.is_compiling() and rows != kept.host[-1]:
+        raise ValueError(
+            f"keep_indices: expected {kept.host[-1]} rows (cu_kept), got shape {shape}"
+        )
     if layers not in (1, caches.num_layers):
         raise ValueError(f"keep_indices: expected 1 or {caches.num_layers} layers, got {shape}")
     if heads != 1:
@@ -212,7 +262,7 @@ def _index_sources(
     indices: Tensor, cu_kept: tuple[int, ...], source_lens: tuple[int, ...]
 ) -> tuple[np.ndarray, ...] | None:
     """keep_indices by sequence, checked, where the host can read them."""
-    if indices.device.type != "cpu" or torch.compiler.is_compiling():
+    if not is_readable(indices):
         return None
     values = indices.numpy().astype(np.int64, copy=False)
     sources = []

@@ -9,6 +9,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from adsc_kernels import checks
+from adsc_kernels.rows import is_readable
+
 SLOT_OF_PADDING = 0  # SGLang writes the K and V of padding there
 
 
@@ -86,13 +89,18 @@ def block_table_to_req_to_token_(
 ) -> None:
     """Write an edited table (`compact_paged_kv_(..., edit_table=True)`) into SGLang's req_to_token.
 
-    What lies behind a sequence's pages becomes the slot of padding.
+    What lies behind a sequence's pages becomes the slot of padding. Pages in front of it fit into
+    the context, but for the rest of the last, and slots into the dtype of req_to_token: ValueError
+    where the host can read the table, which it does not on a device.
     """
+    checks.integer("page_size", page_size, 1)
+    context = req_to_token.shape[1]
+    _check_pages(block_table, page_size, context, torch.iinfo(req_to_token.dtype).max)
     slots = block_table
     if page_size > 1:
         offsets = torch.arange(page_size, dtype=block_table.dtype, device=block_table.device)
         slots = (block_table[:, :, None] * page_size + offsets).flatten(1)
-    slots = slots[:, : req_to_token.shape[1]].clamp_min(SLOT_OF_PADDING).to(req_to_token.dtype)
+    slots = slots[:, :context].clamp_min(SLOT_OF_PADDING).to(req_to_token.dtype)
     rows = _on(req_pool_indices, req_to_token)
     req_to_token[:, : slots.shape[1]].index_copy_(0, rows, slots)
 
@@ -101,9 +109,32 @@ def trtllm_offsets_to_block_table(offsets: Tensor) -> Tensor:
     """TensorRT-LLM's K-plane offsets [B, max_blocks] to pages of `[pages, 2, H, tokens, D]`.
 
     They count planes, of which a page has two: what its own `sparse_kv_cache_compact_layers` takes
-    for the pools of its second cache manager.
+    for the pools of its second cache manager. Raises ValueError for an odd one, which is no K
+    plane's, where the host can read them; -1 stands for none.
     """
-    return offsets // 2
+    if is_readable(offsets):
+        odd = offsets[(offsets % 2 != 0) & (offsets != -1)]
+        if odd.numel():
+            raise ValueError(f"offsets: expected even ones, of K planes, got {int(odd[0])}")
+    return torch.div(offsets, 2, rounding_mode="floor")
+
+
+def _check_pages(block_table: Tensor, page_size: int, context: int, most: int) -> None:
+    """That all pages' slots fit: none behind the context, none too large for its dtype."""
+    if not is_readable(block_table) or not block_table.numel():
+        return
+    last = int(block_table.max())
+    if (last + 1) * page_size - 1 > min(most, torch.iinfo(block_table.dtype).max):
+        raise ValueError(
+            f"block_table: expected pages of {page_size} slots of at most {most}, got page {last}"
+        )
+    pages = -(-context // page_size)
+    behind = block_table[:, pages:]
+    if (behind >= 0).any():
+        raise ValueError(
+            f"block_table: expected at most {pages} pages a row, as the context of req_to_token, "
+            f"got page {int(behind.max())} behind them"
+        )
 
 
 def _on(indices: Tensor | Sequence[int], like: Tensor) -> Tensor:

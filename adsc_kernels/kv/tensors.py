@@ -1,11 +1,15 @@
 """What the compaction ops check of a cache's tensors."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
+from adsc_kernels import checks
+from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.kv.cache import CacheLayout, DenseCache, PagedCache, Tensors
 from adsc_kernels.kv.overlap import Reach, check_overlap
 
@@ -25,6 +29,24 @@ class Caches:
     reaches: list[Reach]  # empty while a graph is traced
 
 
+def check_no_transform(name: str) -> None:
+    """Raises UnsupportedError under a transform of torch.func, which sees no write in place."""
+    if torch._C._are_functorch_transforms_active():
+        raise UnsupportedError(
+            f"{name}: expected plain tensors, since torch.func's transforms don't see what is "
+            "written in place, got a call under one"
+        )
+
+
+def check_writable(x: Tensor, name: str) -> None:
+    """Raises ValueError where torch lets nothing be written in place."""
+    if x.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{name}: expected a tensor that may be written here, got an inference tensor outside "
+            "of torch.inference_mode()"
+        )
+
+
 def axis(rank: int, layout: CacheLayout, name: str) -> int:
     """The place of "token" or "head" in a cache of that rank."""
     order = ("token", "head") if layout == "NHD" else ("head", "token")
@@ -33,8 +55,8 @@ def axis(rank: int, layout: CacheLayout, name: str) -> int:
 
 def check_caches(cache: DenseCache | PagedCache) -> Caches:
     """Types, devices, shapes and strides of all tensors, and that no two share memory."""
-    if cache.layout not in LAYOUTS:
-        raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {cache.layout!r}")
+    check_no_transform("k_caches")
+    checks.choice("layout", cache.layout, LAYOUTS)
     k = _tensors(cache.k_caches, "k_caches", None)
     v = [] if cache.v_caches is None else _tensors(cache.v_caches, "v_caches", len(k))
     if cache.v_caches is None and cache.v_scales is not None:
@@ -43,6 +65,7 @@ def check_caches(cache: DenseCache | PagedCache) -> Caches:
     rank = first.dim()
     if rank not in (3, 4):
         raise ValueError(f"k_caches[0]: expected 3 or 4 dimensions, got shape {tuple(first.shape)}")
+    traced = torch.compiler.is_compiling()
     lists = {"k_caches": k, "v_caches": v}
     for name, scales in (("k_scales", cache.k_scales), ("v_scales", cache.v_scales)):
         if scales is not None:
@@ -51,15 +74,18 @@ def check_caches(cache: DenseCache | PagedCache) -> Caches:
         checked: Any = None
         for i, x in enumerate(tensors):
             of = (k if name[0] == "k" else v)[i]
-            form = (x.dtype, x.device, x.shape, x.stride(), x.requires_grad, of.shape)
+            marks = (x.requires_grad, traced or x.is_inference())
+            form = (x.dtype, x.device, x.shape, x.stride(), marks, of.shape)
             if form != checked:
                 scaled = of if name.endswith("scales") else None
                 _check_type(x, name, i, first if scaled is None else tensors[0], first)
+                if not traced:  # Dynamo doesn't know inference tensors
+                    check_writable(x, f"{name}[{i}]")
                 _check_form(x, f"{name}[{i}]", scaled, first, cache.layout)
                 checked = form
     tensors = [x for group in lists.values() for x in group]
     names = [f"{name}[{i}]" for name, group in lists.items() for i in range(len(group))]
-    hidden = torch.compiler.is_compiling() or first.device.type == "meta"
+    hidden = traced or first.device.type == "meta" or isinstance(first, FakeTensor)
     return Caches(
         tensors,
         len(k),
@@ -113,12 +139,11 @@ def _blocks_and_tokens(x: Tensor, rank: int, layout: CacheLayout) -> tuple[int, 
 
 
 def _tensors(x: Tensors, name: str, count: int | None) -> list[Tensor]:
+    if not isinstance(x, Tensor | Sequence) or isinstance(x, str):
+        raise TypeError(f"{name}: expected a tensor or a list of them, got {checks.kind(x)}")
     tensors = [x] if isinstance(x, Tensor) else list(x)
     for i, tensor in enumerate(tensors):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}[{i}]: expected a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{name}[{i}]: expected a strided tensor, got layout {tensor.layout}")
+        checks.tensor(f"{name}[{i}]", tensor)
     if not tensors or (count is not None and len(tensors) != count):
         wanted = "at least one tensor" if count is None else f"{count} tensors, as k_caches"
         raise ValueError(f"{name}: expected {wanted}, got {len(tensors)}")

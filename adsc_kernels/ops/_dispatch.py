@@ -5,11 +5,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from adsc_kernels import reference
 from adsc_kernels.backend import INTERPRETED, native_problem, resolve
+from adsc_kernels.kv.tensors import check_no_transform, check_writable
 
-_triton_ops = torch.library.Library("adsc_triton", "DEF")
+_libraries = {
+    "adsc_kernels": torch.library.Library("adsc_kernels", "FRAGMENT"),
+    "adsc_triton": torch.library.Library("adsc_triton", "DEF"),
+}
+
+# Shapes are all that a meta tensor has, and any op that is registered gives them.
+_ON_META = "triton" if native_problem() else "cpu"
 
 
 def register(
@@ -19,29 +30,77 @@ def register(
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     setup: Callable[..., None] | None = None,
+    composed: Callable[..., Any] | None = None,
     triton: str | None = None,
 ) -> None:
     """What both `torch.ops.adsc_kernels` (schema and kernels: csrc/) and `torch.ops.adsc_triton`
-    need of an op: shapes for tracing and, with backward and setup, gradients.
+    need of an op: shapes for tracing, and what autograd does: gradients with backward and setup, or
+    version counters where the schema says that the op writes to its arguments.
 
     schema: "(Tensor x, ...) -> Tensor", as in csrc/.
     backward: as for `torch.library.register_autograd`; ctx.ops is the namespace that ran forward.
+    composed: the op in torch's own ops, for torch.func and forward-mode AD; with backward.
     triton: the module in adsc_kernels/triton that defines a function of this name, imported when it
       is first called.
     """
     namespaces = [] if native_problem() else ["adsc_kernels"]
     if triton is not None:
-        _triton_ops.define(name + schema)
+        library = _libraries["adsc_triton"]
+        library.define(name + schema)
         for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
-            _triton_ops.impl(name, _imported(f"adsc_kernels.triton.{triton}", name), key)
+            library.impl(name, _imported(f"adsc_kernels.triton.{triton}", name), key)
         namespaces.append("adsc_triton")
     for namespace in namespaces:
+        library = _libraries[namespace]
         torch.library.register_fake(f"{namespace}::{name}", fake)
-        if backward is not None and setup is not None:
+        op = getattr(getattr(torch.ops, namespace), name).default
+        if backward is not None and setup is not None and composed is not None:
             setup_here = _with_namespace(setup, getattr(torch.ops, namespace))
-            torch.library.register_autograd(
-                f"{namespace}::{name}", backward, setup_context=setup_here
-            )
+            info = Info(backward, setup_here)
+            kernel = _with_transforms(make_autograd_impl(op, info), composed)
+            library.impl(name, kernel, "Autograd", with_keyset=True)
+            library.impl(name, composed, "FuncTorchBatched")
+        elif op._schema.is_mutable:
+            library.impl(name, _writing(op), "ADInplaceOrView", with_keyset=True)
+
+
+def _with_transforms(
+    kernel: Callable[..., Any], composed: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The autograd kernel, which knows nothing of torch.func and drops tangents, and what does."""
+
+    def run(keyset: Any, *arguments: Any) -> Any:
+        if torch._C._are_functorch_transforms_active() or _has_tangent(arguments):
+            return composed(*arguments)
+        return kernel(keyset, *arguments)
+
+    return run
+
+
+def _has_tangent(arguments: tuple[Any, ...]) -> bool:
+    if forward_ad._current_level < 0:
+        return False
+    tensors = (x for a in arguments for x in (a if isinstance(a, list) else (a,)))
+    return any(
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    )
+
+
+def _writing(op: Any) -> Callable[..., Any]:
+    """What torch's in-place ops do: autograd learns by version counters what was written."""
+    written = [i for i, a in enumerate(op._schema.arguments) if a.is_write]
+    below = torch._C._after_ADInplaceOrView_keyset
+
+    def run(keyset: Any, *arguments: Any) -> Any:
+        tensors = [x for i in written for x in arguments[i]]
+        check_no_transform("caches")
+        for i, x in enumerate(tensors):
+            check_writable(x, f"caches[{i}]")
+        result = op.redispatch(keyset & below, *arguments)
+        increment_version(tensors)
+        return result
+
+    return run
 
 
 def _imported(module: str, name: str) -> Callable[..., Any]:
@@ -66,7 +125,7 @@ def _with_namespace(setup: Callable[..., None], ops: Any) -> Callable[..., None]
 
 def choose(name: str, device: torch.device) -> Callable[..., Any]:
     """What serves an op's tensors on `device`: native, Triton or the reference, called alike."""
-    found = resolve(device)
+    found = _ON_META if device.type == "meta" else resolve(device)
     if found == "reference":
         function: Callable[..., Any] = getattr(reference, name)
         return function
@@ -79,7 +138,23 @@ def call(op: Callable[..., Any], *arguments: Any, grad: bool) -> Any:
 
     That kernel is Python, and takes longer than moving a small tensor does.
     """
-    if torch.compiler.is_compiling() or (grad and torch.is_grad_enabled()):
+    if (
+        torch.compiler.is_compiling()
+        or (grad and torch.is_grad_enabled())
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    ):
         return op(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
+
+
+def call_in_place(op: Callable[..., Any], *arguments: Any, written: list[Tensor]) -> Any:
+    """Calls op, whose arguments `check_writable` has passed, and does for autograd what op's kernel
+    in Python (`_writing`) would, in less time."""
+    if torch.compiler.is_compiling():
+        return op(*arguments)
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        results = op(*arguments)
+    increment_version(written)
+    return results

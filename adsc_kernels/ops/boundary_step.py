@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adsc_kernels import fakes
-from adsc_kernels.check import Stage, check_rows, row_source
+from adsc_kernels.ops import _composed
 from adsc_kernels.ops._dispatch import call, choose, register
 from adsc_kernels.ops.downsample import upsample_grad
 from adsc_kernels.ops.downsample_add_rms_norm import check_norm, norm_gradients
@@ -19,6 +19,7 @@ from adsc_kernels.ops.rebuild_metadata import (
     as_ints,
     check_layout,
 )
+from adsc_kernels.rows import Stage, check_rows, row_source
 
 
 @dataclass(frozen=True)
@@ -187,10 +188,12 @@ def step_of(outputs: Sequence[Tensor], has_residual: bool, num_others: int) -> B
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     hidden, residual, weight, ctx.eps, others, segments, keep_indices, cu_seqlens, *rest = inputs
+    num_rows = None
     if cu_seqlens is not None:
-        segments = output[-4]
+        metadata = Metadata(*output[-len(Metadata._fields) :])
+        segments, num_rows = metadata.segments, metadata.num_tokens
     h = None if residual is None else output[1]
-    ctx.save_for_backward(h, weight, segments, keep_indices)
+    ctx.save_for_backward(h, weight, segments, keep_indices, num_rows)
     ctx.num_rows = hidden.shape[0]
     ctx.keep_grad = None if rest[1] else []  # an empty list is one of tensors to autograd
     ctx.hidden_wanted = hidden.requires_grad
@@ -198,14 +201,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    h, weight, segments, keep_indices = ctx.saved_tensors
+    h, weight, segments, keep_indices, num_rows = ctx.saved_tensors
 
     def scatter(grad: Tensor) -> Tensor:
         return upsample_grad(ctx, grad, segments, keep_indices)
 
     grad_hidden = grad_residual = grad_weight = None
     if h is not None:
-        grad_h, grad_weight = norm_gradients(h, weight, ctx.eps, grads[0], grads[1])
+        grad_h, grad_weight = norm_gradients(h, weight, ctx.eps, grads[0], grads[1], num_rows)
         grad_hidden = grad_residual = scatter(grad_h)
     elif ctx.hidden_wanted:
         grad_hidden = scatter(grads[0])
@@ -234,6 +237,7 @@ register(
     "Tensor? segments, Tensor? keep_indices, Tensor? cu_seqlens, Tensor? spans, int[] keep, "
     "str pattern, SymInt max_height, SymInt num_tokens) -> Tensor[]",
     fake=fakes.boundary_step,
+    composed=_composed.boundary_step,
     backward=_backward,
     setup=_setup,
     triton="boundary_step",

@@ -16,7 +16,7 @@ from adsc_kernels.kv.cache import (
 )
 from adsc_kernels.kv.check import check_dense, check_paged
 from adsc_kernels.kv.pages import CompactionResult
-from adsc_kernels.ops._dispatch import choose, register
+from adsc_kernels.ops._dispatch import call_in_place, choose, register
 
 
 def compact_kv_(
@@ -67,7 +67,8 @@ def compact_kv_(
         v_scales=v_scales,
     )
     call = check_dense(cache)
-    return call.result(*choose("compact_kv_", call.device)(*call.arguments))
+    op = choose("compact_kv_", call.device)
+    return call.result(*call_in_place(op, *call.arguments, written=call.caches.tensors))
 
 
 def compact_paged_kv_(
@@ -133,7 +134,8 @@ def compact_paged_kv_(
         v_scales=v_scales,
     )
     call = check_paged(cache)
-    return call.result(*choose("compact_paged_kv_", call.device)(*call.arguments))
+    op = choose("compact_paged_kv_", call.device)
+    return call.result(*call_in_place(op, *call.arguments, written=call.caches.tensors))
 
 
 # ---- Schemas ----

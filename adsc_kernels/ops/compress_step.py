@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from adsc_kernels import fakes
-from adsc_kernels.check import Stage
 from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.kv.cache import DenseCache, PagedCache
 from adsc_kernels.kv.check import CompactionCall, check_dense, check_paged
 from adsc_kernels.kv.overlap import check_apart
 from adsc_kernels.kv.pages import CompactionResult
-from adsc_kernels.ops._dispatch import choose, register
+from adsc_kernels.ops._dispatch import call_in_place, choose, register
 from adsc_kernels.ops.boundary_step import (
     BatchLayout,
     BoundaryStep,
     check_boundary,
     step_of,
 )
+from adsc_kernels.rows import Stage
 
 
 class CompressStep(NamedTuple):
@@ -84,7 +84,8 @@ def compress_step(
     check_apart(inputs, compaction.caches.reaches)
     outputs = fakes.boundary_step(*arguments)
     op = choose("compress_step", hidden.device)
-    results = op(*arguments, *_op_arguments(compaction), outputs)
+    both = (*arguments, *_op_arguments(compaction), outputs)
+    results = call_in_place(op, *both, written=compaction.caches.tensors)
     return CompressStep(
         step_of(outputs, residual is not None, len(others)),
         compaction.result(*(results if compaction.paged else results[:2])),

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from adsc_kernels import fakes
-from adsc_kernels.check import Stage, check_rows, row_source
+from adsc_kernels.ops import _composed
 from adsc_kernels.ops._dispatch import call, choose, register
+from adsc_kernels.rows import Stage, check_rows, row_source
 
 
 def downsample(
@@ -123,6 +124,7 @@ register(
     "downsample",
     "(Tensor x, Tensor? segments, Tensor? keep_indices, SymInt num_tokens) -> Tensor",
     fake=fakes.downsample,
+    composed=_composed.downsample,
     backward=_backward,
     setup=_setup,
     triton="downsample",
@@ -131,6 +133,7 @@ register(
     "downsample_many",
     "(Tensor[] xs, Tensor? segments, Tensor? keep_indices, SymInt num_tokens) -> Tensor[]",
     fake=fakes.downsample_many,
+    composed=_composed.downsample_many,
     backward=_backward_many,
     setup=_setup_many,
     triton="downsample",
@@ -139,6 +142,7 @@ register(
     "upsample_grad",
     "(Tensor grad, Tensor? segments, Tensor? keep_indices, SymInt num_rows) -> Tensor",
     fake=fakes.upsample_grad,
+    composed=_composed.upsample_grad,
     backward=_upsample_backward,
     setup=_upsample_setup,
     triton="upsample_grad",

@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adsc_kernels import fakes
-from adsc_kernels.check import Stage, check_rows, row_source
+from adsc_kernels import checks, fakes
+from adsc_kernels.ops import _composed
 from adsc_kernels.ops._dispatch import call, choose, register
 from adsc_kernels.ops.downsample import upsample_grad
+from adsc_kernels.rows import Stage, check_rows, row_source
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -26,7 +27,7 @@ def downsample_add_rms_norm(
 
     x, residual: [T_in, hidden], float32, float64, bfloat16 or float16, any distance between rows.
     weight: contiguous [hidden]. All of one dtype, on one device.
-    stage or keep_indices: as for `downsample`. eps: at least 0.
+    stage or keep_indices: as for `downsample`. eps: 0, or a normal number of float32 (float64).
     Returns (normed, residual_out), both contiguous [T_out, hidden]:
       residual_out = x + residual, rounded to the dtype;
       normed = residual_out / sqrt(mean(residual_out ** 2) + eps) * weight, computed in float32
@@ -57,8 +58,19 @@ def check_norm(x: Tensor, name: str, residual: Tensor, weight: Tensor, eps: floa
     _check_like(weight, "weight", x, name, x.shape[1:])
     if not weight.is_contiguous():
         raise ValueError(f"weight: expected a contiguous tensor, got strides {weight.stride()}")
-    if not eps >= 0:
-        raise ValueError(f"eps: expected at least 0, got {eps}")
+    _check_eps(eps, torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _check_eps(eps: float, compute: torch.dtype) -> None:
+    """0, or a normal number of the dtype that norms are computed in: else backends would differ."""
+    if not torch.compiler.is_compiling():  # a graph's floats are symbols
+        checks.number("eps", eps, 0)
+    limits = torch.finfo(compute)
+    if eps != 0 and not limits.tiny <= eps <= limits.max:
+        raise ValueError(
+            f"eps: expected 0, or {limits.tiny:.3g} to {limits.max:.3g}, the normal numbers of "
+            f"{compute}, got {eps}"
+        )
 
 
 def _check_like(tensor: Tensor, name: str, x: Tensor, x_name: str, shape: torch.Size) -> None:
@@ -82,17 +94,26 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def norm_gradients(
-    h: Tensor, weight: Tensor, eps: float, grad_normed: Tensor, grad_residual: Tensor
+    h: Tensor,
+    weight: Tensor,
+    eps: float,
+    grad_normed: Tensor,
+    grad_residual: Tensor,
+    num_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the sum and of the weight. Rounding to the dtype counts as the identity.
 
     With h the sum, s = 1 / sqrt(mean(h^2) + eps), n = h * s and g = grad_normed * weight:
-    dh = s * (g - n * mean(g * n)) + grad_residual."""
+    dh = s * (g - n * mean(g * n)) + grad_residual. num_rows: those in use;
+    None: all."""
     compute = torch.float64 if h.dtype == torch.float64 else torch.float32
     wide = h.to(compute)
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    normed = wide * scale
     grad = grad_normed.to(compute)
+    if num_rows is not None:  # the others are zeros whatever comes in, also with eps = 0
+        spare = (torch.arange(h.shape[0], device=h.device) >= num_rows).unsqueeze(-1)
+        scale, grad = scale.masked_fill(spare, 0), grad.masked_fill(spare, 0)
+    normed = wide * scale
     weighted = grad * weight.to(compute)
     grad_h = scale * (weighted - normed * (weighted * normed).mean(-1, keepdim=True))
     grad_h = (grad_h + grad_residual.to(compute)).to(h.dtype)
@@ -111,6 +132,7 @@ register(
     "(Tensor x, Tensor residual, Tensor weight, Tensor? segments, Tensor? keep_indices, "
     "SymInt num_tokens, float eps) -> (Tensor, Tensor)",
     fake=fakes.downsample_add_rms_norm,
+    composed=_composed.downsample_add_rms_norm,
     backward=_backward,
     setup=_setup,
     triton="downsample_add_rms_norm",

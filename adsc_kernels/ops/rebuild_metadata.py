@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from adsc_kernels import fakes
-from adsc_kernels.check import check_table
 from adsc_kernels.ops._dispatch import choose, register
+from adsc_kernels.rows import check_table
 from adsc_kernels.schedule import PATTERNS
 
 Keep = Fraction | str | int | float | tuple[int, int]

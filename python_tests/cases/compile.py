@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adsc_kernels import CompressionSchedule, make_plan, ops
-from adsc_kernels.check import Stage
+from adsc_kernels.rows import Stage
 from cases.segment_tables import FakeStage, image_stage, stage_of
 
 OPS = torch.ops.adsc_kernels

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adsc_kernels import reference
-from adsc_kernels.check import Stage
+from adsc_kernels.rows import Stage
 
 
 @dataclass(frozen=True)

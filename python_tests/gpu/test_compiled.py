@@ -12,7 +12,7 @@ from gpu_device import BACKEND, DEVICE, DRY_RUN, cases_here, to_device
 from torch import Tensor
 from torch.library import opcheck
 
-from adsc_kernels.check import Stage
+from adsc_kernels.rows import Stage
 
 cases = cases_here("compile")
 fresh_dynamo = cases.fresh_dynamo  # a fixture for every test

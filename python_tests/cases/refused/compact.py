@@ -68,7 +68,7 @@ BAD_CALLS = {
     "K and V overlap in part": (packed(k_caches=WHOLE[:40], v_caches=WHOLE[39:]), ValueError, "share memory"),
     "expanded": (dense(k_caches=torch.ones(1, 20, 3, 4).expand(2, 20, 3, 4)), ValueError, r"^k_caches\[0\]: .*don't share memory"),
     "needs a gradient": (dense(k_caches=BOTH.clone().requires_grad_()), ValueError, r"^k_caches\[0\]: .*gradient"),
-    "layout": (dense(layout="BSHD"), ValueError, "^layout: expected one of NHD, HND"),
+    "layout": (dense(layout="BSHD"), ValueError, "^layout: expected one of 'NHD' or 'HND'"),
     "layout that does not fit": (dense(layout="HND"), ValueError, "^seq_lens: expected at most 3 rows"),
     "scales without V": (dense(v_caches=None, v_scales=torch.ones(2, 20)), ValueError, "^v_scales: "),
     "scales of other heads": (dense(k_scales=torch.ones(2, 20, 4)), ValueError, r"^k_scales\[0\]: expected 3 heads"),
@@ -85,7 +85,7 @@ BAD_CALLS = {
     "prefix and rows": (dense(prefix_lens=[1, 1], seq_lens=[17, 16]), ValueError, "^seq_lens: expected at least 1 .* sequence 1"),
     "count of seq_lens": (dense(seq_lens=[16]), ValueError, "^seq_lens: expected 2 of them, got 1"),
     "negative": (dense(seq_lens=[16, -1]), ValueError, "^seq_lens: expected at least 0, got -1"),
-    "floats": (dense(seq_lens=[16, 16.0]), TypeError, "^seq_lens: expected ints"),
+    "floats": (dense(seq_lens=[16, 16.0]), TypeError, "^seq_lens: expected an int"),
     "a tensor of lengths": (dense(seq_lens=torch.tensor([16, 16])), TypeError, "^seq_lens: expected host ints or Ints"),
     "Ints of floats": (dense(seq_lens=ops.Ints((16, 16), torch.ones(2))), TypeError, "^seq_lens.device: .*int32 or .*int64"),
     "Ints elsewhere": (dense(seq_lens=ops.Ints((16, 16), torch.zeros(2, dtype=torch.int32, device="meta"))), ValueError, "^seq_lens.device: .*meta"),
@@ -133,7 +133,7 @@ BAD_CALLS = {
     "read-only written": (paged(read_only_blocks=[1]), ValueError, "^read_only_blocks: .*block 1, but sequence 0"),
     "read-only elsewhere than the table": (paged(read_only_blocks=torch.zeros(1, dtype=torch.int32, device="meta")), ValueError, "^read_only_blocks: expected blocks in host memory.*meta"),
     "read-only floats": (paged(read_only_blocks=[0.5]), TypeError, "^read_only_blocks: expected integers"),
-    "table forgotten": (paged(block_table=None), TypeError, "^block_table: .*NoneType"),
+    "table forgotten": (paged(block_table=None), TypeError, "^block_table: .*got None"),
     "edited by heads": (paged(edit_table=True, stage=None, **{**BY_INDEX, "keep_indices": INDICES.expand(3, 4).contiguous()}), UnsupportedError, "^edit_table: "),
 }  # fmt: skip
 

@@ -4,6 +4,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from adsc_kernels import checks
 
 
 class Stage(Protocol):
@@ -19,12 +22,18 @@ class Stage(Protocol):
     def num_tokens_in(self) -> int: ...  # rows of the stage before
 
 
+def is_readable(x: Tensor) -> bool:
+    """Whether the host can read what x holds, without a wait and outside of a graph."""
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not isinstance(x, FakeTensor)
+    )
+
+
 def check_rows(x: Tensor, name: str) -> None:
     """x: [rows, ...], strided between rows at most."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name}: expected a strided tensor, got layout {x.layout}")
+    checks.tensor(name, x)
     if x.dim() == 0:
         raise ValueError(f"{name}: expected at least one dimension (rows first), got a scalar")
     if x.is_contiguous() or x.numel() == 0:
@@ -54,6 +63,7 @@ def row_source(
             )
         _check_room(keep_indices.shape[0], x, name, "keep_indices")
         return None, keep_indices.shape[0]
+    checks.stage("stage", stage)
     assert stage is not None  # for the type checker
     segments = stage.segments
     check_table(segments, "stage.segments", (torch.int32,), x, name)
@@ -64,8 +74,7 @@ def row_source(
             f"{name}: expected {stage.num_tokens_in} rows (stage.num_tokens_in), got {x.shape[0]}"
         )
     num_tokens = stage.num_tokens
-    if num_tokens < 0:
-        raise ValueError(f"num_tokens: expected at least 0, got {num_tokens}")
+    checks.integer("num_tokens", num_tokens, 0)
     if num_tokens > 0 and segments.shape[0] == 0:
         raise ValueError(
             f"segments: expected a table for {num_tokens} output rows, got an empty one"
@@ -95,8 +104,7 @@ def check_tensor(
     tensor: Tensor, name: str, dtypes: tuple[torch.dtype, ...], x: Tensor, x_name: str
 ) -> None:
     """`check_table` of any strides."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    checks.tensor(name, tensor)
     if tensor.dtype not in dtypes:
         expected = " or ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{name}: expected {expected}, got {tensor.dtype}")
