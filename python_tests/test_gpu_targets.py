@@ -139,5 +139,6 @@ def test_the_targets_make_no_environment() -> None:
 def test_gpu_tests_are_not_part_of_the_suite() -> None:
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "python_tests"]
     options = ["-p", "no:cacheprovider", "--ignore-glob=python_tests/test_*"]
+    options.append("--ignore=python_tests/hf")
     done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
     assert "no tests collected" in done.stdout, done.stdout

@@ -199,7 +199,7 @@ def test_bad_input_changes_nothing(pair):
     model = pair[1].with_schedule(SCHEDULES[0])
     talk = model.generate(PROMPTS, IMAGES, max_new_tokens=2).conversation
     before = talk.cache.bytes_per_stage
-    with pytest.raises(ValueError, match="older_than: expected at least 0 pictures, got -1"):
+    with pytest.raises(ValueError, match="older_than: expected at least 0, got -1"):
         talk.compact_images(-1)
     with pytest.raises(ValueError, match=r"a keep share in \[0, 1\]"):
         talk.compact_images(0, "3/2")

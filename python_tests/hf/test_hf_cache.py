@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_name import CACHE
 from hf_models import CASES, IMAGE, LAYERS, Row, noise
 from hf_oracle import oracle
 from torch import Tensor
@@ -111,13 +112,13 @@ def test_a_second_turn_is_the_whole_conversation(model, patched, kind):
     if kind == "static":
         cache = StaticCache(model.config.get_text_config(), max_cache_len=200)
     options = {**GREEDY, "return_dict_in_generate": True}
-    turn = model.generate(**MADE.inputs([first]), **options, past_key_values=cache)
+    turn = model.generate(**MADE.inputs([first]), **options, **{CACHE: cache})
     ids = turn.sequences[0].tolist()
     later = second_turn(24)
     whole = joined(first, ids[len(first.ids) :], later)
     inputs = {"input_ids": torch.tensor([whole.ids]), "pixel_values": noise(24, 1, 3, 20, 20)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    got = model.generate(**inputs, **options, past_key_values=turn.past_key_values)
+    got = model.generate(**inputs, **options, **{CACHE: turn.past_key_values})
     want = model.generate(**MADE.inputs([whole]), **options)
     assert torch.equal(got.sequences, want.sequences)
     assert lengths(got.past_key_values) == lengths(want.past_key_values)
@@ -133,7 +134,7 @@ def test_later_turns_of_an_uneven_batch(model, patched):
         inputs = MADE.inputs(turn)
         here = inputs.pop("attention_mask", torch.ones_like(inputs["input_ids"]))
         mask = here if mask is None else torch.cat([mask, here], 1)
-        got = model(**inputs, attention_mask=mask, past_key_values=cache).logits
+        got = model(**inputs, attention_mask=mask, **{CACHE: cache}).logits
     alone = rows
     for turn in turns[1:]:
         alone = [joined(row, [], more) for row, more in zip(alone, turn, strict=True)]
@@ -170,19 +171,19 @@ def test_a_cropped_cache_is_that_of_the_shorter_prompt(model, patched, left):
     """Cropped behind the pictures, inside one, between and before them; then text is added."""
     row = MADE.rows()[0]
     cache = model(**MADE.inputs([row])).past_key_values
-    model(input_ids=torch.tensor([[30, 31]]), past_key_values=cache)
+    model(input_ids=torch.tensor([[30, 31]]), **{CACHE: cache})
     cache.crop(left - len(row.ids) - 2)
     assert cache.get_seq_length() == left
-    got = model(input_ids=torch.tensor([[32, 33]]), past_key_values=cache)
+    got = model(input_ids=torch.tensor([[32, 33]]), **{CACHE: cache})
     # What was dropped of a picture that is cut is what the whole one lost.
     mask = torch.ones(1, len(row.ids) + 4)
     mask[:, left : len(row.ids) + 2] = 0
     whole = model(**MADE.inputs([row])).past_key_values
-    model(input_ids=torch.tensor([[30, 31]]), past_key_values=whole)
+    model(input_ids=torch.tensor([[30, 31]]), **{CACHE: whole})
     ids = torch.arange(left, left + 2)[None]
     want = model(
         input_ids=torch.tensor([[32, 33]]),
-        past_key_values=whole,
+        **{CACHE: whole},
         attention_mask=mask,
         position_ids=ids,
     )
@@ -201,7 +202,7 @@ def test_rows_of_a_cache_can_be_chosen_and_repeated(model, patched):
         return model(**inputs).past_key_values, mask
 
     cache, mask = prefilled()
-    want = model(input_ids=new, past_key_values=cache, attention_mask=mask).logits
+    want = model(input_ids=new, **{CACHE: cache}, attention_mask=mask).logits
     for change, order in (
         (lambda c, n: c.reorder_cache(n), [2, 0, 1]),
         (lambda c, n: c.batch_select_indices(n), [1, 2]),
@@ -211,7 +212,7 @@ def test_rows_of_a_cache_can_be_chosen_and_repeated(model, patched):
         cache = copy.deepcopy(cache)
         chosen = torch.tensor(order)
         change(cache, chosen)
-        got = model(input_ids=new[chosen], past_key_values=cache, attention_mask=mask[chosen])
+        got = model(input_ids=new[chosen], **{CACHE: cache}, attention_mask=mask[chosen])
         assert torch.allclose(got.logits, want[chosen], atol=1e-5)
 
 
@@ -219,9 +220,9 @@ def test_rows_of_a_cache_can_be_chosen_and_repeated(model, patched):
 def test_a_cache_that_is_reset_is_new(model, patched):
     inputs = MADE.inputs(MADE.rows())
     cache = DynamicCache()
-    want = model(**inputs, past_key_values=cache).logits
+    want = model(**inputs, **{CACHE: cache}).logits
     cache.reset()
-    assert torch.equal(model(**inputs, past_key_values=cache).logits, want)
+    assert torch.equal(model(**inputs, **{CACHE: cache}).logits, want)
 
 
 @torch.no_grad()
@@ -243,8 +244,8 @@ def test_a_schedules_cache_is_not_anothers(model):
     before = model(**inputs).past_key_values
     with apply_adsc(model, "1:1/2"):
         with pytest.raises(ValueError, match="filled without apply_adsc"):
-            model(input_ids=torch.tensor([[9]]), past_key_values=before)
+            model(input_ids=torch.tensor([[9]]), **{CACHE: before})
         cache = model(**inputs).past_key_values
     other = CompressionSchedule.parse("1:1/4", LAYERS)
     with apply_adsc(model, other), pytest.raises(ValueError, match="schedule 1:1/4"):
-        model(input_ids=torch.tensor([[9]]), past_key_values=cache)
+        model(input_ids=torch.tensor([[9]]), **{CACHE: cache})

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from cache_name import CACHE
 from hf_models import CASES, IMAGE, LAYERS, TEXT, VIT, Row
 from torch import Tensor
 from transformers import AttentionMaskInterface
@@ -240,7 +241,7 @@ def embeds(**more: Any) -> Any:
         (lambda: {**prompt(), "shift_labels": torch.ones(1, 56)}, UnsupportedError, "shift_labels"),
         (lambda: {**prompt(), "logits_to_keep": torch.tensor([3])}, UnsupportedError, "an int"),
         (lambda: {**prompt(), "logits_to_keep": 5}, ValueError, "text in the last 5"),
-        (lambda: {**prompt(), "past_key_values": 3}, UnsupportedError, "expected a Cache, got int"),
+        (lambda: {**prompt(), CACHE: 3}, UnsupportedError, "expected a Cache, got int"),
     ],
 )
 def test_bad_calls(model, call, error, says):
@@ -267,7 +268,7 @@ def test_other_caches_are_refused(model):
         apply_adsc(model, SCHEDULE),
         pytest.raises(UnsupportedError, match="StaticCache, got Kept"),
     ):
-        model(**prompt(), past_key_values=Kept())
+        model(**prompt(), **{CACHE: Kept()})
 
 
 @torch.no_grad()
@@ -283,7 +284,7 @@ def test_a_token_that_looks_like_a_picture_is_text_in_an_answer(model):
     with apply_adsc(model, SCHEDULE):
         cache = model(**prompt()).past_key_values
         before = [layer.get_seq_length() for layer in cache.layers]
-        model(input_ids=torch.full((1, 7), IMAGE), past_key_values=cache)
+        model(input_ids=torch.full((1, 7), IMAGE), **{CACHE: cache})
         assert [n.get_seq_length() for n in cache.layers] == [n + 7 for n in before]
 
 
