@@ -128,7 +128,7 @@ def shorten(name: str) -> str:
 # Kernels that don't move rows, and the narrow twins, by their access type, of those that do. Every
 # other kernel must have 128-bit accesses.
 NARROW = re.compile(
-    r"probe|(?:check|clear|pin)_\w+|rebuild_metadata\w*|"
+    r"probe|(?:check|clear|read_only)_\w+|rebuild_metadata\w*|"
     r"\w+<(?:.*, )?(?:uint2|unsigned (?:char|short|int|long))>"
 )
 

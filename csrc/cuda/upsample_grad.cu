@@ -80,8 +80,9 @@ __device__ __forceinline__ void list_takers(const RowMap& map, int64_t from, int
   __syncthreads();
 }
 
+// Four blocks a multiprocessor: of its own accord ptxas aims at five, and spills.
 template <class T, class Access>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     upsample_grad_kernel(const __grid_constant__ RowMap map,
                          const __grid_constant__ RowScatter scatter, int tile_rows) {
   using Compute = decltype(widen(T{}));
