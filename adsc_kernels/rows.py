@@ -1,5 +1,6 @@
 """What every op checks first: its rows, and what says which of them move where."""
 
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -29,6 +30,13 @@ def is_readable(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not isinstance(x, FakeTensor)
     )
+
+
+def list_of(xs: Sequence[Tensor], name: str) -> list[Tensor]:
+    """The members, which nobody has checked yet; a tensor is no list of its rows."""
+    if isinstance(xs, Tensor | str) or not isinstance(xs, Iterable):
+        raise TypeError(f"{name}: expected a list of tensors, got {checks.kind(xs)}")
+    return list(xs)
 
 
 def check_rows(x: Tensor, name: str) -> None:

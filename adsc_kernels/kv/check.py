@@ -103,6 +103,7 @@ def _room(cache: DenseCache, caches: Caches, batch: int) -> tuple[Tensor | None,
 
 def check_paged(cache: PagedCache) -> CompactionCall:
     """The arguments of `compact_paged_kv_`. Raises as it does."""
+    checks.flag("edit_table", cache.edit_table)
     caches = check_caches(cache)
     size, num_blocks = _block_size(cache, caches)
     with_sources = cache.edit_table or cache.read_only_blocks is not None

@@ -1,6 +1,6 @@
 """What the compaction ops check of rows: which stay, and whose they are."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -149,7 +149,7 @@ def check_ints(
         values = values.tolist()
     if isinstance(values, Ints) and torch.compiler.is_compiling():
         return _check_device_ints(values, name, count, like)
-    host = values.host if isinstance(values, Ints) else _host_ints(values, name)
+    host = _host_ints(values.host if isinstance(values, Ints) else values, name)
     if not all(type(n) is int for n in host):
         for n in host:
             checks.integer(name, n)
@@ -184,7 +184,7 @@ def _check_device_ints(values: Ints, name: str, count: int | None, like: Tensor)
 
 
 def _host_ints(values: Any, name: str) -> tuple[Any, ...]:
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
         raise TypeError(f"{name}: expected host ints or Ints(host, device), got {values!r}")
     return tuple(values)
 
@@ -204,7 +204,8 @@ def _differences(bounds: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _check_stage(stage: CacheStage, like: Tensor) -> None:
-    batch = stage.cu_seqlens.shape[0] - 1
+    traced = torch.compiler.is_compiling()
+    batch = stage.cu_seqlens.shape[0] - 1 if traced else len(stage.seq_lens)
     for table, name, shape in (
         (stage.segments, "stage.segments", (-1, 6)),
         (stage.cu_seqlens, "stage.cu_seqlens", (batch + 1,)),

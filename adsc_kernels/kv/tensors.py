@@ -143,7 +143,9 @@ def _tensors(x: Tensors, name: str, count: int | None) -> list[Tensor]:
         raise TypeError(f"{name}: expected a tensor or a list of them, got {checks.kind(x)}")
     tensors = [x] if isinstance(x, Tensor) else list(x)
     for i, tensor in enumerate(tensors):
-        checks.tensor(f"{name}[{i}]", tensor)
+        # Asked here first, since a call for each of many tensors takes longer than all else.
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
+            checks.tensor(f"{name}[{i}]", tensor)
     if not tensors or (count is not None and len(tensors) != count):
         wanted = "at least one tensor" if count is None else f"{count} tensors, as k_caches"
         raise ValueError(f"{name}: expected {wanted}, got {len(tensors)}")

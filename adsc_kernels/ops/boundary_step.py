@@ -8,18 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adsc_kernels import fakes
+from adsc_kernels import checks, fakes
 from adsc_kernels.ops import _composed
 from adsc_kernels.ops._dispatch import call, choose, register
 from adsc_kernels.ops.downsample import upsample_grad
-from adsc_kernels.ops.downsample_add_rms_norm import check_norm, norm_gradients
+from adsc_kernels.ops.downsample_add_rms_norm import check_eps, check_norm, norm_gradients
 from adsc_kernels.ops.rebuild_metadata import (
     Keep,
     Metadata,
     as_ints,
     check_layout,
 )
-from adsc_kernels.rows import Stage, check_rows, row_source
+from adsc_kernels.rows import Stage, check_rows, list_of, row_source
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,7 @@ class BatchLayout:
 
     def fractions(self) -> list[Fraction]:
         """What stays: of a span, or of a grid's rows and columns. Raises where a field is bad."""
-        if not isinstance(self.num_tokens, int | torch.SymInt):
-            kind = type(self.num_tokens).__name__
-            raise TypeError(f"layout.num_tokens: expected an int, got {kind}")
-        if self.num_tokens < 0:
-            raise ValueError(f"layout.num_tokens: expected at least 0, got {self.num_tokens}")
+        checks.integer("layout.num_tokens", self.num_tokens, 0)
         return check_layout(self.cu_seqlens, self.spans, self.keep, self.pattern, self.max_height)
 
 
@@ -87,7 +83,7 @@ def boundary_step(
     Raises TypeError or ValueError naming the argument, before anything is written; what tables and
     layouts hold is checked on CPU, where the host can read it.
     """
-    others = list(others)
+    others = list_of(others, "others")
     arguments = check_boundary(hidden, stage, residual, weight, eps, others, keep_indices, layout)
     op = choose("boundary_step", hidden.device)
     inputs = [x for x in (hidden, residual, weight, *others) if x is not None]
@@ -159,6 +155,7 @@ def _check_inputs(
         check_norm(hidden, "hidden", residual, weight, eps)
     else:
         check_rows(hidden, "hidden")
+        check_eps(eps, torch.float64)
     for i, x in enumerate(others):
         check_rows(x, f"others[{i}]")
         if x.device != hidden.device:

@@ -20,7 +20,7 @@ from adsc_kernels.ops.boundary_step import (
     check_boundary,
     step_of,
 )
-from adsc_kernels.rows import Stage
+from adsc_kernels.rows import Stage, list_of
 
 
 class CompressStep(NamedTuple):
@@ -63,7 +63,7 @@ def compress_step(
     known on the host and a layout isn't. What the two check on a device with ADSC_CHECK=1 is
     checked in front of the one launch.
     """
-    others = list(others)
+    others = list_of(others, "others")
     arguments = check_boundary(hidden, stage, residual, weight, eps, others, keep_indices, layout)
     compaction = _check_cache(cache, stage, layout)
     names = ["hidden", "residual", "weight", *(f"others[{i}]" for i in range(len(others)))]

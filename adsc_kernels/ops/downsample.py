@@ -9,7 +9,7 @@ from torch import Tensor
 from adsc_kernels import fakes
 from adsc_kernels.ops import _composed
 from adsc_kernels.ops._dispatch import call, choose, register
-from adsc_kernels.rows import Stage, check_rows, row_source
+from adsc_kernels.rows import Stage, check_rows, list_of, row_source
 
 
 def downsample(
@@ -44,7 +44,7 @@ def downsample_many(
     xs: at least one tensor [T_in, ...], all on one device. The rest as for `downsample`.
     Returns a list of new contiguous tensors [T_out, ...], in the order of xs.
     """
-    xs = list(xs)
+    xs = list_of(xs, "xs")
     if not xs:
         raise ValueError("xs: expected at least one tensor, got none")
     for i, x in enumerate(xs):

@@ -53,15 +53,14 @@ def check_norm(x: Tensor, name: str, residual: Tensor, weight: Tensor, eps: floa
         raise ValueError(f"{name}: expected shape [rows, hidden], got {tuple(x.shape)}")
     check_rows(residual, "residual")
     _check_like(residual, "residual", x, name, x.shape)
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight: expected a torch.Tensor, got {type(weight).__name__}")
+    checks.tensor("weight", weight)
     _check_like(weight, "weight", x, name, x.shape[1:])
     if not weight.is_contiguous():
         raise ValueError(f"weight: expected a contiguous tensor, got strides {weight.stride()}")
-    _check_eps(eps, torch.float64 if x.dtype == torch.float64 else torch.float32)
+    check_eps(eps, torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-def _check_eps(eps: float, compute: torch.dtype) -> None:
+def check_eps(eps: float, compute: torch.dtype) -> None:
     """0, or a normal number of the dtype that norms are computed in: else backends would differ."""
     if not torch.compiler.is_compiling():  # a graph's floats are symbols
         checks.number("eps", eps, 0)

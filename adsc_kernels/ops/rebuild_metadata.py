@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adsc_kernels import fakes
+from adsc_kernels import checks, fakes
 from adsc_kernels.ops._dispatch import choose, register
 from adsc_kernels.rows import check_table
 from adsc_kernels.schedule import PATTERNS
@@ -86,18 +86,14 @@ def check_layout(
         raise ValueError(f"cu_seqlens: expected shape [B + 1], got {tuple(cu_seqlens.shape)}")
     if spans.dim() != 2 or spans.shape[1] not in (3, 5):
         raise ValueError(f"spans: expected shape [N, 3] or [N, 5], got {tuple(spans.shape)}")
-    if pattern not in PATTERNS:
-        raise ValueError(f"pattern: expected one of {', '.join(PATTERNS)}, got {pattern!r}")
+    checks.choice("pattern", pattern, PATTERNS)
     if pattern == "grid":
         if not isinstance(keep, tuple | list) or len(keep) != 2:
             raise TypeError(f"keep: expected a pair (rows, columns) for the grid, got {keep!r}")
         fractions = [exact_fraction(part) for part in keep]
         if spans.shape[1] != 5:
             raise ValueError(f"spans: expected shape [N, 5] for the grid, got {tuple(spans.shape)}")
-        if not isinstance(max_height, int) or not 0 <= max_height < 1 << 31:
-            raise ValueError(
-                f"max_height: expected an int in [0, 2^31) for the grid, got {max_height!r}"
-            )
+        checks.integer("max_height", max_height, 0, checks.INT32_MAX)
     else:
         fractions = [exact_fraction(keep)]
         if max_height is not None:
@@ -114,6 +110,10 @@ def exact_fraction(keep: object) -> Fraction:
     """keep as a Fraction in [0, 1]. Raises TypeError or ValueError."""
     forms = 'a Fraction, "1/4", (1, 4), 0 or 1'
     try:
+        parts = keep if isinstance(keep, tuple) else (keep,)
+        whole = len(parts) == 1  # a pair is two ints
+        if any(isinstance(n, bool) or not (whole or isinstance(n, int)) for n in parts):
+            raise TypeError(f"keep: expected {forms}, got {keep!r}")
         if isinstance(keep, tuple) and len(keep) == 2:
             fraction = Fraction(*keep)
         elif isinstance(keep, Fraction | str) or keep in (0, 1):
