@@ -9,6 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from adsc_kernels import checks
 
+_STRIDED = torch.strided
+
 
 class Stage(Protocol):
     """What the ops need of a StagePlan: the movement of rows into a stage."""
@@ -39,9 +41,15 @@ def list_of(xs: Sequence[Tensor], name: str) -> list[Tensor]:
     return list(xs)
 
 
+def check_plain(x: Tensor, name: str) -> None:
+    """`checks.tensor`, asked here first: each call of an op comes by with each of its tensors."""
+    if not isinstance(x, Tensor) or x.layout != _STRIDED or x.is_quantized or x.is_nested:
+        checks.tensor(name, x)
+
+
 def check_rows(x: Tensor, name: str) -> None:
     """x: [rows, ...], strided between rows at most."""
-    checks.tensor(name, x)
+    check_plain(x, name)
     if x.dim() == 0:
         raise ValueError(f"{name}: expected at least one dimension (rows first), got a scalar")
     if x.is_contiguous() or x.numel() == 0:
@@ -71,17 +79,19 @@ def row_source(
             )
         _check_room(keep_indices.shape[0], x, name, "keep_indices")
         return None, keep_indices.shape[0]
-    checks.stage("stage", stage)
     assert stage is not None  # for the type checker
-    segments = stage.segments
+    try:
+        segments, num_tokens, num_rows = stage.segments, stage.num_tokens, stage.num_tokens_in
+    except AttributeError:
+        checks.stage("stage", stage)
+        raise
     check_table(segments, "stage.segments", (torch.int32,), x, name)
     if segments.dim() != 2 or segments.shape[1] != 6:
         raise ValueError(f"stage.segments: expected shape [S, 6], got {tuple(segments.shape)}")
-    if x.shape[0] != stage.num_tokens_in:
+    if x.shape[0] != num_rows:
         raise ValueError(
-            f"{name}: expected {stage.num_tokens_in} rows (stage.num_tokens_in), got {x.shape[0]}"
+            f"{name}: expected {num_rows} rows (stage.num_tokens_in), got {x.shape[0]}"
         )
-    num_tokens = stage.num_tokens
     checks.integer("num_tokens", num_tokens, 0)
     if num_tokens > 0 and segments.shape[0] == 0:
         raise ValueError(
@@ -112,7 +122,7 @@ def check_tensor(
     tensor: Tensor, name: str, dtypes: tuple[torch.dtype, ...], x: Tensor, x_name: str
 ) -> None:
     """`check_table` of any strides."""
-    checks.tensor(name, tensor)
+    check_plain(tensor, name)
     if tensor.dtype not in dtypes:
         expected = " or ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{name}: expected {expected}, got {tensor.dtype}")

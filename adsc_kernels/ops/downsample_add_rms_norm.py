@@ -9,9 +9,10 @@ from adsc_kernels import checks, fakes
 from adsc_kernels.ops import _composed
 from adsc_kernels.ops._dispatch import call, choose, register
 from adsc_kernels.ops.downsample import upsample_grad
-from adsc_kernels.rows import Stage, check_rows, row_source
+from adsc_kernels.rows import Stage, check_plain, check_rows, row_source
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_LIMITS = {dtype: torch.finfo(dtype) for dtype in (torch.float32, torch.float64)}
 
 
 def downsample_add_rms_norm(
@@ -53,7 +54,7 @@ def check_norm(x: Tensor, name: str, residual: Tensor, weight: Tensor, eps: floa
         raise ValueError(f"{name}: expected shape [rows, hidden], got {tuple(x.shape)}")
     check_rows(residual, "residual")
     _check_like(residual, "residual", x, name, x.shape)
-    checks.tensor("weight", weight)
+    check_plain(weight, "weight")
     _check_like(weight, "weight", x, name, x.shape[1:])
     if not weight.is_contiguous():
         raise ValueError(f"weight: expected a contiguous tensor, got strides {weight.stride()}")
@@ -62,9 +63,9 @@ def check_norm(x: Tensor, name: str, residual: Tensor, weight: Tensor, eps: floa
 
 def check_eps(eps: float, compute: torch.dtype) -> None:
     """0, or a normal number of the dtype that norms are computed in: else backends would differ."""
-    if not torch.compiler.is_compiling():  # a graph's floats are symbols
+    if type(eps) is not float and not torch.compiler.is_compiling():  # a graph's are symbols
         checks.number("eps", eps, 0)
-    limits = torch.finfo(compute)
+    limits = _LIMITS[compute]
     if eps != 0 and not limits.tiny <= eps <= limits.max:
         raise ValueError(
             f"eps: expected 0, or {limits.tiny:.3g} to {limits.max:.3g}, the normal numbers of "
