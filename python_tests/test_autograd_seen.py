@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from cache_cases import Case, dense_cases, paged_cases
+from cases.compact import Case, dense_cases, paged_cases
+from cases.segment_tables import FakeStage, by_stage, stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from segment_tables import FakeStage, by_stage, stages
 from torch import Tensor
 from torch.autograd import forward_ad
 
