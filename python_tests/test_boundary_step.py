@@ -16,7 +16,7 @@ from cases.boundary_step import (
 )
 from cases.rebuild_metadata import int32
 from cases.refused.boundary_step import BAD_CALLS, CU, LAYOUT, SPANS, STAGE, H, P, R, W
-from cases.row_bits import same_bits
+from cases.row_bits import bits, same_bits
 from cases.run import on
 from cases.segment_tables import FakeStage, image_stage, source_rows, stages
 from hypothesis import given, settings
@@ -84,6 +84,7 @@ def test_a_layout_equals_the_reference(rows: Rows) -> None:
     assert same_bits(out.hidden[:total], same.hidden)
     for x in (out.hidden, *([] if out.residual is None else [out.residual]), *out.others):
         assert x.shape[0] == layout.num_tokens
+        assert not bits(x[total:]).any()
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-6])

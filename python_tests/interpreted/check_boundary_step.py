@@ -32,7 +32,7 @@ def test_of_indices(rows: Rows) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(boundaries(forms=("layout",), **NARROW))
+@given(boundaries(forms=("layout",), **NARROW | {"widths": [3, 8]}))
 def test_of_a_layout(rows: Rows) -> None:
     check(rows, on("triton"), near)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases.boundary_step import Rows, boundaries
+from cases.boundary_step import Rows, boundaries, others_of
 from cases.compact import Case
 from cases.compress_step import HIDDEN, S, caches, check, sample
 from cases.run import on
@@ -16,7 +16,10 @@ OP = torch.ops.adsc_triton.compress_step.default
 
 
 @settings(max_examples=30, deadline=None)
-@given(case=caches, rows=boundaries(max_length=12, widths=[1, 7, 8, 64, 520]))
+@given(
+    case=caches,
+    rows=boundaries(max_length=12, widths=[1, 7, 8, 64, 520], kinds=others_of(max_size=3)),
+)
 def test_equals_the_reference(case: Case, rows: Rows) -> None:
     check(case, rows, on("triton"))
 
