@@ -149,7 +149,7 @@ class Simulation:
 def test_contents(schedule):
     """With room for all, and in a pool so small that requests are preempted and blocks reused."""
     for blocks in (2000, 60):
-        games = [Simulation(schedule, seed, blocks) for seed in range(8)]
+        games = [Simulation(schedule, seed, blocks) for seed in range(20)]
         for game in games:
             game.play()
         assert sum(game.hits for game in games) > 30

@@ -13,6 +13,7 @@ from vllm import SamplingParams
 
 import adsc_kernels
 from adsc_kernels.integrations.vllm import layout
+from adsc_kernels.integrations.vllm.manager import AdscStageManager
 
 SCHEDULES = ("2:1/2,4:1/2", "2:1/3,4:1/2", "2:1/64,4:1", "3:0", "2:1/2x1/4,4:1/2x1@grid")
 
@@ -92,17 +93,22 @@ def test_a_row_too_far(llava, monkeypatch):
 
 
 def test_key_by_survivors_index(llava, monkeypatch):
-    position_of = layout.RequestLayout.position_of
+    """A stage's block j under the hash of the prompt's block j, in front of what it holds."""
+    cache_blocks = AdscStageManager.cache_blocks
 
-    def same(self, stage, index):
-        last_of_block = index % BLOCK == BLOCK - 1
-        return index if last_of_block else position_of(self, stage, index)
+    def by_index(self, request, num_tokens, *args, **kwargs):
+        hashes, block = request.block_hashes, self.block_size
+        kept = [self._kept(request.request_id, (i + 1) * block) for i in range(len(hashes))]
+        keys = [hashes[max(n // block - 1, 0)] for n in kept]
+        known = SimpleNamespace(request_id=request.request_id, block_hashes=keys)
+        cache_blocks(self, known, num_tokens, *args, **kwargs)
 
     def all_of_them(llm):
         for ask in (*SHARING, *SHARING):
             check(llava, SCHEDULES[0], [ask], answer(llm, [ask], 6))
 
-    monkeypatch.setattr(layout.RequestLayout, "position_of", same)
+    monkeypatch.setattr(AdscStageManager, "cache_blocks", by_index)
+    monkeypatch.setattr(layout.RequestLayout, "position_of", lambda self, stage, index: index)
     assert wrong(llava, all_of_them)
 
 
