@@ -125,7 +125,9 @@ def _with_namespace(setup: Callable[..., None], ops: Any) -> Callable[..., None]
 
 def choose(name: str, device: torch.device) -> Callable[..., Any]:
     """What serves an op's tensors on `device`: native, Triton or the reference, called alike."""
-    found = _ON_META if device.type == "meta" else resolve(device)
+    found = resolve(device)
+    if found == "reference" and device.type == "meta":
+        found = _ON_META
     if found == "reference":
         function: Callable[..., Any] = getattr(reference, name)
         return function

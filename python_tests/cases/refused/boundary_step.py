@@ -46,7 +46,7 @@ BAD_CALLS = {
     "table": (call(stage=stage_of([[0, 3, 5, 5, 0, 0]], 5, 7)), ValueError, "^segments: row 0"),
     "indices": (call(keep_indices=P + 1), ValueError, "^keep_indices: .*got 7 at position 6"),
     "layout type": (call(layout=(CU, SPANS)), TypeError, "^layout: expected a BatchLayout, got tuple"),
-    "num_tokens type": (call(layout=replace(LAYOUT, num_tokens=5.0)), TypeError, "^layout.num_tokens: .*float"),
+    "num_tokens type": (call(layout=replace(LAYOUT, num_tokens=5.0)), TypeError, "^layout.num_tokens: expected an int, got 5.0"),
     "num_tokens negative": (call(layout=replace(LAYOUT, num_tokens=-1)), ValueError, "^layout.num_tokens: .*-1"),
     "num_tokens too small": (call(layout=replace(LAYOUT, num_tokens=4)), ValueError, "^num_tokens: .*the stage, 5, got 4"),
     "cu_seqlens past hidden": (call(H[:6], layout=LAYOUT), ValueError, "^cu_seqlens: .*rows of hidden, 6, got 7"),

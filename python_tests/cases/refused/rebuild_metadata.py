@@ -42,8 +42,8 @@ BAD_CALLS = {
     "keep none": ((CU, SPANS, None), TypeError, "^keep: .*None"),
     "keep too fine": ((CU, SPANS, (1, 1 << 31)), ValueError, "^keep: "),
     "keep single for the grid": ((CU, GRID, "1/2", "grid", 2), TypeError, "^keep: .*pair"),
-    "pattern": ((CU, SPANS, 1, "random"), ValueError, "^pattern: .*start, center, linspace, grid, got 'random'"),
-    "max_height missing": ((CU, GRID, (1, 1), "grid"), ValueError, "^max_height: .*None"),
+    "pattern": ((CU, SPANS, 1, "random"), ValueError, "^pattern: .*'start', 'center', 'linspace' or 'grid', got 'random'"),
+    "max_height missing": ((CU, GRID, (1, 1), "grid"), TypeError, "^max_height: expected an int, got None"),
     "max_height negative": ((CU, GRID, (1, 1), "grid", -1), ValueError, "^max_height: .*-1"),
     "max_height unasked": ((CU, SPANS, 1, "start", 2), ValueError, "^max_height: expected None"),
 }  # fmt: skip
