@@ -60,7 +60,7 @@ CALLS = {
     "fused, rows of the cache": ("cache.keep_indices[1] = 10; ops.compress_step(x, cache, table([0, 0, 64, 8, 0, 0]))", "keep_indices"),
     "step, span leaves": ("ops.boundary_step(x, layout=ops.BatchLayout(cu_seqlens, spans([1, 20, 10]), '1/2', num_tokens=64))", "spans"),
     "good compaction": ("compact([[0, 1, 2, 3], [4, 5, 6, 7]])", ""),
-    "good compaction, read-only": ("compact([[0, 1, 2, 3], [0, 1, 6, 7]], [0, 1, 3, 7, 99])", ""),
+    "good compaction, read-only": ("compact([[0, 1, 2, 3], [0, 1, 6, 7]], [0, 1, 3, 7, -1])", ""),
     "good compaction, edited": ("compact([[0, 1, 2, 3], [0, 1, 6, 7]], [0, 1, 3, 7], edit=True)", ""),
     "block outside": ("compact([[0, 1, 2, 3], [4, 5, 6, 8]])", "block_table"),
     "block shared": ("compact([[0, 1, 2, 3], [0, 5, 6, 7]])", "block_table"),
