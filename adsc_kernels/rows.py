@@ -41,9 +41,14 @@ def list_of(xs: Sequence[Tensor], name: str) -> list[Tensor]:
     return list(xs)
 
 
+def is_plain(x: Tensor) -> bool:
+    """Whether `checks.tensor` has nothing to say: each call asks of each of its tensors."""
+    return isinstance(x, Tensor) and x.layout == _STRIDED and not (x.is_quantized or x.is_nested)
+
+
 def check_plain(x: Tensor, name: str) -> None:
-    """`checks.tensor`, asked here first: each call of an op comes by with each of its tensors."""
-    if not isinstance(x, Tensor) or x.layout != _STRIDED or x.is_quantized or x.is_nested:
+    """Raises TypeError for what is no strided tensor of plain elements."""
+    if not is_plain(x):
         checks.tensor(name, x)
 
 

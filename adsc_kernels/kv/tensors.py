@@ -12,6 +12,7 @@ from adsc_kernels import checks
 from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.kv.cache import CacheLayout, DenseCache, PagedCache, Tensors
 from adsc_kernels.kv.overlap import Reach, check_overlap
+from adsc_kernels.rows import is_plain
 
 LAYOUTS = ("NHD", "HND")
 
@@ -143,8 +144,7 @@ def _tensors(x: Tensors, name: str, count: int | None) -> list[Tensor]:
         raise TypeError(f"{name}: expected a tensor or a list of them, got {checks.kind(x)}")
     tensors = [x] if isinstance(x, Tensor) else list(x)
     for i, tensor in enumerate(tensors):
-        # Asked here first, since a call for each of many tensors takes longer than all else.
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
+        if not is_plain(tensor):  # the name is put together only if it is needed
             checks.tensor(f"{name}[{i}]", tensor)
     if not tensors or (count is not None and len(tensors) != count):
         wanted = "at least one tensor" if count is None else f"{count} tensors, as k_caches"
