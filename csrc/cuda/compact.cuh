@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <span>
 
 #include "../compaction.h"
@@ -137,16 +138,18 @@ __device__ __forceinline__ int32_t first_row(const Compaction& c, const Sequence
   return rows.prefix + static_cast<int32_t>(run < rows.kept ? run : rows.kept);
 }
 
+// `values`: an access of a narrow tensor lies in the first bytes of one.
 template <class Access>
 __device__ __forceinline__ void load_tile(const std::byte* base, const Moves& moves, int32_t row,
                                           int32_t row_step, int32_t tile_rows,
-                                          Access (&values)[kInFlight]) {
+                                          uint4 (&values)[kInFlight]) {
 #pragma unroll
   for (int i = 0; i < kInFlight; ++i) {
     const int32_t r = row + i * row_step;
     // Not through the read-only cache: the block itself writes what it has read.
     if (r < tile_rows && moves.from[r] >= 0) {
-      values[i] = *reinterpret_cast<const Access*>(base + moves.from[r]);
+      const auto value = *reinterpret_cast<const Access*>(base + moves.from[r]);
+      memcpy(&values[i], &value, sizeof value);
     }
   }
 }
@@ -163,44 +166,71 @@ __device__ __forceinline__ void load_tile(const std::byte* base, const Moves& mo
 template <class Access>
 __device__ __forceinline__ void store_tile(std::byte* base, const Moves& moves, int32_t row,
                                            int32_t row_step, int32_t tile_rows,
-                                           const Access (&values)[kInFlight]) {
+                                           const uint4 (&values)[kInFlight]) {
 #pragma unroll
   for (int i = 0; i < kInFlight; ++i) {
     const int32_t r = row + i * row_step;
     if (r < tile_rows && moves.from[r] >= 0) {
-      store(reinterpret_cast<Access*>(base + moves.to[r]), values[i]);
+      Access value;
+      memcpy(&value, &values[i], sizeof value);
+      store(reinterpret_cast<Access*>(base + moves.to[r]), value);
     }
+  }
+}
+
+// Calls body(Access{}) with what a thread moves at once.
+template <class Body>
+__device__ __forceinline__ void with_access(int column_bytes, const Body& body) {
+  switch (column_bytes) {
+    case 16:
+      return body(uint4{});
+    case 8:
+      return body(uint2{});
+    case 4:
+      return body(uint32_t{});
+    case 2:
+      return body(uint16_t{});
+    default:
+      return body(uint8_t{});
   }
 }
 
 // Rows [begin, end) of the new cache, tile after tile. The next tile's moves are found while this
 // one's loads are under way. There are moves of three tiles, since a thread may find those of tile
 // t + 1 while others still store tile t - 1.
-template <class Access>
+//
+// The code that finds moves is by far the longest, and is here once: the first round does no more
+// than find those of the first tile, and the width of a column is asked in each round.
 __device__ __forceinline__ void move_strip(const Compaction& c, const Strip& strip, int32_t line,
                                            int32_t strip_number, int32_t begin, int32_t end,
                                            Moves (&moves)[3]) {
   const StripTask& task = strip.task;
   const int32_t lane = threadIdx.x & (task.lanes - 1);
   const int32_t column = strip_number * task.strip_columns + lane;
-  const int32_t columns = task.line_bytes / static_cast<int32_t>(sizeof(Access));
+  const int32_t columns = task.line_bytes / task.column_bytes;
   std::byte* base =
-      task.base + line * task.line_stride + column * static_cast<int64_t>(sizeof(Access));
+      task.base + line * task.line_stride + column * static_cast<int64_t>(task.column_bytes);
   const int32_t row_step = kThreads / task.lanes;
   // Threads past the last column find moves like the others, and move nothing.
   const bool idle = lane >= task.strip_columns || column >= columns;
   const int32_t row = idle ? kTileRows : static_cast<int32_t>(threadIdx.x) / task.lanes;
 
-  find_moves(c, strip, begin, end, moves[0]);
-  __syncthreads();
-  int tile = 0;  // modulo 3
-  for (int32_t first = begin; first < end; first += strip.tile_rows) {
+  int tile = 2;  // modulo 3
+  for (int32_t first = begin - strip.tile_rows; first < end; first += strip.tile_rows) {
     const int next = tile == 2 ? 0 : tile + 1;
-    Access values[kInFlight];
-    load_tile(base, moves[tile], row, row_step, strip.tile_rows, values);
+    uint4 values[kInFlight];
+    if (first >= begin) {
+      with_access(task.column_bytes, [&]<class Access>(Access) {
+        load_tile<Access>(base, moves[tile], row, row_step, strip.tile_rows, values);
+      });
+    }
     find_moves(c, strip, first + strip.tile_rows, end, moves[next]);
     __syncthreads();
-    store_tile(base, moves[tile], row, row_step, strip.tile_rows, values);
+    if (first >= begin) {
+      with_access(task.column_bytes, [&]<class Access>(Access) {
+        store_tile<Access>(base, moves[tile], row, row_step, strip.tile_rows, values);
+      });
+    }
     tile = next;
   }
 }
@@ -288,18 +318,7 @@ __device__ __forceinline__ void compact_block(const Compaction& c, const Compact
   const int32_t most = kInFlight * (kThreads / task.lanes);
   const Strip strip{task, rows, index_of(c, task.layer, line), b,
                     most < kTileRows ? most : kTileRows};
-  switch (task.column_bytes) {
-    case 16:
-      return move_strip<uint4>(c, strip, line, strip_number, begin, end, space.moves);
-    case 8:
-      return move_strip<uint2>(c, strip, line, strip_number, begin, end, space.moves);
-    case 4:
-      return move_strip<uint32_t>(c, strip, line, strip_number, begin, end, space.moves);
-    case 2:
-      return move_strip<uint16_t>(c, strip, line, strip_number, begin, end, space.moves);
-    default:
-      return move_strip<uint8_t>(c, strip, line, strip_number, begin, end, space.moves);
-  }
+  move_strip(c, strip, line, strip_number, begin, end, space.moves);
 }
 
 }  // namespace adsc::cuda
