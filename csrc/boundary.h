@@ -56,4 +56,9 @@ struct MetadataStep {
   StageMetadata stage;
 };
 
+// Rows of the stage's segment table.
+ADSC_HOST_DEVICE int64_t num_segments(const MetadataStep& step) {
+  return step.layout.num_sequences + step.layout.num_spans * (1 + step.boundary.span_segments);
+}
+
 }  // namespace adsc

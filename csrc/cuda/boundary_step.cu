@@ -5,23 +5,23 @@
 namespace adsc::cuda {
 namespace {
 
-template <class T, class Access>
+template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     boundary_step_kernel(const __grid_constant__ BoundaryWork work) {
   __shared__ BoundarySpace<T> space;
-  boundary_block<T, Access>(work, blockIdx.x, space);
+  boundary_block<T>(work, blockIdx.x, space);
 }
 
 void launch_work(const BoundaryWork& work, Stream stream) {
-  with_norm_types(work, [&]<class T, class Access>() {
-    launch(boundary_step_kernel<T, Access>, work.num_blocks(), work.shape.threads, 0, stream, work);
+  with_norm_type(work, [&]<class T>() {
+    launch(boundary_step_kernel<T>, work.num_blocks(), work.shape.threads, 0, stream, work);
   });
 }
 
 }  // namespace
 
 void boundary_step(const BoundaryMoves& moves, Stream stream) {
-  launch_work(opening_work(moves), stream);
+  launch_work(opening_work(launch_unfused(moves, stream)), stream);
   boundary_copies(moves, stream);
 }
 

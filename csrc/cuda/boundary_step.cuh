@@ -7,8 +7,10 @@
 #include "boundary_step.h"
 #include "chunks.h"
 #include "copy.cuh"
+#include "downsample_add_rms_norm.h"
 #include "metadata.cuh"
 #include "norm.cuh"
+#include "rebuild_metadata.h"
 
 namespace adsc::cuda {
 
@@ -52,6 +54,27 @@ inline BoundaryWork opening_work(const BoundaryMoves& moves, int least_threads =
   return work;
 }
 
+// Whether one launch norms rows and does the rest: numbers of 16 or 32 bits in accesses of 16 bytes.
+// nvcc compiles the kernels once for each type that they norm, so the seldom ones are left to
+// downsample_add_rms_norm's.
+inline bool is_fused(const RowNorm& norm) {
+  return norm.element != Element::kDouble && is_wide(norm);
+}
+
+// Launches what of a boundary its own kernel does not do, by other ops', and returns the rest.
+inline BoundaryMoves launch_unfused(BoundaryMoves moves, Stream stream) {
+  if (moves.norm == nullptr || is_fused(*moves.norm)) return moves;
+  if (moves.metadata != nullptr) {
+    rebuild_metadata(*moves.metadata, stream);
+    moves.map.segments = moves.metadata->stage.segments;
+    moves.map.num_segments = static_cast<int32_t>(num_segments(*moves.metadata));
+    moves.metadata = nullptr;
+  }
+  add_rms_norm_rows(moves.map, *moves.norm, stream);
+  moves.norm = nullptr;
+  return moves;
+}
+
 // What a block shares. T: the element of the norm; void: nothing to norm.
 template <class T>
 struct BoundarySpace {
@@ -66,7 +89,7 @@ struct BoundarySpace<void> {
 };
 
 // What block `number` of num_blocks() does.
-template <class T, class Access>
+template <class T>
 __device__ __forceinline__ void boundary_block(const BoundaryWork& work, int64_t number,
                                                BoundarySpace<T>& space) {
   if (work.writes_metadata && number-- == 0) {
@@ -96,22 +119,24 @@ __device__ __forceinline__ void boundary_block(const BoundaryWork& work, int64_t
   }
   if constexpr (!std::is_void_v<T>) {
     if (norms) {
-      norm_tile<T, Access>(work.norm, work.shape.group, begin, count, space.rows, space.partial);
+      norm_tile<T, uint4>(work.norm, work.shape.group, begin, count, space.rows, space.partial);
       return;
     }
   }
   copy_tile(*task, tile, space.rows);
 }
 
-// Calls body<T, Access>() with what boundary_block takes.
+// Calls body<T>() with the element of the norm that the work holds; void: none.
 template <class Body>
-void with_norm_types(const BoundaryWork& work, const Body& body) {
-  if (work.shape.num_tiles == 0) {
-    body.template operator()<void, void>();
-  } else {
-    with_element_types(work.norm.element, work.shape.wide, [&]<class T, class Access>(T, Access) {
-      body.template operator()<T, Access>();
-    });
+void with_norm_type(const BoundaryWork& work, const Body& body) {
+  if (work.shape.num_tiles == 0) return body.template operator()<void>();
+  switch (work.norm.element) {
+    case Element::kBFloat16:
+      return body.template operator()<BFloat16>();
+    case Element::kHalf:
+      return body.template operator()<Half>();
+    default:
+      return body.template operator()<float>();
   }
 }
 

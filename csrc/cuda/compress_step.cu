@@ -13,7 +13,7 @@ constexpr int kTasks = 64;
 
 // First the blocks of the compaction, whose walks over a sequence take longest, then those of the
 // boundary; no block waits for another, and the two parts share no memory.
-template <class T, class Access>
+template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
     compress_step_kernel(const __grid_constant__ BoundaryWork work,
                          const __grid_constant__ Compaction c,
@@ -28,19 +28,19 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (block < first) {
     compact_block(c, out, tasks, block, space.compaction);
   } else {
-    boundary_block<T, Access>(work, block - first, space.boundary);
+    boundary_block<T>(work, block - first, space.boundary);
   }
 }
 
 }  // namespace
 
 void compress_step(const BoundaryMoves& boundary, const CacheMoves& cache, Stream stream) {
-  const BoundaryWork work = opening_work(boundary, kThreads);
+  const BoundaryWork work = opening_work(launch_unfused(boundary, stream), kThreads);
   const auto tasks = strip_tasks<kTasks>(cache.compaction, up_to(cache.tensors, kTasks));
   const int64_t blocks =
       work.num_blocks() + tasks.num_blocks + output_blocks(cache.compaction, cache.outputs);
-  with_norm_types(work, [&]<class T, class Access>() {
-    launch(compress_step_kernel<T, Access>, blocks, kThreads, 0, stream, work, cache.compaction,
+  with_norm_type(work, [&]<class T>() {
+    launch(compress_step_kernel<T>, blocks, kThreads, 0, stream, work, cache.compaction,
            cache.outputs, tasks);
   });
   boundary_copies(boundary, stream);

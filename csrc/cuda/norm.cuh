@@ -25,18 +25,22 @@ struct NormShape {
   bool wide;  // accesses of 16 bytes
 };
 
-inline NormShape norm_shape(const RowNorm& norm, int64_t num_tokens, int least_threads = 128) {
-  NormShape shape{};
-  if (num_tokens == 0 || norm.width == 0) return shape;
-  const int64_t bytes = element_bytes(norm.element);
-  const int64_t row_bytes = norm.width * bytes;
+inline bool is_wide(const RowNorm& norm) {
   const uint64_t addresses =
       reinterpret_cast<uintptr_t>(norm.x) | reinterpret_cast<uintptr_t>(norm.residual) |
       reinterpret_cast<uintptr_t>(norm.weight) | reinterpret_cast<uintptr_t>(norm.normed) |
       reinterpret_cast<uintptr_t>(norm.residual_out) | static_cast<uint64_t>(norm.x_stride) |
-      static_cast<uint64_t>(norm.residual_stride) | static_cast<uint64_t>(row_bytes);
-  shape.wide = addresses % 16 == 0;
-  const int64_t columns = row_bytes / (shape.wide ? 16 : bytes);
+      static_cast<uint64_t>(norm.residual_stride) |
+      static_cast<uint64_t>(norm.width * element_bytes(norm.element));
+  return addresses % 16 == 0;
+}
+
+inline NormShape norm_shape(const RowNorm& norm, int64_t num_tokens, int least_threads = 128) {
+  NormShape shape{};
+  if (num_tokens == 0 || norm.width == 0) return shape;
+  const int64_t bytes = element_bytes(norm.element);
+  shape.wide = is_wide(norm);
+  const int64_t columns = norm.width * bytes / (shape.wide ? 16 : bytes);
   shape.group = kWarp;
   while (shape.group < kThreads && shape.group * kKept < columns) shape.group *= 2;
   shape.threads = shape.group < least_threads ? least_threads : shape.group;
