@@ -21,8 +21,9 @@ void launch_work(const BoundaryWork& work, Stream stream) {
 }  // namespace
 
 void boundary_step(const BoundaryMoves& moves, Stream stream) {
-  launch_work(opening_work(launch_unfused(moves, stream)), stream);
-  boundary_copies(moves, stream);
+  const BoundaryMoves fused = launch_unfused(moves, stream);
+  launch_work(opening_work(fused), stream);
+  boundary_copies(fused, stream);
 }
 
 void boundary_copies(const BoundaryMoves& moves, Stream stream) {

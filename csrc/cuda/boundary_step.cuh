@@ -42,10 +42,10 @@ inline BoundaryWork copying_work(const BoundaryMoves& moves, std::span<const Row
   return work;
 }
 
-// The first launch: all but the copies past kMaxCopies. least_threads: of a block.
-inline BoundaryWork opening_work(const BoundaryMoves& moves, int least_threads = 128) {
+// The first launch: all but the copies past kMaxCopies. threads: of a block; 0: as fit the norm.
+inline BoundaryWork opening_work(const BoundaryMoves& moves, int threads = 0) {
   NormShape shape{};
-  if (moves.norm != nullptr) shape = norm_shape(*moves.norm, moves.map.num_tokens, least_threads);
+  if (moves.norm != nullptr) shape = norm_shape(*moves.norm, moves.map.num_tokens, threads);
   if (shape.threads == 0) shape.threads = kThreads;
   BoundaryWork work = copying_work(moves, up_to(moves.copies, kMaxCopies), shape.threads);
   work.writes_metadata = work.has_layout;
@@ -54,24 +54,27 @@ inline BoundaryWork opening_work(const BoundaryMoves& moves, int least_threads =
   return work;
 }
 
-// Whether one launch norms rows and does the rest: numbers of 16 or 32 bits in accesses of 16 bytes.
-// nvcc compiles the kernels once for each type that they norm, so the seldom ones are left to
-// downsample_add_rms_norm's.
+// Whether one launch norms rows and does the rest: numbers of 16 or 32 bits in accesses of 16
+// bytes. nvcc compiles the kernels once for each type that they norm, so the seldom ones are left
+// to downsample_add_rms_norm's.
 inline bool is_fused(const RowNorm& norm) {
   return norm.element != Element::kDouble && is_wide(norm);
 }
 
 // Launches what of a boundary its own kernel does not do, by other ops', and returns the rest.
 inline BoundaryMoves launch_unfused(BoundaryMoves moves, Stream stream) {
-  if (moves.norm == nullptr || is_fused(*moves.norm)) return moves;
-  if (moves.metadata != nullptr) {
+  const bool norms_apart = moves.norm != nullptr && !is_fused(*moves.norm);
+  // In a long layout every block would read all spans; a table is looked up at any length.
+  if (moves.metadata != nullptr && (norms_apart || !scans_once(moves.metadata->layout))) {
     rebuild_metadata(*moves.metadata, stream);
     moves.map.segments = moves.metadata->stage.segments;
     moves.map.num_segments = static_cast<int32_t>(num_segments(*moves.metadata));
     moves.metadata = nullptr;
   }
-  add_rms_norm_rows(moves.map, *moves.norm, stream);
-  moves.norm = nullptr;
+  if (norms_apart) {
+    add_rms_norm_rows(moves.map, *moves.norm, stream);
+    moves.norm = nullptr;
+  }
   return moves;
 }
 
@@ -80,7 +83,7 @@ template <class T>
 struct BoundarySpace {
   int64_t rows[kTileRows];
   ScanSpace scan;
-  decltype(widen(T{})) partial[2][kThreads / kWarp];
+  decltype(widen(T{})) partial[kThreads / kWarp];
 };
 template <>
 struct BoundarySpace<void> {
@@ -93,7 +96,9 @@ template <class T>
 __device__ __forceinline__ void boundary_block(const BoundaryWork& work, int64_t number,
                                                BoundarySpace<T>& space) {
   if (work.writes_metadata && number-- == 0) {
-    write_metadata(work.step, space.scan.warp_sums);
+    const int32_t longest =
+        write_metadata(work.step, whole(work.step.layout), space.scan.warp_sums);
+    if (threadIdx.x == 0) *work.step.stage.max_seqlen = longest;
     return;
   }
   const bool norms = number < work.shape.num_tiles;

@@ -9,6 +9,7 @@
 
 #include "../compaction.h"
 #include "device.cuh"
+#include "elements.cuh"
 #include "rows.cuh"
 
 namespace adsc::cuda {
@@ -175,23 +176,6 @@ __device__ __forceinline__ void store_tile(std::byte* base, const Moves& moves, 
       memcpy(&value, &values[i], sizeof value);
       store(reinterpret_cast<Access*>(base + moves.to[r]), value);
     }
-  }
-}
-
-// Calls body(Access{}) with what a thread moves at once.
-template <class Body>
-__device__ __forceinline__ void with_access(int column_bytes, const Body& body) {
-  switch (column_bytes) {
-    case 16:
-      return body(uint4{});
-    case 8:
-      return body(uint2{});
-    case 4:
-      return body(uint32_t{});
-    case 2:
-      return body(uint16_t{});
-    default:
-      return body(uint8_t{});
   }
 }
 

@@ -35,7 +35,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 }  // namespace
 
 void compress_step(const BoundaryMoves& boundary, const CacheMoves& cache, Stream stream) {
-  const BoundaryWork work = opening_work(launch_unfused(boundary, stream), kThreads);
+  const BoundaryMoves fused = launch_unfused(boundary, stream);
+  const BoundaryWork work = opening_work(fused, kThreads);
   const auto tasks = strip_tasks<kTasks>(cache.compaction, up_to(cache.tensors, kTasks));
   const int64_t blocks =
       work.num_blocks() + tasks.num_blocks + output_blocks(cache.compaction, cache.outputs);
@@ -43,7 +44,7 @@ void compress_step(const BoundaryMoves& boundary, const CacheMoves& cache, Strea
     launch(compress_step_kernel<T>, blocks, kThreads, 0, stream, work, cache.compaction,
            cache.outputs, tasks);
   });
-  boundary_copies(boundary, stream);
+  boundary_copies(fused, stream);
   if (const auto rest = after(cache.tensors, kTasks); !rest.empty()) {
     compact({.compaction = cache.compaction, .tensors = rest}, stream);
   }

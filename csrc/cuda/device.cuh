@@ -13,21 +13,6 @@
 
 namespace adsc::cuda {
 
-// Reads 1, 2, 4, 8 or 16 bytes (uint8_t to uint4) that no thread writes during the kernel and that
-// this one reads once: past the first cache, where there is an instruction for it.
-template <class T>
-__device__ __forceinline__ T load_streaming(const T* address) {
-  if constexpr (sizeof(T) == 16) {
-    T value;
-    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-        : "l"(address));
-    return value;
-  } else {
-    return __ldg(address);
-  }
-}
-
 // Reads what no thread writes during the kernel and that other threads or blocks read too.
 template <class T>
 __device__ __forceinline__ T load(const T* address) {

@@ -6,6 +6,10 @@
 namespace adsc::cuda {
 namespace {
 
+// Of a block, while a launch is small: on an H100 7 % faster than kThreads with two accesses each
+// at 30 MiB, and 1 % slower at 120.
+constexpr int kFewThreads = 128;
+
 __global__ void __launch_bounds__(kThreads)
     downsample_kernel(const __grid_constant__ RowMap map, const __grid_constant__ CopyTasks tasks) {
   __shared__ int64_t rows[kTileRows];
@@ -20,8 +24,13 @@ __global__ void __launch_bounds__(kThreads)
 
 void copy_rows(const RowMap& map, std::span<const RowCopy> copies, Stream stream) {
   for (; !copies.empty(); copies = after(copies, kMaxCopies)) {
-    const CopyTasks tasks = copy_tasks(up_to(copies, kMaxCopies), map.num_tokens, kThreads);
-    launch(downsample_kernel, tasks.num_tiles, kThreads, 0, stream, map, tasks);
+    int threads = kFewThreads;
+    CopyTasks tasks = copy_tasks(up_to(copies, kMaxCopies), map.num_tokens, threads);
+    if (tasks.num_tiles * threads > 4 * enough_threads()) {
+      threads = kThreads;
+      tasks = copy_tasks(up_to(copies, kMaxCopies), map.num_tokens, threads);
+    }
+    launch(downsample_kernel, tasks.num_tiles, threads, 0, stream, map, tasks);
   }
 }
 

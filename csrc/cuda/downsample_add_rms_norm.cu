@@ -11,7 +11,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                                    const __grid_constant__ RowNorm norm, int group, int tile_rows) {
   using Compute = decltype(widen(T{}));
   __shared__ int64_t rows[kTileRows];
-  __shared__ Compute partial[2][kThreads / kWarp];
+  __shared__ Compute partial[kThreads / kWarp];
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * tile_rows;
   const int64_t left = map.num_tokens - begin;
   const int count = static_cast<int>(left < tile_rows ? left : tile_rows);

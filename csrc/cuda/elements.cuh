@@ -47,4 +47,21 @@ void with_element_types(Element element, bool wide, const Body& body) {
   }
 }
 
+// Calls body(Access{}) with what a thread moves at once: 16, 8, 4, 2 or 1 bytes.
+template <class Body>
+__device__ __forceinline__ void with_access(int bytes, const Body& body) {
+  switch (bytes) {
+    case 16:
+      return body(uint4{});
+    case 8:
+      return body(uint2{});
+    case 4:
+      return body(uint32_t{});
+    case 2:
+      return body(uint16_t{});
+    default:
+      return body(uint8_t{});
+  }
+}
+
 }  // namespace adsc::cuda

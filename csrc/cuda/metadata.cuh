@@ -1,6 +1,6 @@
-// A boundary over a layout that lies on the device, by one block: a scan over the spans, which
-// tells for each how many rows are dropped before it and so where its survivors go. For
-// rebuild_metadata, boundary_step and compress_step.
+// A boundary over a layout that lies on the device: a scan over the spans tells for each how many
+// rows are dropped before it and so where its survivors go. For rebuild_metadata, and, where one
+// block can scan them in one go, for boundary_step and compress_step.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +9,10 @@
 #include "rows.cuh"
 
 namespace adsc::cuda {
+
+// Sequences that one block writes the metadata of, and spans that it scans in one go.
+constexpr int kBlockSequences = 128;
+constexpr int kBlockSpans = 128;
 
 // One span and what the boundary makes of it. All rows are counted in the batch.
 struct SpanMove {
@@ -23,24 +27,46 @@ struct SpanMove {
 
 // What a block shares while it scans.
 struct ScanSpace {
-  SpanMove spans[kThreads];
+  SpanMove spans[kBlockSpans];
   int32_t warp_sums[kThreads / kWarp];
 };
 
+// Whether a block finds its rows, and one writes the metadata, in a single scan.
+ADSC_HOST_DEVICE bool scans_once(const BatchLayout& layout) {
+  return layout.num_sequences <= kBlockSequences && layout.num_spans <= kBlockSpans;
+}
+
+struct SpanSize {
+  int32_t sequence, length, kept;
+};
+
+__device__ __forceinline__ SpanSize span_size(const BatchLayout& layout, const Boundary& boundary,
+                                              int64_t i) {
+  const int32_t* span = layout.spans + i * layout.span_columns;
+  SpanSize size{load(span), load(span + 2), 0};
+  if (boundary.grid) {
+    size.kept = static_cast<int32_t>(kept(load(span + 3), boundary.keep_rows) *
+                                     kept(load(span + 4), boundary.keep_columns));
+  } else {
+    size.kept = static_cast<int32_t>(kept(size.length, boundary.keep_columns));
+  }
+  return size;
+}
+
+// Nothing past the last.
 __device__ __forceinline__ SpanMove read_span(const BatchLayout& layout, const Boundary& boundary,
                                               int64_t i) {
   SpanMove move{};
   if (i >= layout.num_spans) return move;
   const int32_t* span = layout.spans + i * layout.span_columns;
-  move.source = load(layout.cu_seqlens + load(span)) + load(span + 1);
-  move.length = load(span + 2);
+  const SpanSize size = span_size(layout, boundary, i);
+  move.source = load(layout.cu_seqlens + size.sequence) + load(span + 1);
+  move.length = size.length;
+  move.kept = size.kept;
   if (boundary.grid) {
     move.height = load(span + 3);
     move.width = load(span + 4);
     move.kept_columns = static_cast<int32_t>(kept(move.width, boundary.keep_columns));
-    move.kept = static_cast<int32_t>(kept(move.height, boundary.keep_rows)) * move.kept_columns;
-  } else {
-    move.kept = static_cast<int32_t>(kept(move.length, boundary.keep_columns));
   }
   return move;
 }
@@ -58,73 +84,82 @@ __device__ __forceinline__ int64_t survivor(const SpanMove& span, const Boundary
          kept_index(kStart, column, span.width, span.kept_columns);
 }
 
-// rows[i] = the source row of output row begin + i, for i in [0, count), or kNoRow past the stage's
-// end. All threads of the block call it; ends with a barrier.
-__device__ inline void find_rows(const BatchLayout& layout, const Boundary& boundary, int64_t begin,
-                                 int count, int64_t* rows, ScanSpace& space) {
-  for (int i = threadIdx.x; i < count; i += blockDim.x) rows[i] = begin + i;  // before any span
-  int64_t dropped = 0;
-  bool more = true;  // spans that may lie before the tile's end
-  for (int64_t first = 0; more && first < layout.num_spans; first += blockDim.x) {
-    const int64_t left = layout.num_spans - first;
-    const int size = static_cast<int>(left < blockDim.x ? left : blockDim.x);
-    SpanMove span = read_span(layout, boundary, first + threadIdx.x);
-    int32_t total;
-    const int32_t before = sum_before(span.length - span.kept, space.warp_sums, total);
-    span.dropped = static_cast<int32_t>(dropped + before);
-    space.spans[threadIdx.x] = span;
-    __syncthreads();
-    dropped += total;
-    const int64_t reached = space.spans[0].source - space.spans[0].dropped;
-    more = reached < begin + count;
-    // Rows that the next spans reach are theirs.
-    const bool last = left <= blockDim.x;
-    const int64_t next =
-        last ? begin + count : read_span(layout, boundary, first + size).source - dropped;
-    if (more && next > begin) {
-      for (int i = threadIdx.x; i < count; i += blockDim.x) {
-        const int64_t row = begin + i;
-        if (row < reached) continue;
-        int low = 0;  // the last span whose survivors begin at `row` or before
-        int high = size;
-        while (high - low > 1) {
-          const int middle = (low + high) / 2;
-          if (space.spans[middle].source - space.spans[middle].dropped <= row) {
-            low = middle;
-          } else {
-            high = middle;
-          }
-        }
-        const SpanMove& span = space.spans[low];
-        const int64_t j = row - (span.source - span.dropped);
-        rows[i] = j < span.kept ? survivor(span, boundary, j)
-                                : row + span.dropped + span.length - span.kept;
-      }
-    }
-    __syncthreads();  // before space.spans is written again
-  }
-  if (more) {  // all spans are counted, and rows may lie past the end
-    const int64_t num_tokens = load(layout.cu_seqlens + layout.num_sequences) - dropped;
-    for (int i = threadIdx.x; i < count; i += blockDim.x) {
-      if (begin + i >= num_tokens) rows[i] = kNoRow;
-    }
-  }
-  __syncthreads();
-}
-
-// The number of spans in sequences up to `sequence`, included.
-__device__ __forceinline__ int64_t spans_until(const BatchLayout& layout, int64_t sequence) {
-  int64_t low = 0;
-  int64_t high = layout.num_spans;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (load(layout.spans + middle * layout.span_columns) <= sequence) {
-      low = middle + 1;
+// The source row of an output row of the stage. spans: at least the last whose survivors begin at
+// the row or before, if any, and all before it.
+__device__ __forceinline__ int64_t source_in_layout(const SpanMove* spans, int num_spans,
+                                                    const Boundary& boundary, int64_t row) {
+  int low = -1;  // that one; -1: the row lies before any
+  int high = num_spans;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (spans[middle].source - spans[middle].dropped <= row) {
+      low = middle;
     } else {
       high = middle;
     }
   }
-  return low;
+  if (low < 0) return row;
+  const SpanMove& span = spans[low];
+  const int64_t j = row - (span.source - span.dropped);
+  return j < span.kept ? survivor(span, boundary, j) : row + span.dropped + span.length - span.kept;
+}
+
+// rows[i] = the source row of output row begin + i, for i in [0, count), or kNoRow past the stage's
+// end. The layout is one that is scanned once. All threads of the block, at least kBlockSpans, call
+// it; ends with a barrier.
+__device__ inline void find_rows(const BatchLayout& layout, const Boundary& boundary, int64_t begin,
+                                 int count, int64_t* rows, ScanSpace& space) {
+  const auto num_spans = static_cast<int>(layout.num_spans);
+  SpanMove span = read_span(layout, boundary, threadIdx.x);
+  int32_t dropped;  // by all
+  span.dropped = sum_before(span.length - span.kept, space.warp_sums, dropped);
+  if (static_cast<int>(threadIdx.x) < num_spans) space.spans[threadIdx.x] = span;
+  __syncthreads();
+  const int64_t num_tokens = load(layout.cu_seqlens + layout.num_sequences) - dropped;
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    const int64_t row = begin + i;
+    rows[i] = row < num_tokens ? source_in_layout(space.spans, num_spans, boundary, row) : kNoRow;
+  }
+  __syncthreads();
+}
+
+// ---- Writing the stage's metadata ----
+
+// The sequences that a block writes the metadata of, their spans, and the rows dropped before them.
+struct Part {
+  int64_t sequence, sequences_end;
+  int64_t span, spans_end;
+  int32_t dropped;
+};
+
+// The part of all.
+__device__ __forceinline__ Part whole(const BatchLayout& layout) {
+  return {0, layout.num_sequences, 0, layout.num_spans, 0};
+}
+
+// The part of sequences [begin, end). The block counts what lies before them by itself: it reads
+// all spans, which takes less time than to wait for other blocks.
+__device__ inline Part part_of(const MetadataStep& step, int64_t begin, int64_t end,
+                               int32_t* warp_sums) {
+  const BatchLayout& layout = step.layout;
+  int32_t before = 0;
+  int32_t within = 0;
+  int32_t dropped = 0;
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < layout.num_spans; i += blockDim.x) {
+    const SpanSize size = span_size(layout, step.boundary, i);
+    const bool earlier = size.sequence < begin;
+    before += earlier;
+    within += !earlier && size.sequence < end;
+    dropped += earlier ? size.length - size.kept : 0;
+  }
+  const auto sum = [&](int32_t value) {
+    int32_t total;
+    sum_before(value, warp_sums, total);
+    return total;
+  };
+  before = sum(before);
+  return {begin, end, before, before + sum(within), sum(dropped)};
 }
 
 __device__ __forceinline__ Segment segment(int64_t dst, int64_t src, int64_t span, int64_t keep,
@@ -137,109 +172,145 @@ __device__ __forceinline__ Segment segment(int64_t dst, int64_t src, int64_t spa
           pattern};
 }
 
-// All of the stage's metadata, by one block. The table holds, sequence by sequence, for each span
-// its text before it and its span_segments, and then the text after the last span; so the
-// place of each is known from the numbers of its span and sequence alone. warp_sums: shared, one a
-// warp.
-__device__ inline void write_metadata(const MetadataStep& step, int32_t* warp_sums) {
-  const BatchLayout& layout = step.layout;
-  const Boundary& boundary = step.boundary;
-  const StageMetadata& stage = step.stage;
-  const int64_t per_span = 1 + boundary.span_segments;
-  const int64_t columns = layout.span_columns;
-  const int64_t next_columns = span_columns(boundary);
+// The table holds, sequence by sequence, for each span its text before it and its span_segments,
+// and then the text after the last span; so the place of each is known from the numbers of its span
+// and sequence alone.
+struct StageTable {
+  const MetadataStep& step;
 
-  // Spans, each with the text before it.
-  int64_t dropped = 0;
-  for (int64_t first = 0; first < layout.num_spans; first += blockDim.x) {
+  __device__ __forceinline__ const int32_t* span(int64_t i) const {
+    return step.layout.spans + i * step.layout.span_columns;
+  }
+  __device__ __forceinline__ int32_t* next_span(int64_t i) const {
+    return step.stage.spans + i * span_columns(step.boundary);
+  }
+  __device__ __forceinline__ Segment* segments_of(int64_t i, int64_t sequence) const {
+    return step.stage.segments + i * (1 + step.boundary.span_segments) + sequence;
+  }
+  // Where a written span's survivors begin: at the end of the text before it.
+  __device__ __forceinline__ int32_t begin_of(int64_t i) const {
+    const Segment& text = *segments_of(i, next_span(i)[0]);
+    return text.dst + text.keep;
+  }
+};
+
+// The segments of span i, of which `before` rows are dropped before it, and its row of stage.spans
+// but for the start.
+__device__ __forceinline__ void write_span(const StageTable& table, const SpanMove& span, int64_t i,
+                                           int64_t before) {
+  const Boundary& boundary = table.step.boundary;
+  const BatchLayout& layout = table.step.layout;
+  const int32_t* row = table.span(i);
+  const int32_t* last = row - layout.span_columns;
+  const int32_t sequence = load(row);
+  const bool follows = i > 0 && load(last) == sequence;
+  const int64_t text_source =
+      load(layout.cu_seqlens + sequence) + (follows ? load(last + 1) + load(last + 2) : 0);
+  const int64_t text = span.source - text_source;
+  const int64_t dst = span.source - before;
+  Segment* out = table.segments_of(i, sequence);
+  *out++ = segment(dst - text, text_source, text, text, kStart);
+
+  int32_t* next = table.next_span(i);
+  next[0] = sequence;
+  next[2] = span.kept;
+  if (!boundary.grid) {
+    *out = segment(dst, span.source, span.length, span.kept, boundary.pattern);
+    return;
+  }
+  const int64_t kept_rows = kept(span.height, boundary.keep_rows);
+  for (int64_t r = 0; r < boundary.span_segments; ++r) {
+    if (r < kept_rows) {
+      const int64_t source =
+          span.source + kept_index(kStart, r, span.height, kept_rows) * span.width;
+      out[r] = segment(dst + r * span.kept_columns, source, span.width, span.kept_columns, kStart);
+    } else {
+      out[r] = segment(dst + span.kept, span.source + span.length, 0, 0, kStart);
+    }
+  }
+  next[3] = static_cast<int32_t>(kept_rows);
+  next[4] = span.kept_columns;
+}
+
+// The number of the part's last span in sequences up to `sequence`, plus one.
+__device__ __forceinline__ int64_t spans_until(const StageTable& table, const Part& part,
+                                               int64_t sequence) {
+  int64_t low = part.span;
+  int64_t high = part.spans_end;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (load(table.span(middle)) <= sequence) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// The text after the last span of sequence b, and where the next sequence begins. The part's spans
+// are written.
+__device__ __forceinline__ void write_sequence(const StageTable& table, const Part& part,
+                                               int64_t b) {
+  const int32_t* cu_seqlens = table.step.layout.cu_seqlens;
+  const int64_t count = spans_until(table, part, b);
+  int64_t source = load(cu_seqlens + b);
+  int64_t before = part.dropped;
+  if (count > part.span) {
+    const int32_t* row = table.span(count - 1);
+    const int32_t sequence = load(row);
+    const int64_t end = load(cu_seqlens + sequence) + load(row + 1) + load(row + 2);
+    before = end - (table.begin_of(count - 1) + table.next_span(count - 1)[2]);
+    if (sequence == b) source = end;
+  }
+  const int64_t end = load(cu_seqlens + b + 1);
+  *table.segments_of(count, b) =
+      segment(source - before, source, end - source, end - source, kStart);
+  table.step.stage.cu_seqlens[b + 1] = static_cast<int32_t>(end - before);
+}
+
+// The metadata of a part, but for max_seqlen: returns the longest of its sequences, to every
+// thread. All threads of the block call it; warp_sums: shared, one a warp.
+__device__ inline int32_t write_metadata(const MetadataStep& step, const Part& part,
+                                         int32_t* warp_sums) {
+  const StageTable table{step};
+  const StageMetadata& stage = step.stage;
+  int64_t dropped = part.dropped;
+  for (int64_t first = part.span; first < part.spans_end; first += blockDim.x) {
     const int64_t i = first + threadIdx.x;
-    const SpanMove span = read_span(layout, boundary, i);
+    SpanMove span{};
+    if (i < part.spans_end) span = read_span(step.layout, step.boundary, i);
     int32_t total;
     const int64_t before = dropped + sum_before(span.length - span.kept, warp_sums, total);
     dropped += total;
-    if (i >= layout.num_spans) continue;
-    const int32_t* row = layout.spans + i * columns;
-    const int32_t sequence = load(row);
-    const bool follows = i > 0 && load(row - columns) == sequence;
-    const int64_t text_source = load(layout.cu_seqlens + sequence) +
-                                (follows ? load(row - columns + 1) + load(row - columns + 2) : 0);
-    const int64_t text = span.source - text_source;
-    const int64_t dst = span.source - before;
-    Segment* out = stage.segments + i * per_span + sequence;
-    *out++ = segment(dst - text, text_source, text, text, kStart);
-
-    int32_t* next = stage.spans + i * next_columns;
-    next[0] = sequence;
-    next[2] = span.kept;
-    if (boundary.grid) {
-      const int64_t kept_rows = kept(span.height, boundary.keep_rows);
-      for (int64_t r = 0; r < boundary.span_segments; ++r) {
-        if (r < kept_rows) {
-          const int64_t source =
-              span.source + kept_index(kStart, r, span.height, kept_rows) * span.width;
-          out[r] =
-              segment(dst + r * span.kept_columns, source, span.width, span.kept_columns, kStart);
-        } else {
-          out[r] = segment(dst + span.kept, span.source + span.length, 0, 0, kStart);
-        }
-      }
-      next[3] = static_cast<int32_t>(kept_rows);
-      next[4] = span.kept_columns;
-    } else {
-      *out = segment(dst, span.source, span.length, span.kept, boundary.pattern);
-    }
+    if (i < part.spans_end) write_span(table, span, i, before);
+  }
+  __syncthreads();
+  for (int64_t b = part.sequence + threadIdx.x; b < part.sequences_end; b += blockDim.x) {
+    write_sequence(table, part, b);
   }
   __syncthreads();
 
-  // Where a span's survivors begin: at the end of the text before it, which is written by now.
-  const auto begins = [&](int64_t i) {
-    const Segment& text = stage.segments[i * per_span + stage.spans[i * next_columns]];
-    return text.dst + text.keep;
-  };
-
-  // Sequences, each with the text after its last span.
-  for (int64_t b = threadIdx.x; b < layout.num_sequences; b += blockDim.x) {
-    const int64_t count = spans_until(layout, b);
-    int64_t source = load(layout.cu_seqlens + b);
-    int64_t before = 0;
-    if (count > 0) {
-      const int32_t* row = layout.spans + (count - 1) * columns;
-      const int32_t sequence = load(row);
-      const int64_t end = load(layout.cu_seqlens + sequence) + load(row + 1) + load(row + 2);
-      before = end - (begins(count - 1) + stage.spans[(count - 1) * next_columns + 2]);
-      if (sequence == b) source = end;
-    }
-    const int64_t end = load(layout.cu_seqlens + b + 1);
-    stage.segments[count * per_span + b] =
-        segment(source - before, source, end - source, end - source, kStart);
-    stage.cu_seqlens[b + 1] = static_cast<int32_t>(end - before);
-  }
-  if (threadIdx.x == 0) stage.cu_seqlens[0] = 0;
-  __syncthreads();
-
-  for (int64_t i = threadIdx.x; i < layout.num_spans; i += blockDim.x) {
-    int32_t* next = stage.spans + i * next_columns;
-    next[1] = begins(i) - stage.cu_seqlens[next[0]];
+  // The block before, if any, writes where the part's first sequence begins.
+  const int32_t begin = load(step.layout.cu_seqlens + part.sequence) - part.dropped;
+  const auto begin_of = [&](int64_t b) { return b == part.sequence ? begin : stage.cu_seqlens[b]; };
+  for (int64_t i = part.span + threadIdx.x; i < part.spans_end; i += blockDim.x) {
+    int32_t* next = table.next_span(i);
+    next[1] = table.begin_of(i) - begin_of(next[0]);
   }
   int32_t longest = 0;
-  for (int64_t b = threadIdx.x; b < layout.num_sequences; b += blockDim.x) {
-    const int32_t length = stage.cu_seqlens[b + 1] - stage.cu_seqlens[b];
+  for (int64_t b = part.sequence + threadIdx.x; b < part.sequences_end; b += blockDim.x) {
+    const int32_t length = stage.cu_seqlens[b + 1] - begin_of(b);
     stage.seq_lens[b] = length;
     longest = length > longest ? length : longest;
   }
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    const int32_t other = __shfl_xor_sync(kAllLanes, longest, distance);
-    longest = other > longest ? other : longest;
-  }
-  if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = longest;
-  __syncthreads();
   if (threadIdx.x == 0) {
-    for (int warp = 0; warp < static_cast<int>(blockDim.x) / kWarp; ++warp) {
-      longest = warp_sums[warp] > longest ? warp_sums[warp] : longest;
+    if (part.sequence == 0) stage.cu_seqlens[0] = 0;
+    if (part.sequences_end == step.layout.num_sequences) {
+      *stage.num_tokens = begin_of(part.sequences_end);
     }
-    *stage.max_seqlen = longest;
-    *stage.num_tokens = stage.cu_seqlens[layout.num_sequences];
   }
+  return largest(longest, warp_sums);
 }
 
 }  // namespace adsc::cuda

@@ -12,15 +12,11 @@
 
 namespace adsc::cuda {
 
-// Accesses of a row that a thread keeps in registers. A row with more (over 16 KiB) reads what is
-// left of its sum back from residual_out, where the same thread wrote it.
-constexpr int kKept = 4;
-
 // How the work is cut.
 struct NormShape {
   int threads;    // of a block
-  int group;      // threads of a row, a power of two
-  int tile_rows;  // of a block
+  int group;      // threads of a row
+  int tile_rows;  // of a block: one for each group
   int64_t num_tiles;
   bool wide;  // accesses of 16 bytes
 };
@@ -35,21 +31,18 @@ inline bool is_wide(const RowNorm& norm) {
   return addresses % 16 == 0;
 }
 
-inline NormShape norm_shape(const RowNorm& norm, int64_t num_tokens, int least_threads = 128) {
+// threads: of a block; 0: as many as fit the rows, at least kLeastThreads.
+inline NormShape norm_shape(const RowNorm& norm, int64_t num_tokens, int threads = 0) {
+  constexpr int kLeastThreads = 128;
   NormShape shape{};
   if (num_tokens == 0 || norm.width == 0) return shape;
   const int64_t bytes = element_bytes(norm.element);
   shape.wide = is_wide(norm);
-  const int64_t columns = norm.width * bytes / (shape.wide ? 16 : bytes);
-  shape.group = kWarp;
-  while (shape.group < kThreads && shape.group * kKept < columns) shape.group *= 2;
-  shape.threads = shape.group < least_threads ? least_threads : shape.group;
-  // Several rows for each group read the weight once for all; fewer, to keep the GPU busy.
-  for (int rows = 4;; rows /= 2) {
-    shape.tile_rows = shape.threads / shape.group * rows;
-    shape.num_tiles = (num_tokens + shape.tile_rows - 1) / shape.tile_rows;
-    if (rows == 1 || shape.num_tiles * shape.threads >= enough_threads()) return shape;
-  }
+  shape.group = norm_group(norm.width * bytes / (shape.wide ? 16 : bytes));
+  shape.threads = threads != 0 ? threads : static_cast<int>(rounded_up(kLeastThreads, shape.group));
+  shape.tile_rows = shape.threads / shape.group;
+  shape.num_tiles = (num_tokens + shape.tile_rows - 1) / shape.tile_rows;
+  return shape;
 }
 
 // x + residual, rounded to T; its squares are added to `squares`.
@@ -81,95 +74,93 @@ __device__ __forceinline__ Access scale_access(const Access& sum, const Access& 
   return normed.access();
 }
 
-// rows: the source rows of the output rows [begin, begin + count); a negative one stands for zeros.
-// T: the element; Access: what a thread reads and writes at once. `partial` is shared memory.
+// rows: the source rows of the output rows [begin, begin + count), one for each group of threads; a
+// negative one stands for zeros. T: the element; Access: what a thread reads and writes at once.
+// `partial` is shared memory.
 template <class T, class Access, class Compute>
 __device__ __forceinline__ void norm_tile(const RowNorm& norm, int group, int64_t begin, int count,
                                           const int64_t* rows,
-                                          Compute (*partial)[kThreads / kWarp]) {
+                                          Compute (&partial)[kThreads / kWarp]) {
   const int64_t columns = norm.width / Elements<T, Access>::kCount;
   const int64_t row_bytes = norm.width * static_cast<int64_t>(sizeof(T));
-  const int lane = threadIdx.x & (group - 1);
-  const int first_warp = (threadIdx.x - lane) / kWarp;
-  const int row_step = blockDim.x / group;
+  const int row = static_cast<int>(threadIdx.x) / group;
+  const int lane = static_cast<int>(threadIdx.x) % group;
+  const bool live = row < count;
+  const int64_t source = live ? rows[row] : kNoRow;
+  const auto* x = reinterpret_cast<const Access*>(norm.x + source * norm.x_stride);
+  const auto* residual =
+      reinterpret_cast<const Access*>(norm.residual + source * norm.residual_stride);
   const auto* weight = reinterpret_cast<const Access*>(norm.weight);
+  const int64_t offset = (begin + row) * row_bytes;
+  auto* sum_out = reinterpret_cast<Access*>(norm.residual_out + offset);
+  auto* normed_out = reinterpret_cast<Access*>(norm.normed + offset);
+
+  Access sums[kKept];
+  Access others[kKept];
   Access weights[kKept];
+#pragma unroll
+  for (int k = 0; k < kKept; ++k) {
+    const int64_t column = lane + k * group;
+    sums[k] = Access{};
+    others[k] = Access{};
+    if (source >= 0 && column < columns) {
+      sums[k] = x[column];
+      others[k] = residual[column];
+    }
+  }
 #pragma unroll
   for (int k = 0; k < kKept; ++k) {
     const int64_t column = lane + k * group;
     if (column < columns) weights[k] = load(weight + column);
   }
-
-  int turn = 0;  // two rows in a row use different halves of `partial`: one barrier each is enough
-  for (int first = 0; first < count; first += row_step, turn ^= 1) {
-    const int row = first + static_cast<int>(threadIdx.x) / group;
-    const bool live = row < count;
-    const int64_t source = live ? rows[row] : kNoRow;
-    const auto* x = reinterpret_cast<const Access*>(norm.x + source * norm.x_stride);
-    const auto* residual =
-        reinterpret_cast<const Access*>(norm.residual + source * norm.residual_stride);
-    const int64_t offset = (begin + row) * row_bytes;
-    auto* sum_out = reinterpret_cast<Access*>(norm.residual_out + offset);
-    auto* normed_out = reinterpret_cast<Access*>(norm.normed + offset);
-
-    Access sums[kKept];
-    Access others[kKept];
+  Compute squares = 0;
 #pragma unroll
-    for (int k = 0; k < kKept; ++k) {
-      const int64_t column = lane + k * group;
-      sums[k] = Access{};
-      others[k] = Access{};
-      if (source >= 0 && column < columns) {
-        sums[k] = load_streaming(x + column);
-        others[k] = load_streaming(residual + column);
-      }
-    }
-    Compute squares = 0;
-#pragma unroll
-    for (int k = 0; k < kKept; ++k) {
-      const int64_t column = lane + k * group;
-      sums[k] = add_access<T>(sums[k], others[k], squares);
-      if (live && column < columns) store(sum_out + column, sums[k]);
-    }
-    if (live) {
+  for (int k = 0; k < kKept; ++k) {
+    const int64_t column = lane + k * group;
+    sums[k] = add_access<T>(sums[k], others[k], squares);
+    if (live && column < columns) store(sum_out + column, sums[k]);
+  }
+  if (live) {
 #pragma unroll 1  // few rows are that long, and the code for it holds registers of all
-      for (int64_t column = lane + kKept * group; column < columns; column += group) {
-        Access a{}, b{};
-        if (source >= 0) {
-          a = load_streaming(x + column);
-          b = load_streaming(residual + column);
-        }
-        store(sum_out + column, add_access<T>(a, b, squares));
-      }
-    }
-
-    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-      squares += __shfl_xor_sync(kAllLanes, squares, distance);
-    }
-    if (group > kWarp) {
-      if (threadIdx.x % kWarp == 0) partial[turn][threadIdx.x / kWarp] = squares;
-      __syncthreads();
-      squares = 0;
-      for (int warp = 0; warp < group / kWarp; ++warp) squares += partial[turn][first_warp + warp];
-    }
-    if (!live) continue;
-    const Compute mean = squares / static_cast<Compute>(norm.width);
-    // Rows of zeros stay zeros, with eps = 0 and with any weight.
-    const bool zeros = source < 0;
-    const Compute scale = 1 / std::sqrt(mean + static_cast<Compute>(norm.eps));
-#pragma unroll
-    for (int k = 0; k < kKept; ++k) {
-      const int64_t column = lane + k * group;
-      if (column < columns) {
-        store(normed_out + column,
-              zeros ? Access{} : scale_access<T>(packed(sums[k]), packed(weights[k]), scale));
-      }
-    }
-#pragma unroll 1
     for (int64_t column = lane + kKept * group; column < columns; column += group) {
-      store(normed_out + column,
-            zeros ? Access{} : scale_access<T>(sum_out[column], load(weight + column), scale));
+      Access a{}, b{};
+      if (source >= 0) {
+        a = x[column];
+        b = residual[column];
+      }
+      store(sum_out + column, add_access<T>(a, b, squares));
     }
+  }
+
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    squares += __shfl_xor_sync(kAllLanes, squares, distance);
+  }
+  if (group > kWarp) {
+    if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = squares;
+    __syncthreads();
+  }
+  if (!live) return;
+  if (group > kWarp) {
+    squares = 0;
+    const int warps = group / kWarp;
+    for (int warp = 0; warp < warps; ++warp) squares += partial[row * warps + warp];
+  }
+  const Compute mean = squares / static_cast<Compute>(norm.width);
+  // Rows of zeros stay zeros, with eps = 0 and with any weight.
+  const bool zeros = source < 0;
+  const Compute scale = 1 / std::sqrt(mean + static_cast<Compute>(norm.eps));
+#pragma unroll
+  for (int k = 0; k < kKept; ++k) {
+    const int64_t column = lane + k * group;
+    if (column < columns) {
+      store(normed_out + column,
+            zeros ? Access{} : scale_access<T>(packed(sums[k]), packed(weights[k]), scale));
+    }
+  }
+#pragma unroll 1
+  for (int64_t column = lane + kKept * group; column < columns; column += group) {
+    store(normed_out + column,
+          zeros ? Access{} : scale_access<T>(sum_out[column], load(weight + column), scale));
   }
 }
 

@@ -6,7 +6,8 @@
 
 namespace adsc::cuda {
 
-// One block does it all, so that no block waits for another; 1024 spans or sequences at a time.
+// By blocks of 128 sequences or more, of which none waits for another: each counts for itself what
+// is dropped before it.
 void rebuild_metadata(const MetadataStep& step, Stream stream);
 
 }  // namespace adsc::cuda

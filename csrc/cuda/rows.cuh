@@ -5,12 +5,11 @@
 
 #include "../movement.h"
 #include "device.cuh"
+#include "shapes.h"
 
 namespace adsc::cuda {
 
-constexpr int kThreads = 256;   // of a block, at most
 constexpr int kTileRows = 256;  // output rows of a block's tile, at most
-constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // The sum of `value` over the threads before this one; `total` is that over all. Has two barriers.
@@ -34,12 +33,27 @@ __device__ __forceinline__ int32_t sum_before(int32_t value, int32_t* warp_sums,
   return before + sum - value;
 }
 
-// find_segment by all lanes of a warp, without its chain of loads: lane i gets the segment of output
-// row begin + i, for i below `count`, or an empty one where the table has none. Each lane loads one
-// of 32 segments, a ballot tells how many of them begin at a row or before, and the fields come
-// from the lane that holds them. In a longer table ballots over every n-th dst find the 32 first:
-// up to a thousand segments take one trip to memory more. That is measured on an H100: the search
-// costs 2 to 14 % of a copy of rows, this 0 to 3 %.
+// The largest `value` of the block's threads. Has two barriers.
+__device__ __forceinline__ int32_t largest(int32_t value, int32_t* warp_values) {
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    const int32_t other = __shfl_xor_sync(kAllLanes, value, distance);
+    value = other > value ? other : value;
+  }
+  __syncthreads();  // warp_values may still be read from a call before
+  if (threadIdx.x % kWarp == 0) warp_values[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  for (int warp = 0; warp < static_cast<int>(blockDim.x) / kWarp; ++warp) {
+    value = warp_values[warp] > value ? warp_values[warp] : value;
+  }
+  return value;
+}
+
+// find_segment by all lanes of a warp, without its chain of loads: lane i gets the segment of
+// output row begin + i, for i below `count`, or an empty one where the table has none. Each lane
+// loads one of 32 segments, a ballot tells how many of them begin at a row or before, and the
+// fields come from the lane that holds them. In a longer table ballots over every n-th dst find the
+// 32 first: up to a thousand segments take one trip to memory more. That is measured on an H100:
+// the search costs 2 to 14 % of a copy of rows, this 0 to 3 %.
 __device__ __forceinline__ Segment segment_by_warp(const Segment* table, int32_t size,
                                                    int64_t begin, int count) {
   const int32_t lane = threadIdx.x % kWarp;
@@ -89,8 +103,7 @@ __device__ __forceinline__ void find_rows(const RowMap& map, int64_t begin, int 
       if (i < count) rows[i] = load(map.indices32 + begin + i);
     } else {
       const int rest = count - first < kWarp ? count - first : kWarp;
-      const Segment segment =
-          segment_by_warp(map.segments, map.num_segments, begin + first, rest);
+      const Segment segment = segment_by_warp(map.segments, map.num_segments, begin + first, rest);
       const int64_t row = begin + i;
       const bool moved = segment.first + (row - segment.dst) < segment.keep;
       if (i < count) rows[i] = moved ? source_row(segment, row) : kNoRow;

@@ -13,11 +13,6 @@ T load(const T* address) {
 }
 
 template <class T>
-T load_streaming(const T* address) {
-  return load(address);
-}
-
-template <class T>
 void store(T* address, const T& value) {
   simt::write(address, &value, sizeof(T));
 }
