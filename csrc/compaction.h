@@ -174,18 +174,24 @@ struct RowMove {
 };
 
 // The move that comes at `position`, in an order in which a row is read before its place is:
-// rising, and falling inside of a page whose rows move backwards. page: the position's own.
+// rising, and falling inside of a page whose rows move backwards. page: the position's own; taken
+// only where the table is edited.
 ADSC_HOST_DEVICE RowMove move_in_page(const Compaction& c, const SequenceRows& rows, int64_t index,
                                       const Page& page, int32_t position) {
-  const int32_t row = page.backwards ? page.first + (page.last - position) : position;
-  return {source_of(c, rows, index, row),
-          page.home * static_cast<int32_t>(c.num_tokens) + (row - page.first)};
+  int32_t row = position;
+  int32_t to = position;
+  if (c.edit_table) {
+    if (page.backwards) row = page.first + (page.last - position);
+    to = page.home * static_cast<int32_t>(c.num_tokens) + (row - page.first);
+  }
+  return {source_of(c, rows, index, row), to};
 }
 
 ADSC_HOST_DEVICE RowMove move_at(const Compaction& c, const SequenceRows& rows, int64_t index,
                                  int32_t position) {
-  if (!c.edit_table) return {source_of(c, rows, index, position), position};
-  return move_in_page(c, rows, index, page_of(c, rows, index, position), position);
+  Page page{};
+  if (c.edit_table) page = page_of(c, rows, index, position);
+  return move_in_page(c, rows, index, page, position);
 }
 
 // Whether a row is moved into page `page` of the new cache. A row's distance to its source never

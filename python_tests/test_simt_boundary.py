@@ -1,5 +1,6 @@
 """The CUDA boundary_step, run on a CPU: all in one launch, against the reference."""
 
+import pytest
 import torch
 from cases.boundary_step import Rows, boundaries, check, drawn
 from cases.rebuild_metadata import int32
@@ -30,24 +31,26 @@ def test_of_a_layout(rows: Rows, schedule: Schedule) -> None:
     check(rows, emulating(schedule))
 
 
-def test_more_spans_than_a_block_has_threads() -> None:
-    """Empty sequences, adjacent spans, and text whose place hangs on what is dropped before it."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("sequences", [128, 129])
+def test_a_layout_longer_than_a_block_scans(sequences: int, dtype: torch.dtype) -> None:
+    """Then, and for a norm of doubles, the metadata comes first, and rows are found in its table.
+
+    Adjacent spans, text whose place hangs on what is dropped before it, and more tensors than a
+    launch takes.
+    """
     generator = torch.Generator().manual_seed(0)
     bounds, spans = [0], []
-    for sequence in range(300):
+    for sequence in range(sequences):
         position = int(torch.randint(0, 3, (), generator=generator))
-        for _ in range(int(torch.randint(0, 4, (), generator=generator))):
-            length = int(torch.randint(0, 9, (), generator=generator))
-            spans.append([sequence, position, length])
-            position += length + int(torch.randint(0, 2, (), generator=generator))
-        bounds.append(bounds[-1] + position)
-    assert len(spans) > 256
+        length = int(torch.randint(0, 9, (), generator=generator))
+        spans.append([sequence, position, length])
+        bounds.append(bounds[-1] + position + length + sequence % 2)
     given = int32(bounds, -1), int32(spans, -1, 3), "1/3", "linspace"
     total = int(reference(ops.rebuild_metadata, *given).num_tokens)
     arguments = {
-        **drawn(bounds[-1], 64, torch.bfloat16),
-        "others": [torch.arange(bounds[-1])],
+        **drawn(bounds[-1], 64, dtype),
+        "others": [torch.arange(bounds[-1]) + i for i in range(18)],
         "layout": ops.BatchLayout(*given, num_tokens=total + 5),
     }
-    for enough in (1, 132 * 1024):
-        check(Rows(arguments, norm=True), emulating((4, 0, enough)))
+    check(Rows(arguments, norm=True), emulating((4, 0, 2000)))

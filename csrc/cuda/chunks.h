@@ -1,7 +1,6 @@
 // What doesn't fit into one launch.
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 #include <span>
 
@@ -10,13 +9,13 @@ namespace adsc::cuda {
 // The first `most` of them, or all.
 template <class T>
 std::span<const T> up_to(std::span<const T> all, size_t most) {
-  return all.first(std::min(all.size(), most));
+  return all.first(all.size() < most ? all.size() : most);
 }
 
 // Those behind.
 template <class T>
 std::span<const T> after(std::span<const T> all, size_t most) {
-  return all.subspan(std::min(all.size(), most));
+  return all.subspan(all.size() < most ? all.size() : most);
 }
 
 }  // namespace adsc::cuda

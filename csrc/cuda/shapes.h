@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 namespace adsc::cuda {
 
@@ -17,21 +18,21 @@ constexpr int64_t rounded_up(int64_t columns, int64_t lanes) {
 }
 
 // Threads of a row in a norm, whole warps: those that leave the fewest lanes idle with at most
-// kKept columns each, and with two where that is as good. Of a longer row kKept columns a thread
-// are kept, and the rest is read again. Measured on an H100 with 16-bit rows of 5120: 160 threads
-// by four and 320 by two are level, 256 by four, of which a third are idle, take 15 % longer.
+// kKept columns each, and the fewest of those. Of a longer row kKept columns a thread are kept, and
+// the rest is read again. Measured on an H100 with 16-bit rows of 4096: 128 threads by four and 256
+// by two are level; of 5120: so are 160 by four and 320 by two, and 256 by four, of which a third
+// are idle, take 15 % longer.
 constexpr int norm_group(int64_t columns) {
-  int best = 0;
-  int64_t least = 0;
-  for (const int kept : {2, 4, 3, 1}) {
-    static_assert(kKept == 4);
+  int best = kThreads;
+  int64_t least = INT64_MAX;
+  for (const int kept : {kKept, 2, 3, 1}) {
     const int64_t group = rounded_up((columns + kept - 1) / kept, kWarp);
-    if (group <= kThreads && (best == 0 || group * kept < least)) {
+    if (group <= kThreads && group * kept < least) {
       best = static_cast<int>(group);
       least = group * kept;
     }
   }
-  return best == 0 ? kThreads : best;
+  return best;
 }
 
 // Threads side by side on a row that is copied by a block of `threads`, whole warps: the most that
