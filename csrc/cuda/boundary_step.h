@@ -18,7 +18,9 @@ struct BoundaryMoves {
   std::span<const RowCopy> copies{};
 };
 
-// Copies past the 16th take launches of their own.
+// Copies past the 16th take launches of their own, and so do a norm that is not of 16 or 32-bit
+// floats at 16-byte addresses, and the metadata of more sequences or spans than a block scans in
+// one go.
 void boundary_step(const BoundaryMoves& moves, Stream stream);
 
 // Those copies: what is left to do where the first launch is another op's.

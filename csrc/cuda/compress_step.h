@@ -7,7 +7,7 @@
 
 namespace adsc::cuda {
 
-// Copies past the 16th and cache tensors past the 64th take launches of their own.
+// Cache tensors past the 64th take launches of their own, and so does what does in boundary_step.
 void compress_step(const BoundaryMoves& boundary, const CacheMoves& cache, Stream stream);
 
 }  // namespace adsc::cuda
