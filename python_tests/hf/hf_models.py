@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 import transformers as hf
 from torch import Tensor
+from transformers.masking_utils import create_masks_for_generate
 
 LAYERS = 4
 IMAGE, VIDEO, BREAK, END, PAD = 3, 4, 5, 6, 0
@@ -80,6 +82,7 @@ class Case:
     types: str | None = None  # the name of the argument that tells token types
     blocks: Callable[[Row], list[int] | None] = lambda row: None  # who sees whom both ways
     mrope: bool = False
+    refused: bool = False
     join: Callable[[list[list[Tensor]]], Tensor] = lambda rows: torch.cat(
         [value for row in rows for value in row]
     )
@@ -374,22 +377,23 @@ def _broken_rows(patch: int) -> Callable[[], list[Row]]:
 
 
 SMALL = _pictures(24)
+# transformers 5.0 makes no masks by blocks, and its Qwens' `generate` takes no token types.
+BLOCKS = "block_sequence_ids" in inspect.signature(create_masks_for_generate).parameters
+TYPES = "mm_token_type_ids" if BLOCKS else None
 CASES: dict[str, Case] = {
     "llava": Case(_llava, _fixed(5, _pictures(20))),
     "llava-pixtral": Case(_pixtral, _broken_rows(4)),
     "llava_next": Case(_next, _next_rows),
     "llava_onevision": Case(_onevision("anyres_max_9"), _onevision_rows(10, 6)),
     "llava_onevision-1": Case(_onevision("anyres_max_1"), _onevision_rows(6, 3)),
-    "qwen2_vl": Case(
-        _qwen(hf.Qwen2VLConfig, QWEN2_VISION), _qwen_rows(()), "mm_token_type_ids", mrope=True
-    ),
+    "qwen2_vl": Case(_qwen(hf.Qwen2VLConfig, QWEN2_VISION), _qwen_rows(()), TYPES, mrope=True),
     "qwen2_5_vl": Case(
-        _qwen(hf.Qwen2_5_VLConfig, QWEN25_VISION), _qwen_rows(()), "mm_token_type_ids", mrope=True
+        _qwen(hf.Qwen2_5_VLConfig, QWEN25_VISION), _qwen_rows(()), TYPES, mrope=True
     ),
     "qwen3_vl": Case(
         _qwen(hf.Qwen3VLConfig, QWEN3_VISION),
         _qwen_rows((8, 30, 7)),
-        "mm_token_type_ids",
+        TYPES,
         mrope=True,
     ),
     "internvl": Case(_internvl, _fixed(3, SMALL)),
@@ -399,7 +403,7 @@ CASES: dict[str, Case] = {
     "smolvlm": Case(
         _idefics(hf.SmolVLMConfig, hf.SmolVLMVisionConfig), _idefics_rows, join=_idefics_join
     ),
-    "gemma3": Case(_gemma3, _fixed(3, SMALL), "token_type_ids", _each_picture),
+    "gemma3": Case(_gemma3, _fixed(3, SMALL), "token_type_ids", _each_picture, refused=not BLOCKS),
     "mistral3": Case(_mistral3, _broken_rows(8)),
-    "paligemma": Case(_paligemma, _with_suffix, "token_type_ids", _prefix),
+    "paligemma": Case(_paligemma, _with_suffix, "token_type_ids", _prefix, refused=not BLOCKS),
 }

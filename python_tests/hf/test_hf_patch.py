@@ -20,7 +20,7 @@ from transformers.modeling_utils import AttentionInterface
 
 import adsc_kernels as adsc
 from adsc_kernels import CompressionSchedule, UnsupportedError
-from adsc_kernels.integrations.hf import apply_adsc, remove_adsc
+from adsc_kernels.integrations.hf import FAMILIES, Family, apply_adsc, register, remove_adsc
 
 MADE = CASES["llava"]
 SCHEDULE = "1:1/2,3:1/3"
@@ -79,6 +79,47 @@ def test_kinds_of_attention_agree(model, kind):
 
 
 @torch.no_grad()
+def test_flex_attention_agrees(model):
+    """Uncompiled: on a CPU its compiler would take minutes."""
+    inputs, other = MADE.inputs(MADE.rows()), MADE.model("flex_attention")
+    with (
+        torch.compiler.set_stance("force_eager"),
+        apply_adsc(model, SCHEDULE) as applied,
+        apply_adsc(other, SCHEDULE),
+    ):
+        want, got = (m(**inputs).logits for m in (model, other))
+        assert torch.allclose(got[applied.columns >= 0], want[applied.columns >= 0], atol=1e-4)
+        want, got = (m.generate(**inputs, **GREEDY) for m in (model, other))
+    assert torch.equal(got, want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["flash_attention_2", "flash_attention_3"])
+def test_flash_attention_is_given_each_stages_padding(model, kind, monkeypatch):
+    """Its kernels need a GPU: only the masks that would reach them are looked at here."""
+    seen: list[Tensor | None] = []
+
+    def attend(module: Any, query: Tensor, *rest: Any, **more: Any) -> Any:
+        if module.is_causal:
+            seen.append(rest[2])
+        return unpadded(module, query, *rest, **more)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, kind, attend)
+    other = copy.deepcopy(model)
+    for module in other.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation_internal = kind
+    inputs = MADE.inputs(MADE.rows())
+    with apply_adsc(model, SCHEDULE) as applied, apply_adsc(other, SCHEDULE):
+        want, got = (m(**inputs).logits for m in (model, other))
+        real = applied.columns >= 0
+        assert torch.allclose(got[real], want[real], atol=1e-4)
+    assert [mask.sum(1).tolist() for mask in seen] == [
+        [6 + 2 * kept, 3 + kept, 5] for kept in (25, 13, 13, 5)
+    ]
+
+
+@torch.no_grad()
 def test_attentions_and_hidden_states_are_as_long_as_their_stage():
     model = MADE.model("eager")
     row = MADE.rows()[0]
@@ -115,6 +156,28 @@ def test_a_compiled_step_is_compiled_once(model):
         counts.append(len(graphs))
     assert counts[0] > 0
     assert counts == [counts[0]] * 3
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_a_compiled_model_with_pictures_is_the_same(model):
+    """With breaks: what a prompt's layout is, is read on the host. No graph is made twice."""
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    inputs = MADE.inputs(MADE.rows())
+    torch._dynamo.reset()
+    with apply_adsc(model, SCHEDULE) as applied:
+        want = model(**inputs).logits[applied.columns >= 0]
+        compiled = torch.compile(model, backend=backend)
+        compiled(**inputs)
+        count = len(graphs)
+        got = compiled(**inputs).logits[applied.columns >= 0]
+    assert count > LAYERS and len(graphs) == count
+    assert torch.allclose(got, want, atol=1e-4)
 
 
 @torch.no_grad()
@@ -191,6 +254,16 @@ def test_bad_models_and_schedules(make, schedule, error, says):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_a_model_without_a_decoder_is_refused():
+    family = Family("clip_vision_model", lambda base, given: [])
+    register(family)
+    try:
+        with pytest.raises(UnsupportedError, match="expected language_model, got CLIPVisionModel"):
+            apply_adsc(hf.CLIPVisionModel(hf.CLIPVisionConfig(**VIT)), SCHEDULE)
+    finally:
+        del FAMILIES["clip_vision_model"]
+
+
 def test_one_schedule_at_a_time(model):
     with pytest.raises(ValueError, match="hasn't"):
         remove_adsc(model)
@@ -251,9 +324,10 @@ def test_bad_calls(model, call, error, says):
 
 @torch.no_grad()
 def test_what_generate_may_not_do(model):
+    chunks = dict(prefill_chunk_size=16, **{CACHE: hf.DynamicCache()})
     with apply_adsc(model, SCHEDULE):
         with pytest.raises(UnsupportedError, match="prefill_chunk_size"):
-            model.generate(**prompt(), **GREEDY, prefill_chunk_size=16)
+            model.generate(**prompt(), **GREEDY, **chunks)
         with pytest.raises(ValueError, match="whole model"):
             model.base_model.language_model(input_ids=torch.tensor([[5]]))
 
@@ -289,7 +363,6 @@ def test_a_token_that_looks_like_a_picture_is_text_in_an_answer(model):
 
 
 def test_families_can_be_added():
-    from adsc_kernels.integrations.hf import FAMILIES, Family, register
     from adsc_kernels.integrations.hf.families import square
 
     config = hf.VipLlavaConfig(

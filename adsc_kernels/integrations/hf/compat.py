@@ -41,10 +41,15 @@ def fitting(function: Callable[..., Any], **values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in names}
 
 
+def writes_where_told() -> bool:
+    """Whether the decoder tells caches which columns to write, those of stage 0 (5.0's does)."""
+    return "cache_position" in parameters(Cache.get_mask_sizes)
+
+
 def columns_seen(cache: Cache, rows: int, device: torch.device) -> int:
     """How many columns of the cache's first layer a pass of so many rows sees, unseen ones of a
     static cache included."""
     new: Any = rows
-    if "cache_position" in parameters(Cache.get_mask_sizes):  # transformers 5.0
+    if writes_where_told():
         new = torch.arange(rows, device=device) + cache.get_seq_length()
     return sum(cache.get_mask_sizes(new, 0))

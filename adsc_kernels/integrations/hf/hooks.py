@@ -173,13 +173,17 @@ class Patch:
 
     def _prepare(self, model: Any, prepare: Any, *args: Any, **kwargs: Any) -> Arguments:
         """A compiled step needs masks of a fixed shape, so they are made before it."""
-        spans = kwargs.pop(SPANS, None)
+        spans, mask = kwargs.pop(SPANS, None), kwargs.get("attention_mask")
+        if self.family.blocks is not None and _drops_at_once(get_cache(kwargs)):
+            # transformers would make a mask by blocks of layer 0's length, which no layer reads:
+            # it leaves one alone that looks made.
+            kwargs["attention_mask"] = mask.new_empty((1, 1, 1, 1))
         inputs = prepare(*args, **kwargs)
         if spans is not None and kwargs.get("is_first_iteration"):
             inputs[SPANS] = spans
         cache = get_cache(inputs)
         if cache is not None and cache.is_compileable:
-            inputs[MASK] = kwargs.get("attention_mask")
+            inputs[MASK] = mask
             if isinstance(cache, StagedCache) and SPANS not in inputs and not pictures_in(inputs):
                 inputs[MASKS] = self._masks(model, cache, inputs)
         return inputs
@@ -203,6 +207,13 @@ class Patch:
 def _named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
     """All arguments by name."""
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _drops_at_once(cache: Any) -> bool:
+    """Whether a compiled step's cache holds less in layer 0 than was said."""
+    if not isinstance(cache, StagedCache) or not cache.is_compileable:
+        return False
+    return cache.ledger.missing(cache.ledger.schedule.stage_of_layer(0)) > 0
 
 
 def uses_cache(decoder: Any, arguments: Arguments) -> bool:

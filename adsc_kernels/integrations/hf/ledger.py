@@ -11,10 +11,12 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, StaticCache, StaticLayer
 
 from adsc_kernels.errors import UnsupportedError
+from adsc_kernels.integrations.hf.compat import writes_where_told
 from adsc_kernels.schedule import CompressionSchedule
 
 
@@ -177,10 +179,14 @@ def stage_cache(cache: Cache, schedule: CompressionSchedule) -> StagedCache:
         if cache.ledger.schedule != schedule:
             got = f"one of {cache.ledger.schedule!s}"
             raise ValueError(f"cache: expected one of the schedule {schedule!s}, got {got}")
+        _check_lengths(cache)
         return cache
     if type(cache) not in STAGED:
         kinds = " or ".join(kind.__name__ for kind in STAGED)
         raise UnsupportedError(f"cache: expected a {kinds}, got {type(cache).__name__}")
+    if isinstance(cache, StaticCache) and writes_where_told():
+        got = f"a StaticCache with transformers {transformers.__version__}"
+        raise UnsupportedError(f"cache: expected one that counts its own columns, got {got}")
     if any(layer.keys is not None and layer.keys.numel() for layer in cache.layers):
         raise ValueError(
             "cache: expected an empty one, or one that this patched model has filled; got one "
@@ -190,6 +196,25 @@ def stage_cache(cache: Cache, schedule: CompressionSchedule) -> StagedCache:
     cache.ledger = Ledger(schedule)
     cache.full_lengths = [getattr(layer, "max_cache_len", 0) for layer in cache.layers]
     return cache
+
+
+def _check_lengths(cache: StagedCache) -> None:
+    """Who evicts from a cache (kvpress) does it behind the ledger: masks and positions would lie.
+
+    A static cache's lengths are on the device, so they go unasked.
+    """
+    ledger = cache.ledger
+    if not ledger.length or isinstance(cache, StaticCache):
+        return
+    told = [table.shape[1] for table in ledger.columns]
+    lengths = [int(layer.get_seq_length()) for layer in cache.layers]
+    stages = [ledger.schedule.stage_of_layer(number) for number in range(len(lengths))]
+    behind = {length - told[stage] for length, stage in zip(lengths, stages, strict=True)}
+    if len(behind) != 1 or min(behind) < 0:
+        raise ValueError(
+            f"cache: expected layers that hold {[told[stage] for stage in stages]} rows and what "
+            f"came behind, got {lengths}; was something evicted, or a call interrupted?"
+        )
 
 
 def shorten(cache: StagedCache, missing: list[int]) -> None:

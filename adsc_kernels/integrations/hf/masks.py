@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 
-from adsc_kernels.integrations.hf.compat import fitting
+from adsc_kernels.errors import UnsupportedError
+from adsc_kernels.integrations.hf.compat import fitting, parameters
 
 
 @dataclass
@@ -45,6 +47,12 @@ MaskMaker = Callable[[MaskRequest], Any]  # to a mask, or a dict of them by laye
 
 def causal_masks(request: MaskRequest) -> Any:
     """The usual ones: what the decoder's own forward would make."""
+    block_ids = request.block_ids
+    if block_ids is not None and "block_sequence_ids" not in parameters(create_masks_for_generate):
+        raise UnsupportedError(
+            f"{request.config.model_type}: expected a transformers whose create_masks_for_generate "
+            f"takes block_sequence_ids, got {transformers.__version__}"
+        )
     past = 0 if request.cache is None else request.cache.get_seq_length()
     rows = request.rows
     arguments = fitting(
@@ -54,7 +62,7 @@ def causal_masks(request: MaskRequest) -> Any:
         attention_mask=request.real,
         cache=request.cache,
         position_ids=request.sequence_ids,
-        block_sequence_ids=request.block_ids,
+        block_sequence_ids=block_ids,
         cache_position=torch.arange(rows.shape[1], device=rows.device) + past,
     )
     return create_masks_for_generate(**arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -35,7 +36,8 @@ class Override:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner = self.owner()
-        method = self.before or getattr(type(owner), self.name).__get__(owner)
+        # Not a bound method: where Dynamo breaks a graph it would look that up on the owner again.
+        method = self.before or partial(getattr(type(owner), self.name), owner)
         return self.around(owner, method, *args, **kwargs)
 
     def remove(self) -> None:

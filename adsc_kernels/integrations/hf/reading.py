@@ -59,6 +59,20 @@ def read_call(
     kinds = pictures_in(arguments)
     if spans is None and not kinds and _is_told(arguments):
         return PassInput(None, mask, masks)
+    return _read_layout(schedule, family, base, arguments, mask, kinds, spans)
+
+
+@torch.compiler.disable
+def _read_layout(
+    schedule: CompressionSchedule,
+    family: Family,
+    base: Any,
+    arguments: dict[str, Any],
+    mask: Tensor | None,
+    kinds: list[int],
+    spans: Any,
+) -> PassInput:
+    """Of a call with pictures: lists and numpy, which Dynamo would take apart."""
     reader = _Reader(family, base, arguments, mask)
     if spans is None:
         spans = reader.spans(kinds)
@@ -167,6 +181,7 @@ class _Reader:
         return pieces
 
 
+@torch.compiler.disable
 def pieces_of(family: Family, base: Any, kind: int, arguments: dict[str, Any]) -> Iterable[Piece]:
     """What the pictures of one modality are made of."""
     pictures = family.images if kind == 1 else family.videos
@@ -176,6 +191,7 @@ def pieces_of(family: Family, base: Any, kind: int, arguments: dict[str, Any]) -
     return pictures(base, arguments)
 
 
+@torch.compiler.disable
 def follow(layout: BatchLayout, labels: Tensor) -> Tensor:
     """Labels [B, S] of the rows of the last stage; -100 for padding, and for a token behind it,
     which nothing predicts."""
@@ -189,6 +205,7 @@ def follow(layout: BatchLayout, labels: Tensor) -> Tensor:
     return labels.gather(1, columns.clamp(min=0)).masked_fill(padding, -100)
 
 
+@torch.compiler.disable
 def check_kept(layout: BatchLayout, last: Any) -> None:
     """The last tokens, whose logits alone are asked for, are in every stage."""
     if isinstance(last, Tensor):

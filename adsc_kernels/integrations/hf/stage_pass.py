@@ -212,6 +212,7 @@ def text_pass(
     return StagePass(schedule, decoder, runs)
 
 
+@torch.compiler.disable
 def picture_pass(
     schedule: CompressionSchedule,
     decoder: Any,
