@@ -105,16 +105,15 @@ def arguments(checkpoint: Checkpoint, schedule: str | None, **options: Any) -> d
 def engine(checkpoint: Checkpoint, schedule: str | None, **options: Any) -> Iterator[Any]:
     """An LLM in this process unless told otherwise."""
     from vllm import LLM
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
+    # Of all that was imported: vLLM looks for garbage several times while it starts. Its shutdown
+    # thaws and collects everything, the engine before included.
+    gc.freeze()
     llm = LLM(**arguments(checkpoint, schedule, **options))
     try:
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
 
 
 def scheduler_of(llm: Any) -> Any:

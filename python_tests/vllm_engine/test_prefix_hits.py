@@ -28,30 +28,35 @@ SHARING = (
 )
 
 
+LONG = Ask(words(5, 170))
+
+
+def hits(llm, llava, schedule: str) -> list[int]:
+    """Cached tokens of each prompt, asked one by one, each twice; with the right answers."""
+    made = []
+    for ask in (*SHARING, *SHARING, LONG, LONG):
+        outputs = answer(llm, [ask], 3)
+        check(llava, schedule, [ask], outputs)
+        made.append(outputs[0].num_cached_tokens)
+    return made
+
+
+@pytest.fixture(scope="module")
+def dense_hits(llava):
+    with engine(llava, "", enable_prefix_caching=True) as llm:
+        return hits(llm, llava, "")
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_answers(llava, schedule):
-    """Hits before, in and behind images; another image or another question behind it."""
+def test_hits_and_answers(llava, dense_hits, schedule):
+    """Hits before, in and behind images, where the dense model's end; another image or another
+    question behind it."""
+    assert max(dense_hits) > 128
     with engine(llava, schedule, enable_prefix_caching=True) as llm:
-        for ask in (*SHARING, *SHARING):
-            check(llava, schedule, [ask], answer(llm, [ask], 3))
+        assert hits(llm, llava, schedule) == dense_hits
         # All at once, some of them to be copied from while they go on.
         check(llava, schedule, SHARING, answer(llm, SHARING, 3))
         assert_pool_free(llm)
-
-
-def hit(llm, ask: Ask) -> int:
-    return answer(llm, [ask], 2)[0].num_cached_tokens
-
-
-def test_where_hits_end(llava):
-    """Where the dense model's do."""
-    asks = (*SHARING, *SHARING[:3], Ask(words(5, 170)), Ask(words(5, 170)))
-    hits = []
-    for some in ("", *SCHEDULES):
-        with engine(llava, some, enable_prefix_caching=True) as llm:
-            hits.append([hit(llm, ask) for ask in asks])
-    assert hits == [hits[0]] * len(hits)
-    assert max(hits[0]) > 128
 
 
 def wrong(llava, ask) -> bool:

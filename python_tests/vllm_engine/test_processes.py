@@ -1,4 +1,4 @@
-"""Engines in processes of their own: as served, tensor parallel, compiled, speculating."""
+"""Several processes, and drafts: as served, tensor parallel, speculating."""
 
 from __future__ import annotations
 
@@ -8,29 +8,27 @@ from engines import MIXED, Ask, answer, check, engine, words
 SCHEDULE = "2:1/3,4:1/2"
 
 
-@pytest.fixture(autouse=True)
-def own_process(monkeypatch):
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+@pytest.fixture
+def spawn(monkeypatch):
+    """Workers that import everything anew."""
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 
-def serve(llava, asks=MIXED, max_tokens=10, **options):
+def serve(llava, **options):
     with engine(llava, SCHEDULE, **options) as llm:
-        check(llava, SCHEDULE, asks, answer(llm, asks, max_tokens))
+        check(llava, SCHEDULE, MIXED, answer(llm, MIXED))
 
 
-def test_separate_process(llava):
-    serve(llava, enable_prefix_caching=True, max_num_batched_tokens=90)
+def test_compiled_in_a_separate_process(llava, spawn, monkeypatch):
+    """A unit of compilation for each stage; chunks of many sizes, some without survivors."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    options = dict(max_num_batched_tokens=70, max_num_seqs=4)
+    serve(llava, enforce_eager=False, enable_prefix_caching=True, **options)
 
 
-def test_tensor_parallel(llava, monkeypatch):
+def test_tensor_parallel(llava, spawn, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     serve(llava, tensor_parallel_size=2)
-
-
-def test_compiled(llava):
-    """A unit of compilation for each stage; chunks of many sizes, some without survivors."""
-    serve(llava, enforce_eager=False, max_num_batched_tokens=70, max_num_seqs=4)
 
 
 def test_ngram_speculation(llava):
