@@ -28,6 +28,14 @@ def llava(tmp_path_factory):
     return Checkpoint.make(tmp_path_factory.mktemp("llava"))
 
 
+@pytest.fixture(scope="session")
+def short_llava(tmp_path_factory):
+    """The same with 3 layers, for what is compiled: its time goes by layers."""
+    from engines import Checkpoint
+
+    return Checkpoint.make(tmp_path_factory.mktemp("short_llava"), layers=3)
+
+
 @pytest.fixture
 def as_on_a_gpu(monkeypatch, tmp_path):
     """Compilation in vLLM's mode 3, with an empty cache: its folder.

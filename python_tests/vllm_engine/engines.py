@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 from collections.abc import Iterator, Sequence
@@ -105,16 +106,15 @@ def arguments(checkpoint: Checkpoint, schedule: str | None, **options: Any) -> d
 def engine(checkpoint: Checkpoint, schedule: str | None, **options: Any) -> Iterator[Any]:
     """An LLM in this process unless told otherwise."""
     from vllm import LLM
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
+    # Of all that was imported: vLLM looks for garbage several times while it starts. Its shutdown
+    # thaws and collects everything, the engine before included.
+    gc.freeze()
     llm = LLM(**arguments(checkpoint, schedule, **options))
     try:
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
 
 
 def scheduler_of(llm: Any) -> Any:
@@ -143,39 +143,56 @@ def parse(schedule: str) -> tuple[dict[int, Share], dict[str, str]]:
     return boundaries, named
 
 
+TOLERANCE = 1e-5
+
+
 def check(
-    checkpoint: Checkpoint,
-    schedule: str,
-    asks: Sequence[Ask],
-    outputs: Sequence[Any],
-    tolerance: float = 1e-5,
+    checkpoint: Checkpoint, schedule: str, asks: Sequence[Ask], outputs: Sequence[Any]
 ) -> None:
-    """Every token is the oracle's likeliest, and its log-probability the oracle's."""
-    boundaries, options = parse(schedule)
+    """Every token is the oracle's likeliest, and its log-probability the oracle's: within 1e-5, or
+    twice what transformers' layers in float32 are off in these answers. In long ones some token is
+    so sensitive that they, too, pass 1e-5."""
     assert len(asks) == len(outputs)
+    worst, exact = torch.tensor(0.0), []
     for ask, output in zip(asks, outputs, strict=True):
-        prompt, made = list(output.prompt_token_ids), output.outputs[0]
-        spans, i = [], 0
-        while i < len(prompt):
-            inside = prompt[i] == IMAGE_ID
-            spans += [(i, GRID, GRID)] * inside
-            i += IMAGE_TOKENS if inside else 1
-        assert len(spans) == len(ask.seeds)
-        pixels = None
-        if ask.seeds:
-            images = checkpoint.image_processor(images=ask.images(), return_tensors="pt")
-            pixels = images["pixel_values"].double()
-        ids = prompt + list(made.token_ids)
-        torch.set_default_dtype(torch.float64)
-        try:
-            logits, _ = oracle(checkpoint.hf, ids, spans, pixels, boundaries, **options)
-        finally:
-            torch.set_default_dtype(torch.float32)
-        expected = logits.log_softmax(-1)[-len(made.token_ids) - 1 : -1]
-        assert made.token_ids == expected.argmax(-1).tolist(), ask
+        made = output.outputs[0]
+        best, likeliest = expected(checkpoint.hf, checkpoint, schedule, ask, output).max(-1)
+        assert made.token_ids == likeliest.tolist(), ask
         got = [row[token].logprob for row, token in zip(made.logprobs, made.token_ids, strict=True)]
-        worst = (torch.tensor(got) - expected.max(-1).values).abs().max()
-        assert worst <= tolerance, (ask, float(worst))
+        worst = max(worst, (torch.tensor(got) - best).abs().max())
+        exact.append((best, likeliest))
+    if worst <= TOLERANCE:
+        return
+    single, own = copy.deepcopy(checkpoint.hf).float(), torch.tensor(0.0)
+    for attention in ("sdpa", "eager"):
+        single.set_attn_implementation(attention)
+        for ask, output, (best, likeliest) in zip(asks, outputs, exact, strict=True):
+            there = expected(single, checkpoint, schedule, ask, output)
+            own = max(own, (there.gather(1, likeliest[:, None])[:, 0] - best).abs().max())
+    assert worst <= 2 * own, (float(worst), float(own))
+
+
+def expected(hf: Any, checkpoint: Checkpoint, schedule: str, ask: Ask, output: Any) -> torch.Tensor:
+    """The oracle's log-probabilities [answer, vocabulary], in hf's precision, where an answer's
+    tokens were chosen."""
+    boundaries, options = parse(schedule)
+    prompt, made = list(output.prompt_token_ids), list(output.outputs[0].token_ids)
+    spans, i = [], 0
+    while i < len(prompt):
+        inside = prompt[i] == IMAGE_ID
+        spans += [(i, GRID, GRID)] * inside
+        i += IMAGE_TOKENS if inside else 1
+    assert len(spans) == len(ask.seeds)
+    pixels = None
+    if ask.seeds:
+        images = checkpoint.image_processor(images=ask.images(), return_tensors="pt")
+        pixels = images["pixel_values"].to(hf.dtype)
+    torch.set_default_dtype(hf.dtype)
+    try:
+        logits, _ = oracle(hf, prompt + made, spans, pixels, boundaries, **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return logits.log_softmax(-1)[-len(made) - 1 : -1]
 
 
 def run(

@@ -17,6 +17,7 @@ from engines import MIXED, Ask, answer, check, engine, words
 from adsc_kernels.integrations.vllm import builder, metadata, units
 
 SCHEDULE = "2:1/3,4:1/2"
+SHORT = "1:1/3,2:1/2"  # of 3 layers, compiled
 READ = ("seq_lens", "query_start_loc", "block_table", "scheduler_metadata")
 
 
@@ -214,7 +215,7 @@ def compile_cache(tmp_path_factory):
 
 
 @pytest.fixture
-def piecewise(llava, monkeypatch, as_on_a_gpu, compile_cache):
+def piecewise(short_llava, monkeypatch, as_on_a_gpu, compile_cache):
     """Runs requests in an engine with piecewise graphs of those token counts that a batch without
     an image has had."""
     from vllm.config import CUDAGraphMode
@@ -254,13 +255,13 @@ def piecewise(llava, monkeypatch, as_on_a_gpu, compile_cache):
     def answers_right() -> None:
         options = dict(enforce_eager=False, max_num_batched_tokens=70, max_num_seqs=4)
         text = Ask(words(11, 80))  # chunks of 70 tokens and of the rest
-        with engine(llava, SCHEDULE, **options) as llm:
+        with engine(short_llava, SHORT, **options) as llm:
             monkeypatch.setattr(PieceGraph, "capturing", True)
             for count in (1, 2):
                 answer(llm, [text] * count, 2)
             monkeypatch.setattr(PieceGraph, "capturing", False)
             for asks in ([text], MIXED[:3], MIXED[3:]):
-                check(llava, SCHEDULE, asks, answer(llm, asks, 4))
+                check(short_llava, SHORT, asks, answer(llm, asks, 4))
         assert PieceGraph.replays
 
     return answers_right

@@ -48,7 +48,8 @@ class Simulation:
         self.requests: dict[str, Request] = {}
         for some in self.stages:
             some.requests = self.requests
-        self.rows: dict[tuple[int, int], int] = {}  # block, row: hash of the prefix
+        self.rows: dict[tuple[int, int], tuple[int, int]] = {}  # block, row: group, prefix
+        self.prefixes: dict[str, list[int]] = {}
         self.hits = self.made = self.copied = 0
         self.hash = kv_cache_utils.get_request_block_hasher(BLOCK, sha256)
 
@@ -112,7 +113,7 @@ class Simulation:
         source = dict(self.rows)
         for pair in copies or ():
             for row in range(BLOCK):
-                self.rows[pair.dst_block_id, row] = source.get((pair.src_block_id, row), 0)
+                self.rows[pair.dst_block_id, row] = source.get((pair.src_block_id, row))
         for name, begin, end in scheduled:
             for where, prefix in self.rows_of(name, begin, end):
                 self.rows[where] = prefix
@@ -122,14 +123,18 @@ class Simulation:
 
     def rows_of(self, name: str, begin: int, end: int):
         """Where each token's row is in each stage that it is in, and its prefix."""
-        request = self.requests[name]
-        tokens, layout = list(request.all_token_ids), request.block_hashes.layout
+        prefixes, layout = self.prefixes_of(name), self.requests[name].block_hashes.layout
         for group, blocks in enumerate(self.manager.get_block_ids(name)):
-            for position in range(begin, end):
-                row = layout.kept_before(group, position)
-                if layout.kept_before(group, position + 1) > row:
-                    where = (blocks[row // BLOCK], row % BLOCK)
-                    yield where, hash((group, *tokens[: position + 1]))
+            for row in range(layout.kept_before(group, begin), layout.kept_before(group, end)):
+                prefix = prefixes[layout.position_of(group, row)]
+                yield (blocks[row // BLOCK], row % BLOCK), (group, prefix)
+
+    def prefixes_of(self, name: str) -> list[int]:
+        """Of each token of a request, a hash of it and of all before it."""
+        made = self.prefixes.setdefault(name, [])
+        for token in self.requests[name].all_token_ids[len(made) :]:
+            made.append(hash((*made[-1:], token)))
+        return made
 
     def play(self, steps: int = 60) -> None:
         for _ in range(steps):

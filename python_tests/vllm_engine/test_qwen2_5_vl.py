@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,11 +74,11 @@ def qwen(tmp_path_factory):
             if "norm" in name or "ln_q" in name:
                 weight.add_(1)
     hf.save_pretrained(folder)
-    save_processor(folder)
+    save_processor(folder, "Qwen2VLVideoProcessor", "Qwen2_5_VLProcessor")
     return Checkpoint(folder, hf.double(), AutoProcessor.from_pretrained(folder))
 
 
-def save_processor(folder: Path) -> None:
+def save_processor(folder: Path, video: str, processor: str) -> None:
     inner = Tokenizer(models.WordLevel(VOCAB, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.post_processor = processors.TemplateProcessing(
@@ -93,8 +94,8 @@ def save_processor(folder: Path) -> None:
     shared |= {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.3, 0.25, 0.2]}  # vLLM wants them
     for name, settings in {
         "preprocessor_config.json": {"image_processor_type": "Qwen2VLImageProcessor"},
-        "video_preprocessor_config.json": {"video_processor_type": "Qwen2VLVideoProcessor"},
-        "processor_config.json": {"processor_class": "Qwen2_5_VLProcessor"},
+        "video_preprocessor_config.json": {"video_processor_type": video},
+        "processor_config.json": {"processor_class": processor},
     }.items():
         settings |= {} if name.startswith("processor") else shared
         (folder / name).write_text(json.dumps(settings))
@@ -163,6 +164,18 @@ def positions(kinds: list[str | None], grids: dict[str, list]) -> tuple[torch.Te
     return torch.tensor(found).T, frames
 
 
+@contextmanager
+def adding(layers, added: list[torch.Tensor]):
+    """To what each of the first layers returns."""
+    hooks = [
+        layer.register_forward_hook(lambda layer, args, out, rows=rows: out + rows)
+        for layer, rows in zip(layers, added, strict=False)
+    ]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
 @torch.no_grad()
 def expected(
     checkpoint: Checkpoint, prompt: list[int], made: list[int], ask: Ask, schedule: str
@@ -175,22 +188,34 @@ def expected(
     torch.set_default_dtype(torch.float64)
     try:
         x, grids = model.language_model.embed_tokens(torch.tensor([ids])), {}
+        added: list[torch.Tensor] = []  # Qwen3-VL's, behind each of the first layers
         for name, items in ask.data().items():
             if name == "image":
                 inputs = processor.image_processor(images=items, return_tensors="pt")
                 pixels, grid = inputs["pixel_values"], inputs["image_grid_thw"]
-                rows = model.get_image_features(pixels.double(), grid).pooler_output
+                made_of_it = model.get_image_features(pixels.double(), grid)
             else:
                 films = [torch.from_numpy(pixels).movedim(-1, 1) for pixels, _ in items]
                 inputs = processor.video_processor(
                     videos=films, do_sample_frames=False, return_tensors="pt"
                 )
                 pixels, grid = inputs["pixel_values_videos"], inputs["video_grid_thw"]
-                rows = model.get_video_features(pixels.double(), grid).pooler_output
-            x[0, [kind == name for kind in kinds]] = torch.cat(list(rows))
-            grids[name] = [(t, h // 2, w // 2) for t, h, w in grid.tolist()]
+                made_of_it = model.get_video_features(pixels.double(), grid)
+            where = [kind == name for kind in kinds]
+            x[0, where] = torch.cat(list(made_of_it.pooler_output))
+            levels = getattr(made_of_it, "deepstack_features", ())
+            added = added or [torch.zeros_like(x) for _ in levels]
+            for level, rows in zip(added, levels, strict=True):
+                level[0, where] = torch.cat(rows)
+            # Between a video's frames Qwen3-VL has their times: each is an image then.
+            grids[name] = [
+                grid
+                for t, h, w in grid.tolist()
+                for grid in ([(1, h // 2, w // 2)] * t if levels else [(t, h // 2, w // 2)])
+            ]
         rope, frames = positions(kinds, grids)
-        logits, _ = decode(checkpoint.hf, x, frames, boundaries, **options, rope=rope)
+        with adding(model.language_model.layers, added):
+            logits, _ = decode(checkpoint.hf, x, frames, boundaries, **options, rope=rope)
     finally:
         torch.set_default_dtype(torch.float32)
     return logits[-len(made) - 1 : -1].log_softmax(-1)

@@ -137,6 +137,12 @@ SOME = SimpleNamespace()
             "sliding-window attention: it counts positions",
         ),
         (
+            "compilation_config.mode",
+            1,
+            "compilation mode 1: it compiles the boundaries too; expected --compilation-config "
+            """'{"mode": 3}' or --enforce-eager""",
+        ),
+        (
             "model_config.multimodal_config.video_pruning_rate",
             0.5,
             "video pruning: it drops tokens by another rule",

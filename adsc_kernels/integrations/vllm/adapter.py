@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 class TextBehindImage:
-    """For a multimodal processor: refuses a prompt that ends in an image, and what `refuse` does.
+    """For a multimodal processor: refuses a prompt that ends in an image or has no place for one,
+    which vLLM answers with an internal error, and what `refuse` does.
 
     Before anything is processed: the caches of processed images, on both sides of the engine, take
     every image that was processed for one that arrived.
@@ -30,9 +31,14 @@ class TextBehindImage:
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
         config = self.info.get_hf_config()  # type: ignore[attr-defined]
-        vision = {config.image_token_id, getattr(config, "video_token_id", None)}
-        if vision.intersection(inputs.prompt[-1:]):
+        places = {"image": config.image_token_id, "video": getattr(config, "video_token_id", None)}
+        if set(places.values()).intersection(inputs.prompt[-1:]):
             raise VLLMValidationError(ENDS_IN_IMAGE, parameter="prompt")
+        for modality, count in inputs.mm_data_items.get_all_counts().items():
+            got = inputs.prompt.count(places[modality])
+            if got < count:
+                expected = f"prompt: expected a place for each {modality} of {count}, got {got}"
+                raise VLLMValidationError(expected, parameter="prompt")
         self.refuse(inputs.mm_data_items, CompressionSchedule.from_dict(config.adsc_schedule))
         return super().apply(inputs, timing_ctx)  # type: ignore[misc]
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.config import CompilationMode
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from adsc_kernels.integrations.vllm.families import FAMILIES, Family
@@ -88,6 +89,7 @@ def problems(vllm_config: VllmConfig, schedule: CompressionSchedule) -> list[str
     text, tower = model.hf_config.text_config, model.hf_config.vision_config.model_type
     method = None if speculative is None else speculative.method
     align = _option(vllm_config, ALIGN_KEY)
+    deepstack = len(getattr(model.hf_config.vision_config, "deepstack_visual_indexes", ()))
     checks = (
         (align not in (None, "block"), f"{ALIGN_KEY} {align!r}: expected 'block'"),
         (
@@ -135,15 +137,24 @@ def problems(vllm_config: VllmConfig, schedule: CompressionSchedule) -> list[str
             "the pattern 'grid' with vision_feature_select_strategy 'full': a class token is in no "
             "row and no column",
         ),
+        (
+            any(boundary.layer < deepstack for boundary in schedule.boundaries),
+            f"a boundary before layer {deepstack}: images enter the layers before it",
+        ),
         (model.get_sliding_window() is not None, "sliding-window attention: it counts positions"),
         (mm.is_multimodal_pruning_enabled(), "video pruning: it drops tokens by another rule"),
         (
             family.reads_data and mm.mm_processor_cache_type == "shm",
-            "mm_processor_cache_type 'shm': the scheduler doesn't see the size of an image",
+            "mm_processor_cache_type 'shm': expected 'lru'; the scheduler sees no image's size",
         ),
         (
             model.uses_mrope and schedule.positions == "renumber",
             "renumbered positions with M-RoPE: height and width can't be renumbered",
+        ),
+        (
+            vllm_config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE,
+            "compilation mode 1: it compiles the boundaries too; expected --compilation-config "
+            "'{\"mode\": 3}' or --enforce-eager",
         ),
     )
     return [why for wrong, why in checks if wrong]
@@ -169,7 +180,9 @@ class AdscConfig(VerifyAndUpdateConfig):
             parallel.worker_cls = _CPU_WORKER
         else:
             if not vllm_config.use_v2_model_runner:
-                wrong.append("model runner V1 on a GPU: expected V2, vLLM's own choice with Triton")
+                wrong.append(
+                    "model runner V1 on a GPU: expected VLLM_USE_V2_MODEL_RUNNER=1, and Triton"
+                )
             if schedule.positions == "renumber" and not vllm_config.model_config.enforce_eager:
                 wrong.append(
                     "renumbered positions without --enforce-eager: CUDA graphs would keep the first"

@@ -51,4 +51,12 @@ FAMILIES: dict[str, Family] = {
         lambda hf_config: (0, 576, 24, 24),  # images are of any size; LLaVA-1.5's, to compare
         reads_data=True,
     ),
+    "AdscQwen3VLForConditionalGeneration": Family(
+        f"{_PACKAGE}.qwen3_vl",
+        ("qwen3_vl_text",),
+        ("qwen3_vl_vision", "qwen3_vl"),
+        qwen_vl_spans,
+        lambda hf_config: (0, 576, 24, 24),
+        reads_data=True,
+    ),
 }

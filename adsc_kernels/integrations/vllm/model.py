@@ -25,6 +25,7 @@ from adsc_kernels.plan import StagePlan
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.sequence import IntermediateTensors
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
 
@@ -52,7 +53,7 @@ class StagedDecoder(nn.Module):
     """Mixed into one of vLLM's decoders by `cut_into_stages`: drops vision tokens between stages.
 
     The decoder: `embed_input_ids`, `norm`, and `layers` that take positions, hidden states and
-    residual, and return the latter two, as those of Llama and Qwen2.
+    residual, and return the latter two, as those of Llama, Qwen2 and Qwen3.
     """
 
     layers: Any
@@ -94,10 +95,12 @@ class StagedDecoder(nn.Module):
         positions: Tensor,
         intermediate_tensors: Any = None,
         inputs_embeds: Tensor | None = None,
+        deepstack_input_embeds: IntermediateTensors | None = None,
     ) -> Tensor:
         """Hidden states of every row [T, hidden]; zeros where a token was dropped.
 
-        positions: [T], or [3, T] for M-RoPE.
+        positions: [T], or [3, T] for M-RoPE. deepstack_input_embeds: of Qwen3-VL, for layers that
+            are all in stage 0.
         """
         hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         residual: Tensor | None = None
@@ -118,7 +121,7 @@ class StagedDecoder(nn.Module):
             if s:
                 hidden, residual = self.graphs.run(unit, positions, hidden, residual, narrow)
             else:
-                hidden, residual = unit(positions, hidden, residual)
+                hidden, residual = unit(positions, hidden, residual, deepstack_input_embeds)
         hidden, _ = self.norm(hidden, residual)
         if plan is None:
             return hidden

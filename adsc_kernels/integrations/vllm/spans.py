@@ -65,12 +65,14 @@ def newline_token_id(hf_config: Any) -> int:
 
 
 def qwen_vl_spans(hf_config: Any) -> SpanReader:
-    """Qwen2.5-VL: an image is a grid of its own size, a video one for each of its frames.
+    """Qwen2.5-VL, Qwen3-VL: an image is a grid of its own size, a video one for each of its frames,
+    between which Qwen3-VL writes their times.
 
     The prompt tells how long they are, but not how wide: that is with what the processor made of
     them.
     """
     merge = hf_config.vision_config.spatial_merge_size
+    pads = {"image": hf_config.image_token_id, "video": hf_config.video_token_id}
 
     def read(
         prompt_token_ids: Sequence[int], features: Sequence[MultiModalFeatureSpec]
@@ -81,6 +83,7 @@ def qwen_vl_spans(hf_config: Any) -> SpanReader:
             frames, rows, columns = data[f"{feature.modality}_grid_thw"].data.tolist()
             height, width = rows // merge, columns // merge
             for _ in range(frames):
+                start = prompt_token_ids.index(pads[feature.modality], start)
                 spans.append((start, height * width, height, width))
                 start += height * width
         return tuple(spans)

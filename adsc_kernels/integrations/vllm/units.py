@@ -17,8 +17,9 @@ from adsc_kernels.schedule import CompressionSchedule
 
 if TYPE_CHECKING:
     from vllm.config import CompilationConfig, VllmConfig
+    from vllm.sequence import IntermediateTensors
 
-_DYNAMIC = {"positions": -1, "hidden_states": 0, "residual": 0}
+_DYNAMIC = {"positions": -1, "hidden_states": 0, "residual": 0, "deepstack": 0}
 
 
 class StageLayers(nn.Module):
@@ -39,9 +40,14 @@ class StageLayers(nn.Module):
         positions: Tensor,
         hidden_states: Tensor,
         residual: Tensor | None,
+        deepstack: IntermediateTensors | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        for layer in self.layers:
+        """deepstack: of Qwen3-VL's tower, to be added behind each of the first layers."""
+        added = () if deepstack is None else tuple(deepstack.tensors.values())
+        for n, layer in enumerate(self.layers):
             hidden_states, residual = layer(positions, hidden_states, residual)
+            if n < len(added):
+                hidden_states = hidden_states + added[n]
         return hidden_states, residual
 
 
@@ -55,7 +61,7 @@ def unit_class(schedule: CompressionSchedule, stage: int) -> type[StageLayers]:
     shared = StageLayers.forward
     name = f"StageLayers[{schedule}][{stage}]"
     code = shared.__code__.replace(co_name=f"forward_stage_{stage}")
-    forward = FunctionType(code, shared.__globals__, code.co_name)
+    forward = FunctionType(code, shared.__globals__, code.co_name, shared.__defaults__)
     forward.__qualname__ = f"{name}.forward"
     unit = type(name, (StageLayers,), {"forward": forward, "__module__": __name__})
     return support_torch_compile(dynamic_arg_dims=_DYNAMIC)(unit)
