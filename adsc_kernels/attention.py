@@ -261,7 +261,7 @@ def _sdpa(
         )
         outs.append(out[0].transpose(0, 1))
         first += rows
-    return torch.cat(outs)
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 _RUN = {"flash_attn": _flash_attn, "torch_varlen": _torch_varlen, "sdpa": _sdpa}

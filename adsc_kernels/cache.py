@@ -20,6 +20,7 @@ from torch import Tensor
 from adsc_kernels import ops
 from adsc_kernels.attention import CachedKeys
 from adsc_kernels.plan import make_plan
+from adsc_kernels.pointwise import Place
 from adsc_kernels.schedule import CompressionSchedule
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class StageCache:
         self.capacities = tuple(needed)
 
     def begin(self, stage: StagePlan, phase: Phase) -> StageCache:
-        """Get ready to append a chunk's rows to every layer; returns itself.
+        """Get ready to take a chunk's rows in every layer; returns itself.
 
         Raises: ValueError where the plan was made for other cached lengths, or there is no room.
         """
@@ -108,15 +109,16 @@ class StageCache:
         self._keys = None if phase is Phase.PREFILL else where
         return self
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, CachedKeys | None]:
-        """Write the chunk's k and v, [T, H_kv, D], of one layer.
+    def place(self, layer: int) -> Place:
+        """Where the chunk's rows of one layer go."""
+        i = self.layers.index(layer)
+        return Place(self.k[i], self.v[i], self._rows)
 
-        Returns what its queries attend to, as `varlen_attention` takes it: the layer's cache and
-        where the keys lie in it; in PREFILL the same k and v, since there is nothing else.
+    def seen(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, CachedKeys | None]:
+        """What the chunk's queries attend to, as `varlen_attention` takes it: the layer's cache and
+        where the keys lie in it; in PREFILL the chunk's own k and v, since there is nothing else.
         """
         i = self.layers.index(layer)
-        self.k[i].index_copy_(0, self._rows, k)
-        self.v[i].index_copy_(0, self._rows, v)
         return (k, v, None) if self._keys is None else (self.k[i], self.v[i], self._keys)
 
     def compact(self, mapping: StagePlan) -> None:

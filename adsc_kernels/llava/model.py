@@ -27,11 +27,10 @@ from adsc_kernels.llava.config import LlavaConfig
 from adsc_kernels.llava.generate import generate
 from adsc_kernels.llava.processor import Processor
 from adsc_kernels.llava.weights import DTYPES as WEIGHT_DTYPES
-from adsc_kernels.llava.weights import load_weights
+from adsc_kernels.llava.weights import Joined, load_weights
 from adsc_kernels.plan import CompressionPlan, StagePlan
+from adsc_kernels.pointwise import Rope, rotate, silu_mul
 from adsc_kernels.schedule import CompressionSchedule
-
-Rope = tuple[Tensor, Tensor]  # cos and sin, [T, 1, head_dim]: of each row's position
 
 
 class RMSNorm(nn.Module):
@@ -42,10 +41,13 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.hidden_size))
         self.eps = config.hf.text_config.rms_norm_eps
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(norm(residual + x), residual + x); without a residual x begins the stream."""
-        residual = x if residual is None else residual + x
-        return F.rms_norm(residual, self.weight.shape, self.weight, self.eps), residual
+    def forward(self, x: Tensor, residual: Tensor, stage: StagePlan) -> tuple[Tensor, Tensor]:
+        """(norm(sum), sum) of x + residual, of the rows that survive into the stage."""
+        return ops.downsample_add_rms_norm(x, residual, self.weight, stage, eps=self.eps)
+
+    def alone(self, x: Tensor) -> Tensor:
+        """The norm of rows that nothing is to be added to."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -54,21 +56,21 @@ class Attention(nn.Module):
     def __init__(self, config: LlavaConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
+        self.num_kv_heads = config.num_kv_heads
         bias = config.hf.text_config.attention_bias
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv, bias=bias)
+        parts = {"q_proj": q, "k_proj": kv, "v_proj": kv}
+        self.qkv_proj = Joined(config.hidden_size, parts, bias)
         self.o_proj = nn.Linear(q, config.hidden_size, bias=bias)
 
     def forward(self, x: Tensor, rope: Rope, stage: StagePlan, cache: StageCache | None) -> Tensor:
         """Rows [T, hidden] of a stage to as many, their K and V written to the stage's cache."""
-        q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), rope)
-        k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), rope)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+        place = None if cache is None else cache.place(self.layer)
+        q, k, v = rotate(qkv, rope, self.num_kv_heads, place)
         keys = None
         if cache is not None:
-            k, v, keys = cache.append(self.layer, k, v)
+            k, v, keys = cache.seen(self.layer, k, v)
         return self.o_proj(varlen_attention(q, k, v, stage, keys=keys).flatten(-2))
 
 
@@ -79,13 +81,12 @@ class MLP(nn.Module):
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size
         bias = config.hf.text_config.mlp_bias
-        self.gate_proj = nn.Linear(width, inner, bias=bias)
-        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.gate_up_proj = Joined(width, {"gate_proj": inner, "up_proj": inner}, bias)
         self.down_proj = nn.Linear(inner, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows [T, hidden] to as many."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(silu_mul(self.gate_up_proj(x)))
 
 
 class Layer(nn.Module):
@@ -102,7 +103,7 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """Token embedding, layers and final norm."""
 
-    inv_freq: Tensor
+    frequencies: Tensor
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
@@ -116,7 +117,9 @@ class Decoder(nn.Module):
         if rotary.inv_freq.numel() * 2 != config.head_dim:
             raise UnsupportedError(f"RoPE on a part of each head: {text.rope_parameters}")
         self.rope_scale = float(rotary.attention_scaling)
-        self.register_buffer("inv_freq", rotary.inv_freq, persistent=False)
+        # Negative for the half of a head that turns the other way: sine is odd, cosine even.
+        frequencies = torch.cat((-rotary.inv_freq, rotary.inv_freq))
+        self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(
         self, x: Tensor, plan: CompressionPlan, cache: KVCache | None, phase: Phase
@@ -125,35 +128,26 @@ class Decoder(nn.Module):
         residual: Tensor | None = None
         for s, stage in enumerate(plan.stages):
             # What depends on the layout is made once here, and shared by the stage's layers.
-            angles = (stage.positions[:, None, None].float() * self.inv_freq).repeat(1, 1, 2)
+            angles = stage.positions[:, None, None].float() * self.frequencies
             cos, sin = angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
-            rope = (cos.to(x.dtype), sin.to(x.dtype))
+            rope = Rope(cos.to(x.dtype), sin.to(x.dtype))
             stage_cache = None if cache is None else cache.stages[s].begin(stage, phase)
-            layers = plan.schedule.layers_of_stage(s)
+            layers, same = plan.schedule.layers_of_stage(s), plan.between(s, s)
             for n in layers:
                 layer = cast(Layer, self.layers[n])
-                norm = layer.input_layernorm
-                if n > layers.start or stage.is_identity:
-                    x, residual = norm(x, residual)
-                elif residual is None:  # a boundary before layer 0: nothing is there to be added
-                    x, residual = norm(ops.downsample(x, stage))
+                if residual is None:  # nothing is there to be added; a boundary may lie in front
+                    residual = x if stage.is_identity else ops.downsample(x, stage)
+                    x = layer.input_layernorm.alone(residual)
                 else:
-                    # The boundary. x is the output of the MLP before, still to be added: the sum
-                    # and its norm are made of survivors only, and dropped rows are never touched.
-                    x, residual = ops.downsample_add_rms_norm(
-                        x, residual, norm.weight, stage, eps=norm.eps
-                    )
+                    # A boundary, where a stage begins. x is the output of the MLP before, still to
+                    # be added: the sum and its norm are made of survivors only, and dropped rows
+                    # are never touched. Within a stage all rows are survivors.
+                    rows = stage if n == layers.start else same
+                    x, residual = layer.input_layernorm(x, residual, rows)
                 x = layer.self_attn(x, rope, stage, stage_cache)
-                x, residual = layer.post_attention_layernorm(x, residual)
+                x, residual = layer.post_attention_layernorm(x, residual, same)
                 x = layer.mlp(x)
         return x if residual is None else residual + x
-
-
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotate [T, H, D] by the table of its rows."""
-    cos, sin = rope
-    low, high = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-high, low), dim=-1) * sin
 
 
 class Llava(nn.Module):
@@ -256,7 +250,7 @@ class Llava(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden rows [T, hidden] -> float32 [T, vocab]."""
-        x, _ = self.language_model.norm(x)
+        x = self.language_model.norm.alone(x)
         tied = self.config.hf.tie_word_embeddings
         head = self.language_model.embed_tokens if tied else self.lm_head
         return F.linear(x, head.weight).float()

@@ -26,6 +26,14 @@ _DERIVED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+class Joined(nn.Linear):
+    """Linear maps of the same rows in one GEMM; parts: their names in checkpoints, and columns."""
+
+    def __init__(self, width: int, parts: dict[str, int], bias: bool) -> None:
+        super().__init__(width, sum(parts.values()), bias)
+        self.parts = parts
+
+
 def load_weights(
     model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype | None
 ) -> None:
@@ -34,7 +42,8 @@ def load_weights(
     Raises FileNotFoundError for a missing file; ValueError for a damaged one, and for weights that
     are missing, left over, there twice or of a wrong shape. Fills nothing unless all is well.
     """
-    wanted = {_canonical(name): (name, p.shape) for name, p in model.named_parameters()}
+    sources = _sources(model)
+    wanted = {_canonical(name): (name, at) for s in sources.values() for name, at in s.items()}
     found: dict[str, Tensor] = {}
     files = _files(folder)
     for file in tqdm(files, desc="weights", unit="file", disable=len(files) == 1):
@@ -57,8 +66,27 @@ def load_weights(
     if extra and not (extra == ["lm_head.weight"] and torch.equal(found[extra[0]], embedding)):
         raise ValueError(f"{folder}: {len(extra)} weights are left over, {extra[0]} for one")
     dtype = dtype or embedding.dtype
-    state = {name: found[target].to(dtype) for target, (name, _) in wanted.items()}
+    # Here every weight passes by its checkpoint's name, checked and not joined yet: what is to be
+    # merged into named weights (W += scale * B @ A) is merged into `found`.
+    state: dict[str, Tensor] = {}
+    for name, parts in sources.items():
+        tensors = [found.pop(_canonical(part)).to(dtype) for part in parts]
+        state[name] = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
     model.load_state_dict(state, assign=True)
+
+
+def _sources(model: nn.Module) -> dict[str, dict[str, torch.Size]]:
+    """For each parameter the checkpoint's weights that it is made of, with their shapes."""
+    sources = {}
+    for path, module in model.named_modules():
+        for name, p in module.named_parameters(path, recurse=False):
+            parts, end = {name: p.shape}, name.removeprefix(path)
+            if isinstance(module, Joined):
+                above = path.rpartition(".")[0]
+                shapes = {part: torch.Size((n, *p.shape[1:])) for part, n in module.parts.items()}
+                parts = {f"{above}.{part}{end}": shape for part, shape in shapes.items()}
+            sources[name] = parts
+    return sources
 
 
 def _canonical(name: str) -> str:
