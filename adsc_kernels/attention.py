@@ -12,7 +12,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +21,24 @@ from torch import Tensor
 from adsc_kernels import checks
 from adsc_kernels.errors import UnsupportedError
 
-if TYPE_CHECKING:
-    from adsc_kernels.plan import StagePlan
-
 BACKENDS = ("flash_attn", "torch_varlen", "sdpa")  # in the order in which "auto" tries them
 STAGE_FIELDS = ("cu_seqlens", "seq_lens", "max_seqlen", "num_tokens")
+
+
+class Rows(Protocol):
+    """What attention asks of a stage: where each sequence's query rows lie."""
+
+    @property
+    def cu_seqlens(self) -> Tensor: ...
+
+    @property
+    def seq_lens(self) -> tuple[int, ...]: ...
+
+    @property
+    def max_seqlen(self) -> int: ...
+
+    @property
+    def num_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,7 @@ def varlen_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    stage: StagePlan,
+    stage: Rows,
     *,
     keys: CachedKeys | None = None,
     scale: float | None = None,
@@ -118,7 +131,16 @@ def available(
     return {name: _why_not(name, found, dtype, head_dim=64, grouped=True) for name in BACKENDS}
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, stage: StagePlan, keys: CachedKeys | None) -> None:
+def reads_lengths_on_device(
+    device: torch.device, dtype: torch.dtype, head_dim: int, grouped: bool
+) -> bool:
+    """Whether "auto" takes a backend that a graph may be captured of: one that the host tells no
+    lengths, but an upper bound."""
+    kernels = [name for name in BACKENDS if name != "sdpa"]
+    return any(_why_not(name, device, dtype, head_dim, grouped) is None for name in kernels)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, stage: Rows, keys: CachedKeys | None) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.tensor(name, x)
         if not x.is_floating_point():
@@ -201,7 +223,7 @@ def _missing(name: str, grouped: bool) -> str | None:
     return f"torch {torch.__version__}'s varlen_attn takes no {', '.join(lacks)}" if lacks else None
 
 
-def _varlen_arguments(stage: StagePlan, keys: CachedKeys | None) -> tuple[Tensor, Tensor, int, int]:
+def _varlen_arguments(stage: Rows, keys: CachedKeys | None) -> tuple[Tensor, Tensor, int, int]:
     """cu_seqlens_q, cu_seqlens_k, and upper bounds on the two lengths."""
     # At a bound of 1 and grouped heads flash-attn 2 folds the groups into the rows, for which each
     # sequence must have exactly one row: our gaps, and sequences that are done, have none.
@@ -212,7 +234,7 @@ def _varlen_arguments(stage: StagePlan, keys: CachedKeys | None) -> tuple[Tensor
 
 
 def _flash_attn(
-    q: Tensor, k: Tensor, v: Tensor, stage: StagePlan, keys: CachedKeys | None, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, stage: Rows, keys: CachedKeys | None, scale: float | None
 ) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
@@ -223,7 +245,7 @@ def _flash_attn(
 
 
 def _torch_varlen(
-    q: Tensor, k: Tensor, v: Tensor, stage: StagePlan, keys: CachedKeys | None, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, stage: Rows, keys: CachedKeys | None, scale: float | None
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -236,7 +258,7 @@ def _torch_varlen(
 
 
 def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, stage: StagePlan, keys: CachedKeys | None, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, stage: Rows, keys: CachedKeys | None, scale: float | None
 ) -> Tensor:
     """One call per sequence: for CPU, float32, and machines without a varlen kernel."""
     outs = []
@@ -261,7 +283,7 @@ def _sdpa(
         )
         outs.append(out[0].transpose(0, 1))
         first += rows
-    return torch.cat(outs)
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 _RUN = {"flash_attn": _flash_attn, "torch_varlen": _torch_varlen, "sdpa": _sdpa}

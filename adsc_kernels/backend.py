@@ -192,6 +192,14 @@ def resolve(device: torch.device) -> str:
     return name
 
 
+def triton_runs(device: torch.device) -> bool:
+    """Whether to run what only Triton has in one launch: it may beside native kernels."""
+    name = resolve(device)
+    return name == "triton" or (
+        name == "cuda" and not _problem("triton", "cuda", device.index or 0)
+    )
+
+
 def available_backends() -> dict[str, tuple[bool, str]]:
     """Every backend with whether it serves some device here and, where it serves none, why not."""
     devices = [("cuda", index) for index in range(max(torch.cuda.device_count(), 1))]

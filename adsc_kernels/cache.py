@@ -9,6 +9,7 @@ doesn't know of it, so each stage keeps a list of the rows that are gone; positi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -20,9 +21,11 @@ from torch import Tensor
 from adsc_kernels import ops
 from adsc_kernels.attention import CachedKeys
 from adsc_kernels.plan import make_plan
+from adsc_kernels.pointwise import Place
 from adsc_kernels.schedule import CompressionSchedule
 
 if TYPE_CHECKING:
+    from adsc_kernels.decode import StepRows
     from adsc_kernels.plan import CompressionPlan, StagePlan
 
 
@@ -33,6 +36,53 @@ class Phase(Enum):
     CHUNKED_PREFILL = "chunked prefill"  # a part of each prompt, behind the parts before it
     LATER_TURN = "later turn"  # new text and pictures, behind a conversation that is cached
     DECODE = "decode"  # the token generated last, of every sequence still going
+
+
+@dataclass(frozen=True)
+class StageRows:
+    """One stage's cache as a pass over a chunk sees it."""
+
+    layers: range
+    k: list[Tensor]
+    v: list[Tensor]
+    rows: Tensor  # int64: where the chunk's rows go
+    keys: CachedKeys | None  # None in PREFILL: the keys are the chunk's own rows
+
+    def place(self, layer: int) -> Place:
+        """Where the chunk's rows of one layer go."""
+        i = self.layers.index(layer)
+        return Place(self.k[i], self.v[i], self.rows)
+
+    def seen(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, CachedKeys | None]:
+        """What the chunk's queries attend to, as `varlen_attention` takes it: the layer's cache and
+        where the keys lie in it, or the chunk's own k and v."""
+        i = self.layers.index(layer)
+        return (k, v, None) if self.keys is None else (self.k[i], self.v[i], self.keys)
+
+
+@dataclass(frozen=True)
+class StagePass:
+    """What a stage's layers share in one pass; everything that is uploaded for them is."""
+
+    layers: range
+    rows: StagePlan | StepRows  # this stage's, and where they come from
+    same: StagePlan | StepRows  # the mapping of this stage's rows to themselves
+    positions: Tensor
+    cache: StageRows | None
+
+
+def passes_of(plan: CompressionPlan, cache: KVCache | None, phase: Phase) -> list[StagePass]:
+    """A plan's stages, over its chunk. Raises as `StageCache.begin`."""
+    return [
+        StagePass(
+            layers=plan.schedule.layers_of_stage(s),
+            rows=stage,
+            same=plan.between(s, s),
+            positions=stage.positions,
+            cache=None if cache is None else cache.stages[s].begin(stage, phase),
+        )
+        for s, stage in enumerate(plan.stages)
+    ]
 
 
 class StageCache:
@@ -60,13 +110,17 @@ class StageCache:
         self.k = [torch.empty(empty, dtype=dtype, device=device) for _ in layers]
         self.v = [torch.empty(empty, dtype=dtype, device=device) for _ in layers]
         self._device = device
-        self._keys: CachedKeys | None = None
-        self._rows = torch.empty(0, dtype=torch.int64)
 
     @property
     def allocated_bytes(self) -> int:
         """What the K and V of all its layers occupy, read off their storages."""
         return sum(t.untyped_storage().nbytes() for t in (*self.k, *self.v))
+
+    @property
+    def filled_bytes(self) -> int:
+        """What the rows in use occupy of that."""
+        rows = max(sum(self.capacities), 1)
+        return self.allocated_bytes // rows * sum(self.lens)
 
     def left(self, rows: Sequence[int]) -> tuple[int, ...]:
         """How many of each sequence's rows are left of those that a plan counts."""
@@ -91,8 +145,8 @@ class StageCache:
                 tensors[i] = new
         self.capacities = tuple(needed)
 
-    def begin(self, stage: StagePlan, phase: Phase) -> StageCache:
-        """Get ready to append a chunk's rows to every layer; returns itself.
+    def begin(self, stage: StagePlan, phase: Phase) -> StageRows:
+        """What a chunk's pass needs of this cache.
 
         Raises: ValueError where the plan was made for other cached lengths, or there is no room.
         """
@@ -104,20 +158,13 @@ class StageCache:
         where = CachedKeys.build(stage.seq_lens, kv_lens, self.capacities, self._device)
         spans = zip(where.starts, cached, stage.seq_lens, strict=True)
         rows = [torch.arange(start + done, start + done + n) for start, done, n in spans]
-        self._rows = torch.cat(rows).to(self._device, non_blocking=True)
-        self._keys = None if phase is Phase.PREFILL else where
-        return self
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, CachedKeys | None]:
-        """Write the chunk's k and v, [T, H_kv, D], of one layer.
-
-        Returns what its queries attend to, as `varlen_attention` takes it: the layer's cache and
-        where the keys lie in it; in PREFILL the same k and v, since there is nothing else.
-        """
-        i = self.layers.index(layer)
-        self.k[i].index_copy_(0, self._rows, k)
-        self.v[i].index_copy_(0, self._rows, v)
-        return (k, v, None) if self._keys is None else (self.k[i], self.v[i], self._keys)
+        return StageRows(
+            layers=self.layers,
+            k=self.k,
+            v=self.v,
+            rows=torch.cat(rows).to(self._device, non_blocking=True),
+            keys=None if phase is Phase.PREFILL else where,
+        )
 
     def compact(self, mapping: StagePlan) -> None:
         """Drop what `mapping` drops, in every layer, and give the memory back.
@@ -170,10 +217,26 @@ class KVCache:
             for s in range(schedule.num_stages)
         )
 
+    @property
+    def device(self) -> torch.device:
+        """Where its rows are."""
+        return self.stages[0]._device
+
     def fit(self, plan: CompressionPlan, extra: int = 0) -> None:
         """Room in every stage for exactly what `plan` will have cached, and `extra` rows more."""
         for cache, stage in zip(self.stages, plan.stages, strict=True):
             cache.fit([n + extra for n in cache.left(stage.kv_lens)])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its rows."""
+        return self.stages[-1].k[0].dtype
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """Equal for caches whose rows lie in the same memory, sequence by sequence."""
+        tensors = [t.data_ptr() for stage in self.stages for t in (*stage.k, *stage.v)]
+        return (*tensors, *(stage.capacities for stage in self.stages))
 
     def advance(self, plan: CompressionPlan) -> None:
         """The plan's chunk has been written in every layer: it now counts as cached."""
@@ -215,3 +278,8 @@ class KVCache:
     def bytes_per_stage(self) -> tuple[int, ...]:
         """Bytes allocated for each stage, read off the storages."""
         return tuple(stage.allocated_bytes for stage in self.stages)
+
+    @property
+    def filled_bytes_per_stage(self) -> tuple[int, ...]:
+        """The same of the rows in use."""
+        return tuple(stage.filled_bytes for stage in self.stages)

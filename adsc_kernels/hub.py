@@ -1,17 +1,30 @@
-"""A checkpoint's folder, local or on the hub, and the JSON files in it."""
+"""A checkpoint's folder, local or on the hub, and the files in it."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adsc_kernels import checks
+from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.schedule import MAX_LAYERS
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 MOST_BYTES = 2**26  # of a JSON file: an index of a thousand shards is a hundredth of that
 MOST_DEPTH = 64  # of lists and objects in one another, where Python's own limit is a crash's
+# Our names are those of transformers 5 without the leading "model.". transformers 4 nested the
+# decoder one deeper, and some versions put the CLIP tower into a "vision_model" of its own.
+_RENAMES = (
+    (re.compile(r"^language_model\.(lm_head\.)"), r"\1"),
+    (re.compile(r"^language_model\.model\."), "language_model."),
+    (re.compile(r"^model\.(language_model|vision_tower|multi_modal_projector)\."), r"\1."),
+    (re.compile(r"^vision_tower\.vision_model\."), "vision_tower."),
+)
 _NUMBER = re.compile(r"-?[0-9]{1,400}")
 
 
@@ -80,3 +93,57 @@ def _integer(digits: str) -> int:
     if _NUMBER.fullmatch(digits) is None:
         raise ValueError(f"a number of {len(digits)} digits")
     return int(digits)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint; FileNotFoundError, or ValueError for a bad index."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise FileNotFoundError(f"{folder}: neither {single.name} nor {index.name} is there")
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ValueError(f"{index}: expected a weight_map, got {checks.shown(shards)}")
+    for name, shard in shards.items():
+        # A plain name: the index of a stranger's checkpoint may not lead out of its folder.
+        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
+            got = f"{checks.shown(shard)} for {checks.shown(name)}"
+            raise ValueError(f"{index}: weight_map: expected names of safetensors files, got {got}")
+    files = [folder / name for name in sorted(set(shards.values()))]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file, though {index.name} names it")
+    return files
+
+
+def read_weights(file: Path, device: torch.device) -> dict[str, Tensor]:
+    """What a safetensors file holds, by name; ValueError where it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt", device=str(device)) as weights:
+            return {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{file}: damaged, or no safetensors file ({error})") from error
+
+
+def plain_name(name: str) -> str:
+    """A weight's name in any version, as the thin model calls it."""
+    for pattern, replacement in _RENAMES:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def count_of(path: Path, name: str, value: object, least: int, most: int) -> int:
+    """A file's int; what is wrong with it is always a ValueError, since it is the file's."""
+    try:
+        return checks.integer(name, value, least, most)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def expect(path: Path, name: str, got: object, supported: object) -> None:
+    """Raises UnsupportedError where a file says something else than what is supported."""
+    if got != supported:
+        raise UnsupportedError(f"{path}: {name}: expected {supported!r}, got {got!r}")

@@ -139,7 +139,7 @@ class StagePlan:
         return _C.expand(self._host_segments, self.num_tokens)
 
     def _upload(self, values: np.ndarray) -> torch.Tensor:
-        return _to_device(values, self.segments.device)
+        return to_device(values, self.segments.device)
 
 
 class Rounded(NamedTuple):
@@ -169,6 +169,12 @@ class CompressionPlan:
             for sequence, start, length, *rest in self._roundings.tolist()
         )
 
+    @_Once
+    def layout(self) -> tuple[Any, ...]:
+        """Equal for plans whose rows are alike in everything, hashable."""
+        tables = [(s.seq_lens, s.cached_lens, s._host_segments.tobytes()) for s in self.stages]
+        return (self.schedule, *tables)
+
     def between(self, i: int, j: int) -> StagePlan:
         """The mapping from stage ``i``'s rows straight to stage ``j``'s, for ``i <= j``."""
         last = len(self.stages) - 1
@@ -184,7 +190,7 @@ class CompressionPlan:
             sources = sources[stage.source_rows()]
         host_segments = _C.compress(sources)
         return StagePlan(
-            segments=_to_device(host_segments, target.segments.device),
+            segments=to_device(host_segments, target.segments.device),
             cu_seqlens=target.cu_seqlens,
             num_tokens=target.num_tokens,
             num_tokens_in=self.stages[i].num_tokens,
@@ -257,7 +263,7 @@ def make_plan(
         1 if align is None or block_size is None else block_size,
     )
     batch = cached.shape[1]
-    on_device = _to_device(tables, target)
+    on_device = to_device(tables, target)
     cached_lens = cached.tolist()
     stages: list[StagePlan] = []
     plan = CompressionPlan(schedule, batch, block_size, (), roundings)
@@ -319,7 +325,8 @@ def _host_ints(values: Any, name: str) -> Any:
     return list(values)
 
 
-def _to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy that nothing waits for; on the CPU the array itself."""
     tensor = torch.from_numpy(values)
     if device.type == "cpu":
         return tensor

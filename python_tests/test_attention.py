@@ -236,12 +236,14 @@ def test_a_cache_keeps_its_rows_as_it_is_fitted_anew():
         chunks = list(zip(cache.lens, ends, strict=True))
         stage = make_plan(schedule, [0, 9, 18], [], chunks=chunks).stages[0]
         cache.fit(room)
-        cache.begin(stage, Phase.LATER_TURN)
+        seen = cache.begin(stage, Phase.LATER_TURN)
         new = torch.arange(stage.num_tokens, dtype=torch.float32)[:, None, None] + 100 * step
         for mine, part in zip(pieces, new.split(stage.seq_lens), strict=True):
             mine.append(part)
         for layer in cache.layers:
-            k, v, keys = cache.append(layer, new + layer, -new - layer)
+            place = seen.place(layer)
+            place.k[place.rows], place.v[place.rows] = new + layer, -new - layer
+            k, v, keys = seen.seen(layer, new, new)
             assert keys is not None
             assert k.shape == (sum(room), 1, 1)
             for b, start in enumerate(keys.starts):

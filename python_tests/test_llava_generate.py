@@ -8,7 +8,7 @@ from llava_case import IMAGES, PROMPTS
 from tiny_checkpoints import make_checkpoint
 
 from adsc_kernels.llava import Llava
-from adsc_kernels.llava.generate import _choose
+from adsc_kernels.sampling import choose
 
 SCHEDULE = "1:1/2,2:1/3"
 
@@ -83,8 +83,8 @@ def test_characters_of_several_tokens_come_whole(model, monkeypatch):
         return b"".join(letters[n % 3] for n in ids).decode(errors="replace")
 
     monkeypatch.setattr(model.processor, "decode", decode)
-    chosen = iter([[0], [1], [2], [0], [1]])
-    monkeypatch.setattr("adsc_kernels.llava.generate._choose", lambda *_: next(chosen))
+    chosen = iter(torch.tensor([[0], [1], [2], [0], [1]]))
+    monkeypatch.setattr("adsc_kernels.llava.generate.choose", lambda *_: next(chosen))
     pieces = []
     answer = model.generate(
         ["w1"], max_new_tokens=5, on_token=lambda _b, _t, piece: pieces.append(piece)
@@ -126,10 +126,10 @@ def test_sampling_draws_by_the_probabilities():
     shares = torch.tensor([0.5, 0.3, 0.15, 0.05])
     rng = torch.Generator().manual_seed(0)
     logits = shares.log().expand(20000, -1)
-    counts = torch.tensor(_choose(logits, 1.0, 1.0, rng)).bincount(minlength=4) / 20000
+    counts = choose(logits, 1.0, 1.0, rng).bincount(minlength=4) / 20000
     torch.testing.assert_close(counts, shares, atol=0.02, rtol=0)
     # 0.5 + 0.3 reach 0.7: the other two are out, and these are drawn in proportion.
-    counts = torch.tensor(_choose(logits, 1.0, 0.7, rng)).bincount(minlength=4) / 20000
+    counts = choose(logits, 1.0, 0.7, rng).bincount(minlength=4) / 20000
     torch.testing.assert_close(counts, torch.tensor([0.625, 0.375, 0, 0]), atol=0.02, rtol=0)
 
 

@@ -11,11 +11,13 @@ pytest.importorskip("triton")
 
 from triton_ahead import Kernel, ahead_of_time
 
+from adsc_kernels.pointwise import Place, Rope
 from adsc_kernels.triton import (
     boundary_step,
     downsample,
     downsample_add_rms_norm,
     launch,
+    pointwise,
     rebuild_metadata,
     upsample_grad,
 )
@@ -151,3 +153,23 @@ def test_checking(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "__assertfail" in kernel.ptx
         message = ",".join(map(str, name.encode()))  # PTX has it as bytes
         assert message in kernel.ptx.replace(" ", "")
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_pointwise(arch: int) -> None:
+    table = torch.zeros(10, 1, 128, dtype=torch.bfloat16)
+    cache = torch.zeros(2, 20, 8, 128, dtype=torch.bfloat16)
+
+    def rotate(place: Place | None) -> None:
+        qkv = torch.zeros(10, 48, 128, dtype=torch.bfloat16)
+        pointwise.rotate_(qkv, Rope(table, table), 8, place)
+
+    gate_up = torch.zeros(10, 2 * 11008, dtype=torch.bfloat16)
+    each(
+        arch,
+        {
+            "rotate": (lambda: rotate(None), 128),
+            "rotate and write": (lambda: rotate(Place(*cache, ROWS)), 128),
+            "silu_mul": (lambda: pointwise.silu_mul(gate_up), 128),
+        },
+    )

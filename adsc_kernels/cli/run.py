@@ -125,7 +125,7 @@ def execute(args: argparse.Namespace) -> None:
 
     from adsc_kernels.llava import Llava
     from adsc_kernels.llava.config import LlavaConfig
-    from adsc_kernels.llava.generate import check_options
+    from adsc_kernels.sampling import check_options
 
     dtype = _dtype(args.dtype, device)
     folder = find_folder(bundled if args.model is None else args.model)

@@ -11,7 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from adsc_kernels import checks
 from adsc_kernels.errors import UnsupportedError
-from adsc_kernels.hub import read_config, read_json
+from adsc_kernels.hub import count_of, expect, read_config, read_json
 from adsc_kernels.schedule import MAX_LAYERS
 
 MAX_TOKENS_PER_IMAGE = 2**20
@@ -49,17 +49,17 @@ class LlavaConfig:
         """Raises FileNotFoundError, ValueError (damaged) or UnsupportedError (no LLaVA-1.5)."""
         path = folder / "config.json"
         raw = read_config(path)
-        _expect(path, "model_type", raw.get("model_type"), "llava")
-        _expect(path, "quantization_config", raw.get("quantization_config"), None)
+        expect(path, "model_type", raw.get("model_type"), "llava")
+        expect(path, "quantization_config", raw.get("quantization_config"), None)
         _check_sizes(path, raw)
         try:  # transformers fills in what a sparse text_config leaves out
             hf = transformers.LlavaConfig.from_dict(raw)
         except Exception as error:  # its validators raise types of their own
             raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
         text, vision = hf.text_config, hf.vision_config
-        _expect(path, "text_config.model_type", text.model_type, "llama")
-        _expect(path, "text_config.hidden_act", text.hidden_act, "silu")
-        _expect(path, "vision_config.model_type", vision.model_type, "clip_vision_model")
+        expect(path, "text_config.model_type", text.model_type, "llama")
+        expect(path, "text_config.hidden_act", text.hidden_act, "silu")
+        expect(path, "vision_config.model_type", vision.model_type, "clip_vision_model")
         layers = _feature_layers(path, hf)
         _check_fit(path, hf)
         grid = vision.image_size // vision.patch_size
@@ -89,7 +89,7 @@ def _feature_layers(path: Path, hf: transformers.LlavaConfig) -> tuple[int, ...]
     layers = layers if isinstance(layers, list | tuple) else [layers]
     if not layers:
         raise ValueError(f"{path}: vision_feature_layer: expected at least one layer, got none")
-    return tuple(_count(path, "vision_feature_layer", n, -depth - 1, depth) for n in layers)
+    return tuple(count_of(path, "vision_feature_layer", n, -depth - 1, depth) for n in layers)
 
 
 def _check_sizes(path: Path, raw: dict[str, Any]) -> None:
@@ -102,12 +102,12 @@ def _check_sizes(path: Path, raw: dict[str, Any]) -> None:
             derived = name in ("num_key_value_heads", "head_dim") and config.get(name) is None
             if name in config and not derived:
                 most = MAX_LAYERS if name == "num_hidden_layers" else checks.INT32_MAX
-                _count(path, f"{part}.{name}", config[name], 1, most)
+                count_of(path, f"{part}.{name}", config[name], 1, most)
 
 
 def _check_fit(path: Path, hf: transformers.LlavaConfig) -> None:
     text, vision = hf.text_config, hf.vision_config
-    _count(path, "image_token_index", hf.image_token_id, 0, text.vocab_size - 1)
+    count_of(path, "image_token_index", hf.image_token_id, 0, text.vocab_size - 1)
     for name, fits in (
         ("num_key_value_heads", text.num_attention_heads % text.num_key_value_heads == 0),
         ("patch_size", vision.patch_size <= vision.image_size),
@@ -130,7 +130,7 @@ def _longest(path: Path, text: transformers.LlamaConfig) -> int:
     longest = text.max_position_embeddings
     if rope["rope_type"] == "longrope":
         first = rope.get("original_max_position_embeddings") or longest
-        return _count(path, "original_max_position_embeddings", first, 1, checks.INT32_MAX)
+        return count_of(path, "original_max_position_embeddings", first, 1, checks.INT32_MAX)
     return longest
 
 
@@ -140,17 +140,4 @@ def _stop_tokens(folder: Path, text: transformers.LlamaConfig) -> tuple[int, ...
     if stop is None:
         path, stop = folder / "config.json", text.eos_token_id
     tokens = stop if isinstance(stop, list | tuple) else [] if stop is None else [stop]
-    return tuple(_count(path, "eos_token_id", token, 0, text.vocab_size - 1) for token in tokens)
-
-
-def _count(path: Path, name: str, value: object, least: int, most: int) -> int:
-    """A file's int; what is wrong with it is always a ValueError, since it is the file's."""
-    try:
-        return checks.integer(name, value, least, most)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _expect(path: Path, name: str, got: object, supported: object) -> None:
-    if got != supported:
-        raise UnsupportedError(f"{path}: {name}: expected {supported!r}, got {got!r}")
+    return tuple(count_of(path, "eos_token_id", token, 0, text.vocab_size - 1) for token in tokens)

@@ -15,7 +15,9 @@ from tqdm import tqdm
 
 from adsc_kernels import checks
 from adsc_kernels.cache import KVCache, Phase
+from adsc_kernels.decode import DecodeState
 from adsc_kernels.plan import CompressionPlan, make_plan
+from adsc_kernels.sampling import Inbox, check_options, check_stop, choose
 from adsc_kernels.schedule import parse_share
 
 if TYPE_CHECKING:
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 
 VisionSpan = tuple[int, ...]  # sequence, start, length, height, width: as make_plan takes it
 IMAGES_AT_ONCE = 16  # through the tower: bounds its memory
-COLDEST = 1e-6  # of temperatures above 0: below it logits overflow, and any sampling is greedy
 
 
 @dataclass
@@ -59,8 +60,8 @@ class Conversation:
 class Generation:
     """What `generate` returns; the first token counts as prefill in the times and steps.
 
-    `cache_bytes` is what the K and V that the prefill filled take up: the sizes of their storages,
-    before room for generated tokens is added.
+    `cache_bytes` is what the K and V that the prefill filled take up of their storages, in which
+    there is room for the generated tokens besides.
     """
 
     texts: list[str]
@@ -117,7 +118,7 @@ def generate(
     checks.flag("progress", progress)
     if on_token is not None and not callable(on_token):
         raise TypeError(f"on_token: expected a function, got {checks.kind(on_token)}")
-    stop = _stop_texts(stop)
+    stop = check_stop(stop)
     if conversation is not None:
         checks.instance("conversation", conversation, Conversation)
     rng = torch.Generator(model.device)
@@ -139,31 +140,33 @@ def generate(
     chunk = min(prefill_chunk or todo, todo)
     if chunk < todo:
         phase = Phase.CHUNKED_PREFILL
-    talk.cache.fit(plan)
+    talk.cache.fit(plan, extra=max_new_tokens - 1)  # the last token is not run
     begun = list(talk.cached)
     left = range((todo - 1) // chunk * chunk, -1, -chunk)  # tokens still to come after each chunk
     for rest in tqdm(left, "prefill", disable=not progress):
         ends = [max(done, end - rest) for end, done in zip(lengths, talk.cached, strict=True)]
         hidden = run(model, talk, ends, phase, pictures)
-    tokens = _choose(model.logits(hidden), temperature, top_p, rng)
+    tokens = choose(model.logits(hidden), temperature, top_p, rng)
     if compact_early_layers:
         turn = list(zip(begun, lengths, strict=True))
         whole = make_plan(model.schedule, *layout, model.device, chunks=turn)
         talk.cache.compact_early_layers(whole)
-    cache_bytes = talk.cache.bytes_per_stage
+        talk.cache.fit(plan, extra=max_new_tokens - 1)
+    cache_bytes = talk.cache.filled_bytes_per_stage
     filled = _now(model.device)
 
-    talk.cache.fit(plan, extra=max_new_tokens - 1)  # the last token is not run
     ids: list[list[int]] = [[] for _ in prompts]
     shown = ["" for _ in prompts]
     going = list(range(len(prompts)))
+    state = DecodeState(talk.cache, talk.cached, max_new_tokens - 1)
+    inbox = Inbox(max_new_tokens, tokens)
     for step in tqdm(range(max_new_tokens), "tokens", disable=not progress):
-        if step:
-            # A sequence that is done takes part with an empty chunk: no rows, and its cache stays.
-            ends = [done + (b in going) for b, done in enumerate(talk.cached)]
-            hidden = run(model, talk, ends, Phase.DECODE)
-            tokens = _choose(model.logits(hidden), temperature, top_p, rng)
-        for b, token in zip(going, tokens, strict=True):
+        inbox.send(step, tokens)
+        if step + 1 < max_new_tokens:  # before the host looks at this step's, so it never waits
+            tokens = choose(model.decode(tokens, state), temperature, top_p, rng)
+        now = inbox.receive(step)
+        for b in going:
+            token = now[b]
             talk.tokens[b].append(token)
             ids[b].append(token)
             text, piece = model.processor.decode(ids[b]), ""
@@ -175,6 +178,9 @@ def generate(
         going = [b for b in going if not any(end in shown[b] for end in stop)]
         if not going:
             break
+    # Sequences that ended went on unread: their cache is as long as their answers.
+    state.keep([len(answer) - 1 for answer in ids])
+    talk.cached = [n + len(answer) - 1 for n, answer in zip(talk.cached, ids, strict=True)]
     texts = [model.processor.decode(answer) for answer in ids]
     for end in stop:
         texts = [text.partition(end)[0] for text in texts]
@@ -190,35 +196,6 @@ def generate(
         vision_spans=talk.vision_spans,
         conversation=talk,
     )
-
-
-def check_options(
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int | None = None,
-    prefill_chunk: int | None = None,
-) -> None:
-    """The numbers that :func:`generate` takes; needs no model."""
-    checks.integer("max_new_tokens", max_new_tokens, 1)
-    if prefill_chunk is not None:
-        checks.integer("prefill_chunk", prefill_chunk, 1)
-    # Logits are divided by it, in float32.
-    if 0 < checks.number("temperature", temperature, 0, 1 / COLDEST) < COLDEST:
-        raise ValueError(f"temperature: expected 0 or at least {COLDEST:g}, got {temperature}")
-    checks.number("top_p", top_p, most=1, above=0)
-    if seed is not None:
-        checks.integer("seed", seed, -(2**63))
-
-
-def _stop_texts(stop: object) -> tuple[str, ...]:
-    """An empty text is in every answer, and would leave nothing of it."""
-    if stop is None or isinstance(stop, str):
-        stop = () if stop is None else (stop,)
-    texts = checks.sequence("stop", stop, str)
-    if "" in texts:
-        raise ValueError("stop: expected texts that aren't empty, got ''")
-    return texts
 
 
 def read_turn(
@@ -299,15 +276,6 @@ def run(
     last = [end - 1 for end, n in zip(accumulate(lens), lens, strict=True) if n]
     rows = torch.tensor(last, dtype=torch.int64).to(x.device, non_blocking=True)
     return x if all_rows else x[rows]
-
-
-def _choose(logits: Tensor, temperature: float, top_p: float, rng: torch.Generator) -> list[int]:
-    """A token for each row. Reading them is the one place where a step waits for the device."""
-    if temperature == 0:
-        return logits.argmax(-1).tolist()
-    shares, tokens = (logits / temperature).softmax(-1).sort(descending=True)
-    shares[shares.cumsum(-1) - shares >= top_p] = 0  # the likeliest always stays
-    return tokens.gather(-1, shares.multinomial(1, generator=rng))[:, 0].tolist()
 
 
 def _now(device: torch.device) -> float:

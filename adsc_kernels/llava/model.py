@@ -8,6 +8,7 @@ the host before the first layer runs. `Decoder.forward` is what to copy into ano
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -19,19 +20,24 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from adsc_kernels import checks, ops
-from adsc_kernels.attention import varlen_attention
-from adsc_kernels.cache import KVCache, Phase, StageCache
+from adsc_kernels.attention import reads_lengths_on_device, varlen_attention
+from adsc_kernels.backend import current
+from adsc_kernels.cache import KVCache, Phase, StagePass, passes_of
+from adsc_kernels.decode import DecodeState
 from adsc_kernels.errors import UnsupportedError
+from adsc_kernels.graphs import Graphs
 from adsc_kernels.hub import find_folder
 from adsc_kernels.llava.config import LlavaConfig
 from adsc_kernels.llava.generate import generate
 from adsc_kernels.llava.processor import Processor
 from adsc_kernels.llava.weights import DTYPES as WEIGHT_DTYPES
-from adsc_kernels.llava.weights import load_weights
-from adsc_kernels.plan import CompressionPlan, StagePlan
+from adsc_kernels.llava.weights import Joined, load_weights
+from adsc_kernels.plan import CompressionPlan
+from adsc_kernels.pointwise import Rope, rotate, silu_mul
+from adsc_kernels.rows import Stage
 from adsc_kernels.schedule import CompressionSchedule
 
-Rope = tuple[Tensor, Tensor]  # cos and sin, [T, 1, head_dim]: of each row's position
+GRAPHED_ROWS = 4096  # of a prefill: with more the device is behind the host anyway
 
 
 class RMSNorm(nn.Module):
@@ -42,10 +48,13 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.hidden_size))
         self.eps = config.hf.text_config.rms_norm_eps
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(norm(residual + x), residual + x); without a residual x begins the stream."""
-        residual = x if residual is None else residual + x
-        return F.rms_norm(residual, self.weight.shape, self.weight, self.eps), residual
+    def forward(self, x: Tensor, residual: Tensor, same: Stage) -> tuple[Tensor, Tensor]:
+        """(norm(sum), sum) of x + residual; same: the mapping of their rows to themselves."""
+        return ops.downsample_add_rms_norm(x, residual, self.weight, same, eps=self.eps)
+
+    def alone(self, x: Tensor) -> Tensor:
+        """The norm of rows that nothing is to be added to."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -54,22 +63,22 @@ class Attention(nn.Module):
     def __init__(self, config: LlavaConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
+        self.num_kv_heads = config.num_kv_heads
         bias = config.hf.text_config.attention_bias
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv, bias=bias)
+        parts = {"q_proj": q, "k_proj": kv, "v_proj": kv}
+        self.qkv_proj = Joined(config.hidden_size, parts, bias)
         self.o_proj = nn.Linear(q, config.hidden_size, bias=bias)
 
-    def forward(self, x: Tensor, rope: Rope, stage: StagePlan, cache: StageCache | None) -> Tensor:
-        """Rows [T, hidden] of a stage to as many, their K and V written to the stage's cache."""
-        q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), rope)
-        k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), rope)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        keys = None
+    def forward(self, x: Tensor, rope: Rope, stage: StagePass) -> Tensor:
+        """Rows [T, hidden] to [T, heads * head_dim], for `o_proj`; their K and V are written."""
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+        cache, keys = stage.cache, None
+        place = None if cache is None else cache.place(self.layer)
+        q, k, v = rotate(qkv, rope, self.num_kv_heads, place)
         if cache is not None:
-            k, v, keys = cache.append(self.layer, k, v)
-        return self.o_proj(varlen_attention(q, k, v, stage, keys=keys).flatten(-2))
+            k, v, keys = cache.seen(self.layer, k, v)
+        return varlen_attention(q, k, v, stage.rows, keys=keys).flatten(-2)
 
 
 class MLP(nn.Module):
@@ -79,13 +88,12 @@ class MLP(nn.Module):
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size
         bias = config.hf.text_config.mlp_bias
-        self.gate_proj = nn.Linear(width, inner, bias=bias)
-        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.gate_up_proj = Joined(width, {"gate_proj": inner, "up_proj": inner}, bias)
         self.down_proj = nn.Linear(inner, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows [T, hidden] to as many."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(silu_mul(self.gate_up_proj(x)))
 
 
 class Layer(nn.Module):
@@ -102,7 +110,7 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """Token embedding, layers and final norm."""
 
-    inv_freq: Tensor
+    frequencies: Tensor
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
@@ -116,44 +124,37 @@ class Decoder(nn.Module):
         if rotary.inv_freq.numel() * 2 != config.head_dim:
             raise UnsupportedError(f"RoPE on a part of each head: {text.rope_parameters}")
         self.rope_scale = float(rotary.attention_scaling)
-        self.register_buffer("inv_freq", rotary.inv_freq, persistent=False)
+        # Negative for the half of a head that turns the other way: sine is odd, cosine even.
+        frequencies = torch.cat((-rotary.inv_freq, rotary.inv_freq))
+        self.register_buffer("frequencies", frequencies, persistent=False)
 
-    def forward(
-        self, x: Tensor, plan: CompressionPlan, cache: KVCache | None, phase: Phase
-    ) -> Tensor:
+    def forward(self, x: Tensor, passes: Sequence[StagePass]) -> Tensor:
         """Rows of stage 0, [T, hidden], to rows of the last stage, before the final norm."""
         residual: Tensor | None = None
-        for s, stage in enumerate(plan.stages):
+        for stage, following in zip(passes, (*passes[1:], None), strict=True):
             # What depends on the layout is made once here, and shared by the stage's layers.
-            angles = (stage.positions[:, None, None].float() * self.inv_freq).repeat(1, 1, 2)
+            angles = stage.positions[:, None, None].float() * self.frequencies
             cos, sin = angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
-            rope = (cos.to(x.dtype), sin.to(x.dtype))
-            stage_cache = None if cache is None else cache.stages[s].begin(stage, phase)
-            layers = plan.schedule.layers_of_stage(s)
-            for n in layers:
+            rope = Rope(cos.to(x.dtype), sin.to(x.dtype))
+            for n in stage.layers:
                 layer = cast(Layer, self.layers[n])
-                norm = layer.input_layernorm
-                if n > layers.start or stage.is_identity:
-                    x, residual = norm(x, residual)
-                elif residual is None:  # a boundary before layer 0: nothing is there to be added
-                    x, residual = norm(ops.downsample(x, stage))
+                if residual is None:  # nothing is there to be added; a boundary may lie in front
+                    residual = x if stage.rows.is_identity else ops.downsample(x, stage.rows)
+                    x = layer.input_layernorm.alone(residual)
                 else:
-                    # The boundary. x is the output of the MLP before, still to be added: the sum
-                    # and its norm are made of survivors only, and dropped rows are never touched.
-                    x, residual = ops.downsample_add_rms_norm(
-                        x, residual, norm.weight, stage, eps=norm.eps
-                    )
-                x = layer.self_attn(x, rope, stage, stage_cache)
-                x, residual = layer.post_attention_layernorm(x, residual)
+                    x, residual = layer.input_layernorm(x, residual, stage.same)
+                x = layer.self_attn(x, rope, stage)
+                same = stage.same
+                if n == stage.layers[-1] and following is not None:
+                    # The boundary. Rows that it drops have given their K and V, and are never read
+                    # again: the rest of the layer in front of it is of survivors only.
+                    same = following.same
+                    if not following.rows.is_identity:
+                        x, residual = ops.downsample_many([x, residual], following.rows)
+                x = layer.self_attn.o_proj(x)
+                x, residual = layer.post_attention_layernorm(x, residual, same)
                 x = layer.mlp(x)
         return x if residual is None else residual + x
-
-
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotate [T, H, D] by the table of its rows."""
-    cos, sin = rope
-    low, high = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-high, low), dim=-1) * sin
 
 
 class Llava(nn.Module):
@@ -163,6 +164,7 @@ class Llava(nn.Module):
         super().__init__()
         self.config, self.processor = config, processor
         self.schedule = CompressionSchedule.dense(config.num_layers)
+        self.graphs = Graphs()
         self.language_model = Decoder(config)
         hf, size = config.hf, config.hidden_size
         width = hf.vision_config.hidden_size * len(config.feature_layers)
@@ -249,16 +251,54 @@ class Llava(nn.Module):
         """
         if any(plan.stages[0].cached_lens) and (phase is Phase.PREFILL or cache is None):
             raise ValueError("plan: expected one of whole prompts, got one behind cached rows")
-        x = self.language_model(x, plan, cache, phase)
+        passes = passes_of(plan, cache, phase)
+
+        def run(x: Tensor) -> Tensor:
+            return self.language_model(x, passes)
+
+        if cache is not None and phase is Phase.PREFILL and len(x) <= GRAPHED_ROWS:
+            x = self._graphed(plan.layout, run, cache, x)
+        else:
+            x = run(x)
         if cache is not None:
             cache.advance(plan)
         return x
 
+    def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:
+        """Logits, float32 [B, vocab], behind tokens [B] of sequences that stand as `state` says.
+
+        Advances the state. Nothing waits for the device, or is read from it."""
+
+        def run(tokens: Tensor, counters: Tensor, bounds: Tensor) -> Tensor:
+            x = self.language_model.embed_tokens(tokens)
+            return self.logits(self.language_model(x, state.passes(counters, bounds)))
+
+        inputs = (tokens, state.counters, state.bounds)
+        logits = self._graphed(("step", str(self.schedule)), run, state.cache, *inputs)
+        state.advance()
+        return logits
+
+    def _graphed(
+        self, key: Hashable, run: Callable[..., Tensor], cache: KVCache, *inputs: Tensor
+    ) -> Tensor:
+        """run(*inputs), or its CUDA graph: of this layout, these weights, this cache's memory."""
+        config = self.config
+        grouped = config.num_heads != config.num_kv_heads
+        if not reads_lengths_on_device(cache.device, cache.dtype, config.head_dim, grouped):
+            return run(*inputs)
+        weights = (*self.language_model.parameters(), self.head.weight)
+        memory = (*(w.data_ptr() for w in weights), cache.place, current())
+        return self.graphs((key, len(inputs[0]), memory), run, *inputs)
+
     def logits(self, x: Tensor) -> Tensor:
         """Hidden rows [T, hidden] -> float32 [T, vocab]."""
-        x, _ = self.language_model.norm(x)
+        x = self.language_model.norm.alone(x)
+        return F.linear(x, self.head.weight).float()
+
+    @property
+    def head(self) -> nn.Embedding | nn.Linear:
+        """The map to the vocabulary."""
         tied = self.config.hf.tie_word_embeddings
-        head = self.language_model.embed_tokens if tied else self.lm_head
-        return F.linear(x, head.weight).float()
+        return self.language_model.embed_tokens if tied else self.lm_head
 
     generate = generate

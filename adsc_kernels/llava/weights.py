@@ -6,24 +6,22 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from adsc_kernels.checks import shown
-from adsc_kernels.hub import read_json
+from adsc_kernels.hub import plain_name, read_weights, weight_files
 
-# Our names are those of transformers 5 without the leading "model.". transformers 4 nested the
-# decoder one deeper, and some versions put the CLIP tower into a "vision_model" of its own.
-_RENAMES = (
-    (re.compile(r"^language_model\.(lm_head\.)"), r"\1"),
-    (re.compile(r"^language_model\.model\."), "language_model."),
-    (re.compile(r"^model\.(language_model|vision_tower|multi_modal_projector)\."), r"\1."),
-    (re.compile(r"^vision_tower\.vision_model\."), "vision_tower."),
-)
 # Tables that old versions saved, and that follow from the config.
 _DERIVED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Joined(nn.Linear):
+    """Linear maps of the same rows in one GEMM; parts: their names in checkpoints, and columns."""
+
+    def __init__(self, width: int, parts: dict[str, int], bias: bool) -> None:
+        super().__init__(width, sum(parts.values()), bias)
+        self.parts = parts
 
 
 def load_weights(
@@ -34,12 +32,13 @@ def load_weights(
     Raises FileNotFoundError for a missing file; ValueError for a damaged one, and for weights that
     are missing, left over, there twice or of a wrong shape. Fills nothing unless all is well.
     """
-    wanted = {_canonical(name): (name, p.shape) for name, p in model.named_parameters()}
+    sources = _sources(model)
+    wanted = {plain_name(name): (name, at) for s in sources.values() for name, at in s.items()}
     found: dict[str, Tensor] = {}
-    files = _files(folder)
+    files = weight_files(folder)
     for file in tqdm(files, desc="weights", unit="file", disable=len(files) == 1):
-        for name, tensor in _read(file, device).items():
-            target = _canonical(name)
+        for name, tensor in read_weights(file, device).items():
+            target = plain_name(name)
             if _DERIVED.search(target):
                 continue
             if target in found:
@@ -57,41 +56,24 @@ def load_weights(
     if extra and not (extra == ["lm_head.weight"] and torch.equal(found[extra[0]], embedding)):
         raise ValueError(f"{folder}: {len(extra)} weights are left over, {extra[0]} for one")
     dtype = dtype or embedding.dtype
-    state = {name: found[target].to(dtype) for target, (name, _) in wanted.items()}
+    # Here every weight passes by its checkpoint's name, checked and not joined yet: what is to be
+    # merged into named weights (W += scale * B @ A) is merged into `found`.
+    state: dict[str, Tensor] = {}
+    for name, parts in sources.items():
+        tensors = [found.pop(plain_name(part)).to(dtype) for part in parts]
+        state[name] = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
     model.load_state_dict(state, assign=True)
 
 
-def _canonical(name: str) -> str:
-    """A weight's name in any version, as the thin model calls it."""
-    for pattern, replacement in _RENAMES:
-        name = pattern.sub(replacement, name)
-    return name
-
-
-def _files(folder: Path) -> list[Path]:
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise FileNotFoundError(f"{folder}: neither {single.name} nor {index.name} is there")
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise ValueError(f"{index}: expected a weight_map, got {shown(shards)}")
-    for name, shard in shards.items():
-        # A plain name: the index of a stranger's checkpoint may not lead out of its folder.
-        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
-            got = f"{shown(shard)} for {shown(name)}"
-            raise ValueError(f"{index}: weight_map: expected names of safetensors files, got {got}")
-    files = [folder / name for name in sorted(set(shards.values()))]
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file, though {index.name} names it")
-    return files
-
-
-def _read(file: Path, device: torch.device) -> dict[str, Tensor]:
-    try:
-        with safe_open(file, framework="pt", device=str(device)) as weights:
-            return {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{file}: damaged, or no safetensors file ({error})") from error
+def _sources(model: nn.Module) -> dict[str, dict[str, torch.Size]]:
+    """For each parameter the checkpoint's weights that it is made of, with their shapes."""
+    sources = {}
+    for path, module in model.named_modules():
+        for name, p in module.named_parameters(path, recurse=False):
+            parts, end = {name: p.shape}, name.removeprefix(path)
+            if isinstance(module, Joined):
+                above = path.rpartition(".")[0]
+                shapes = {part: torch.Size((n, *p.shape[1:])) for part, n in module.parts.items()}
+                parts = {f"{above}.{part}{end}": shape for part, shape in shapes.items()}
+            sources[name] = parts
+    return sources

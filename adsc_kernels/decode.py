@@ -1,0 +1,128 @@
+"""Decoding in closed form: what a step needs to know is on the device, and advanced there.
+
+Every sequence gets one row in every stage at every step. So rows, positions and lengths of step
+t are those of step 0 plus t: no plan is made, nothing is uploaded, and a captured graph of a step
+reads them as they are by then. A sequence that has ended goes on unread until all have: it has room
+for as many rows as the others, and its cache is as long as the host says at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+from torch import Tensor
+
+from adsc_kernels import checks
+from adsc_kernels.attention import CachedKeys
+from adsc_kernels.cache import KVCache, StagePass, StageRows
+from adsc_kernels.plan import to_device
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """One row of each sequence, which every boundary keeps: as much of a StagePlan as is asked."""
+
+    segments: Tensor
+    cu_seqlens: Tensor
+    num_tokens: int
+
+    @property
+    def num_tokens_in(self) -> int:
+        return self.num_tokens
+
+    @property
+    def seq_lens(self) -> tuple[int, ...]:
+        return (1,) * self.num_tokens
+
+    @property
+    def max_seqlen(self) -> int:
+        return min(1, self.num_tokens)
+
+    @property
+    def is_identity(self) -> bool:
+        return True
+
+
+class DecodeState:
+    """Where each sequence stands in each stage, for the steps behind what `cache` holds.
+
+    counters: int64 [stages, 2, B], the cache row that a sequence's next key goes to and its
+    position. bounds: int32 [stages, 2 * B + 1], `CachedKeys.cu_seqlens_k` with that key. Both on
+    the cache's device. `done`: steps so far.
+    """
+
+    def __init__(self, cache: KVCache, cached: Sequence[int], steps: int) -> None:
+        """cached: tokens that have been run of each sequence. steps: how many may follow.
+
+        Raises ValueError where the cache has no room for them.
+        """
+        checks.instance("cache", cache, KVCache)
+        checks.integer("steps", steps, 0)
+        self.cache, self.steps, self.done = cache, steps, 0
+        self.size = size = len(cached)
+        self._lens = [stage.lens for stage in cache.stages]
+        renumber = cache.schedule.positions == "renumber"
+        counters = np.empty((len(cache.stages), 2, size), np.int64)
+        bounds = np.empty((len(cache.stages), 2 * size + 1), np.int32)
+        for s, stage in enumerate(cache.stages):
+            if len(stage.lens) != size:
+                raise ValueError(f"cached: expected {len(stage.lens)} sequences, got {size}")
+            ends = [n + steps for n in stage.lens]
+            if any(n > c for n, c in zip(ends, stage.capacities, strict=True)):
+                raise ValueError(f"cache: expected room for {ends}, got {stage.capacities}")
+            starts = np.array([0, *accumulate(stage.capacities)])
+            counters[s, 0] = starts[:-1] + stage.lens
+            gone = [len(rows) for rows in stage.gone]  # a plan counts these too
+            counters[s, 1] = np.add(stage.lens, gone) if renumber else cached
+            bounds[s, ::2] = starts
+            bounds[s, 1::2] = starts[:-1] + stage.lens + 1
+        device = cache.device
+        self.counters, self.bounds = to_device(counters, device), to_device(bounds, device)
+        each = np.arange(size + 1, dtype=np.int32)
+        # Of a sequence and the gap behind it the sequence has all rows: 0, 1, 1, 2, 2 ...
+        queries = np.repeat(each, 2)[1:]
+        grows = np.arange(2 * size + 1, dtype=np.int32) % 2
+        table = np.array([[0, 0, size, size, 0, 0]] if size else np.empty((0, 6)), np.int32)
+        self._queries, self._grows = to_device(queries, device), to_device(grows, device)
+        self._rows = StepRows(to_device(table, device), to_device(each, device), size)
+
+    def passes(self, counters: Tensor, bounds: Tensor) -> list[StagePass]:
+        """The next step over these, which are this state's own, or a graph's copies of them."""
+        return [
+            StagePass(
+                layers=stage.layers,
+                rows=self._rows,
+                same=self._rows,
+                positions=counters[s, 1],
+                cache=StageRows(
+                    stage.layers, stage.k, stage.v, counters[s, 0], self._keys(s, bounds)
+                ),
+            )
+            for s, stage in enumerate(self.cache.stages)
+        ]
+
+    def _keys(self, s: int, bounds: Tensor) -> CachedKeys:
+        stage = self.cache.stages[s]
+        return CachedKeys(
+            starts=tuple(accumulate(stage.capacities[:-1], initial=0))[: self.size],
+            lens=tuple(n + self.done + 1 for n in self._lens[s]),
+            max_len=max(stage.capacities, default=0),  # all that the host tells a kernel
+            cu_seqlens_q=self._queries,
+            cu_seqlens_k=bounds[s],
+        )
+
+    def advance(self) -> None:
+        """A step has been run."""
+        if self.done == self.steps:
+            raise ValueError(f"steps: expected at most {self.steps}, which have been run")
+        self.counters += 1
+        self.bounds += self._grows
+        self.done += 1
+
+    def keep(self, counts: Sequence[int]) -> None:
+        """Of the steps' rows the first `counts[b]` of each sequence now count as cached."""
+        for stage, lens in zip(self.cache.stages, self._lens, strict=True):
+            stage.lens = tuple(n + c for n, c in zip(lens, counts, strict=True))

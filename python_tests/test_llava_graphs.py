@@ -1,0 +1,219 @@
+"""Decoding and prefill as graphs, on a CPU: recorded once, replayed over other contents.
+
+The attention stands in for a varlen kernel: one op that reads cumulative lengths when it runs.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from llava_case import IMAGES, PROMPTS, SECOND, SECOND_IMAGES
+from replay import Captures
+from tiny_checkpoints import make_checkpoint
+from torch import Tensor
+
+from adsc_kernels import attention, decode, graphs
+from adsc_kernels.cache import KVCache, Phase, StageCache, passes_of
+from adsc_kernels.decode import DecodeState
+from adsc_kernels.llava import Llava
+from adsc_kernels.plan import make_plan
+from adsc_kernels.schedule import CompressionSchedule
+
+SCHEDULES = ["", "1:1/2,3:1/3", "0:2/3,1:1/2@linspace@renumber", "1:1/2x1/2@grid"]
+
+
+@torch.library.custom_op("adsc_tests::varlen", mutates_args=())
+def varlen(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, longest: int) -> Tensor:
+    out = torch.zeros_like(q)
+    spans = zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True)
+    for a, b, c, d in (map(int, span) for span in spans):
+        if a == b:
+            continue
+        assert d - c <= longest
+        mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
+        parts = (x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
+        made = torch.nn.functional.scaled_dot_product_attention(
+            *parts, attn_mask=mask, enable_gqa=True
+        )
+        out[a:b] = made[0].transpose(0, 1)
+    return out
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
+    """Graphs as on a GPU with flash-attn."""
+    made = Captures()
+
+    def run(q, k, v, stage, keys, scale):
+        cu_q, cu_k, _, longest = attention._varlen_arguments(stage, keys)
+        return varlen(q, k.contiguous(), v.contiguous(), cu_q, cu_k, longest)
+
+    why_not = attention._why_not
+    monkeypatch.setattr(
+        attention, "_why_not", lambda name, *a: None if name == "flash_attn" else why_not(name, *a)
+    )
+    monkeypatch.setitem(attention._RUN, "flash_attn", run)
+    monkeypatch.setattr(graphs, "capturable", lambda device: True)
+    monkeypatch.setattr(graphs, "capture", made)
+    return made
+
+
+@pytest.fixture
+def same_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cache of as many rows lies where the first of them lay."""
+    tensors: dict[object, list[Tensor]] = {}
+
+    def fit(self: StageCache, needed: list[int]) -> None:
+        for name in ("k", "v"):
+            made = [t.new_empty((sum(needed), *t.shape[1:])) for t in getattr(self, name)]
+            setattr(self, name, tensors.setdefault((name, self.layers, sum(needed)), made))
+        self.capacities = tuple(needed)
+
+    monkeypatch.setattr(StageCache, "fit", fit)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Llava:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    make_checkpoint(folder, seed=5, layers=4, kv_heads=2)
+    return Llava.from_pretrained(folder, device="cpu")
+
+
+def fresh(model: Llava, schedule: str) -> Llava:
+    """Under a schedule, with no graphs yet."""
+    twin = model.with_schedule(schedule)
+    twin.graphs = graphs.Graphs()
+    return twin
+
+
+def turns(model: Llava, prompts=PROMPTS, images=IMAGES, second=SECOND, more=SECOND_IMAGES):
+    first = model.generate(prompts, images, max_new_tokens=7)
+    then = model.generate(second, more, max_new_tokens=6, conversation=first.conversation)
+    return first.token_ids, then.token_ids
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_tokens_equal_those_without_graphs(model, captures, schedule):
+    plain = fresh(model, schedule)
+    plain.graphs.enabled = False
+    want = turns(plain)
+    assert not captures.made
+    got = turns(graphed := fresh(model, schedule))
+    assert got == want
+    # Of seven tokens six are steps: one as it is, one captured; all but the first are replayed.
+    assert captures.replays >= 5 + 4
+    assert len(graphed.graphs) >= 2
+
+
+def test_the_stand_in_sees_what_the_host_counts(model, captures, monkeypatch):
+    """Lengths that a graph takes from the host stay those of capture, and tokens go wrong."""
+    want = turns(fresh(model, SCHEDULES[1]))
+
+    def frozen(self, s, bounds):
+        keys = real(self, s, bounds)
+        starts = torch.tensor(keys.starts, dtype=torch.int32)
+        ends = starts + torch.tensor(keys.lens, dtype=torch.int32)
+        cu_k = bounds[s].clone()
+        cu_k[1::2] = ends
+        return decode.CachedKeys(keys.starts, keys.lens, keys.max_len, keys.cu_seqlens_q, cu_k)
+
+    real = DecodeState._keys
+    monkeypatch.setattr(DecodeState, "_keys", frozen)
+    assert turns(fresh(model, SCHEDULES[1])) != want
+
+
+def test_a_repeated_prompt_is_replayed_whole(model, captures, same_memory):
+    """The same memory, then: other pictures and words of the same layout, and the same graphs."""
+    twin = fresh(model, SCHEDULES[1])
+    plain = fresh(model, SCHEDULES[1])
+    plain.graphs.enabled = False
+    other = ["w9 w8 <image> w7", *PROMPTS[1:]]
+    for _ in range(2):
+        twin.generate(PROMPTS, IMAGES, max_new_tokens=3)
+    made, replays = len(captures.made), captures.replays
+    images = [IMAGES[3][:1], *IMAGES[1:]]
+    got = twin.generate(other, images, max_new_tokens=3)
+    assert len(captures.made) == made == 2  # of the prompts and of a step
+    assert captures.replays == replays + 3
+    assert got.token_ids == plain.generate(other, images, max_new_tokens=3).token_ids
+
+
+def test_another_layout_is_another_graph(model, captures, same_memory):
+    """Of the same rows in all: nothing is replayed that was captured of other spans."""
+    twin = fresh(model, "1:1/2")
+    plain = fresh(model, "1:1/2")
+    plain.graphs.enabled = False
+    prompts = ("w1 w2 <image> w3", "w1 <image> w2 w3", "<image> w1 w2 w3")
+    want = [plain.generate([prompt], IMAGES[:1], max_new_tokens=2).token_ids for prompt in prompts]
+    for prompt, ids in zip(prompts * 3, want * 3, strict=True):
+        assert twin.generate([prompt], IMAGES[:1], max_new_tokens=2).token_ids == ids
+    assert len(captures.made) == 3 + 1  # a step is the same behind all of them
+
+
+def test_graphs_are_bounded():
+    kept = graphs.Graphs(most=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "capturable", lambda device: True)
+        patch.setattr(graphs, "capture", Captures())
+        for key in (1, 2, 1, 2, 3, 1, 3, 1):
+            assert kept(key, lambda x: x + 1, torch.full((1,), float(key))) == key + 1
+            assert len(kept._known) <= 2
+        assert len(kept) == 2
+    assert kept(1, lambda x: x + 2, torch.ones(1)) == 3  # on a CPU there are none
+    with pytest.raises(ValueError, match="most"):
+        graphs.Graphs(most=0)
+
+
+# ---- The state ---------------------------------------------------------------------------------
+
+
+def cache_of(schedule: str, lens: tuple[int, ...], room: int) -> KVCache:
+    cache = KVCache(CompressionSchedule.parse(schedule, 3), len(lens), 1, 4, torch.float32, "cpu")
+    for stage in cache.stages:
+        stage.fit([n + room for n in lens])
+        stage.lens = lens
+    return cache
+
+
+def test_a_cache_without_room():
+    cache = cache_of("1:1/2", (4, 2), room=2)
+    with pytest.raises(ValueError, match="cache: expected room"):
+        DecodeState(cache, [4, 2], 3)
+    with pytest.raises(ValueError, match="cached: expected 2 sequences, got 1"):
+        DecodeState(cache, [4], 1)
+    with pytest.raises(TypeError, match="cache: "):
+        DecodeState(None, [4, 2], 1)
+    state = DecodeState(cache, [4, 2], 1)
+    state.advance()
+    with pytest.raises(ValueError, match="steps: expected at most 1"):
+        state.advance()
+
+
+def test_what_a_state_says_is_what_a_plan_says():
+    """At every step: rows, positions and lengths of a plan made for it."""
+    for positions in ("original", "renumber"):
+        schedule = CompressionSchedule.parse(f"1:1/3@{positions}", num_layers=3)
+        layout = ([0, 12, 20], [(0, 1, 7), (1, 0, 6)])
+        cache = KVCache(schedule, 2, 1, 4, torch.float32, "cpu")
+        whole = make_plan(schedule, *layout)
+        cache.fit(whole, extra=3)
+        cache.advance(whole)
+        state = DecodeState(cache, [12, 8], 3)
+        for step in range(3):
+            bounds = ([0, 12 + step + 1, 20 + 2 * step + 2], layout[1])
+            chunks = [(12 + step, 13 + step), (8 + step, 9 + step)]
+            plan = make_plan(schedule, *bounds, chunks=chunks)
+            want = passes_of(plan, cache, Phase.DECODE)
+            got = state.passes(state.counters, state.bounds)
+            for mine, truth in zip(got, want, strict=True):
+                assert mine.positions.tolist() == truth.positions.tolist()
+                assert mine.cache.rows.tolist() == truth.cache.rows.tolist()
+                assert mine.cache.keys.lens == truth.cache.keys.lens
+                assert mine.cache.keys.starts == truth.cache.keys.starts
+                for name in ("cu_seqlens_q", "cu_seqlens_k"):
+                    one, other = (getattr(p.cache.keys, name) for p in (mine, truth))
+                    assert one.tolist() == other.tolist()
+                assert mine.rows.cu_seqlens.tolist() == truth.rows.cu_seqlens.tolist()
+                assert mine.rows.segments.tolist() == truth.rows.segments.tolist()
+            state.advance()
+            cache.advance(plan)
