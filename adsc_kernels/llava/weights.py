@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from adsc_kernels import adapters
 from adsc_kernels.checks import shown
 from adsc_kernels.hub import read_json
 
@@ -27,9 +28,15 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def load_weights(
-    model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype | None
+    model: nn.Module,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    adapter: Path | None = None,
 ) -> None:
     """Fill a model that lies on the meta device; `dtype=None` takes the token embedding's.
+
+    adapter: the folder of one that is merged into the weights.
 
     Raises FileNotFoundError for a missing file; ValueError for a damaged one, and for weights that
     are missing, left over, there twice or of a wrong shape. Fills nothing unless all is well.
@@ -57,6 +64,8 @@ def load_weights(
     if extra and not (extra == ["lm_head.weight"] and torch.equal(found[extra[0]], embedding)):
         raise ValueError(f"{folder}: {len(extra)} weights are left over, {extra[0]} for one")
     dtype = dtype or embedding.dtype
+    if adapter is not None:
+        adapters.merge(found, adapter, _canonical)
     state = {name: found[target].to(dtype) for target, (name, _) in wanted.items()}
     model.load_state_dict(state, assign=True)
 

@@ -17,7 +17,7 @@ from adsc_kernels import checks
 from adsc_kernels.hub import find_folder, read_json
 from adsc_kernels.integrations.hf import FAMILIES
 from adsc_kernels.schedule import CompressionSchedule
-from adsc_kernels.training.adapters import fingerprint, write_facts
+from adsc_kernels.adapters import fingerprint, write_facts
 from adsc_kernels.training.batches import Conversations, pack, pad
 from adsc_kernels.training.config import LoraSettings, TrainConfig
 from adsc_kernels.training.curriculum import Curriculum
