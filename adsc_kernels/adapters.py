@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -65,7 +64,7 @@ def write_facts(folder: Path, schedule: CompressionSchedule, base: str, training
 
 
 def read_schedule(folder: Path, base: str | None = None) -> CompressionSchedule:
-    """The schedule of an adapter; ValueError where it is of another model than the digest `base`."""
+    """The schedule of an adapter; ValueError where its model is not that of digest `base`."""
     facts = read_json(folder / FILE)
     made_for = facts.get("base_norm_sha256")
     if base is not None and made_for != base:

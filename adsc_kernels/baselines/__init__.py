@@ -1,6 +1,6 @@
 """Other ways of answering with fewer vision tokens, re-implemented to be compared at equal cost.
 
-A budget is the average of vision tokens that decoder layers *process*: what comes into each of them.
+A budget is the average of vision tokens that decoder layers *process*: what comes into each.
 Each method is one file; `method.py` is what they share, `decoder.py` runs layers on rows that were
 chosen. They show selection rules on the thin LLaVA, in batches, and are not tuned for speed.
 """

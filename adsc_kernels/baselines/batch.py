@@ -1,4 +1,4 @@
-"""Questions with their answers as one packed batch, and the hidden rows that predict the answers."""
+"""Questions with their answers as one packed batch, and the rows that predict the answers."""
 
 from __future__ import annotations
 

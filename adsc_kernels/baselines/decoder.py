@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from adsc_kernels import ops
 from adsc_kernels.llava import Llava
 from adsc_kernels.llava.model import Layer, Rope, rotate
+from adsc_kernels.plan import StagePlan
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def run(model: Llava, x: Tensor, rows: Rows, select: Select | None = None) -> tu
     before: View | None = None
     rope = table(model, rows.positions, x)
     for n, module in enumerate(model.language_model.layers):
-        layer: Layer = module  # type: ignore[assignment]
+        layer = cast(Layer, module)
         normed, residual = layer.input_layernorm(x, residual)
         here = View(layer, normed, rope, rows)
         kept = None if select is None else select(n, before, here)
@@ -114,10 +116,11 @@ def run(model: Llava, x: Tensor, rows: Rows, select: Select | None = None) -> tu
             normed, residual = ops.downsample_many([normed, residual], keep_indices=index)
             rope = table(model, rows.positions, x)
             here = View(layer, normed, rope, rows)
-        x = layer.self_attn(normed, rope, rows, None)  # type: ignore[arg-type]
+        # Attention reads of a stage what Rows has.
+        x = layer.self_attn(normed, rope, cast(StagePlan, rows), None)
         x, residual = layer.post_attention_layernorm(x, residual)
         x, before = layer.mlp(x), here
-    return residual + x, rows
+    return (x if residual is None else residual + x), rows
 
 
 def table(model: Llava, positions: Tensor, like: Tensor) -> Rope:

@@ -1,10 +1,11 @@
-"""What a method is: where it drops or merges vision tokens, and how many each layer then processes."""
+"""What a method is: where it drops or merges vision tokens, and how many each layer processes."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from adsc_kernels.llava import Llava, LlavaConfig
 
 
 class Method(ABC):
-    """A way of answering with fewer vision tokens. `tokens`: in each decoder layer, of a picture."""
+    """A way of answering with fewer vision tokens. `tokens`: of a picture, in each layer."""
 
     tokens: list[int]
 
@@ -107,11 +108,10 @@ def whole_layers_first(name: str, config: LlavaConfig, budget: int, whole: int) 
 def stages(boundaries: Sequence[int], counts: Sequence[int], layers: int) -> list[int]:
     """Tokens in each layer: counts[0] up to the first boundary, counts[1] from there on, ..."""
     edges = [0, *boundaries, layers]
-    sizes = [end - begin for begin, end in zip(edges, edges[1:], strict=False)]
+    sizes = [end - begin for begin, end in pairwise(edges)]
     return [n for n, size in zip(counts, sizes, strict=True) for _ in range(size)]
 
 
 def strongest(scores: Tensor, count: int) -> Tensor:
     """Where the `count` highest scores are, rising."""
     return scores.topk(min(count, len(scores))).indices.sort().values
-

@@ -18,10 +18,10 @@ class PyramidDrop(InDecoder):
     """Before each quarter of the depth but the first, the share `keep` of the patches, by queries
     and keys of that very layer, mean over heads.
 
-    The share is the largest that the budget allows. With boundaries at the quarters no share reaches
-    a quarter of the tokens; the authors' settings for such budgets are unanswered, so there all
-    three move to the front alike, as little as lets the share be a quarter. Positions stay: in the
-    original they are numbered anew.
+    The share is the largest that the budget allows. With boundaries at the quarters no share gets
+    below a quarter of the tokens; the authors' settings for such budgets are unanswered, so there
+    all three move to the front alike, as little as lets the share be a quarter. Positions stay: in
+    the original they are numbered anew.
     """
 
     def __init__(self, config: LlavaConfig, budget: int) -> None:

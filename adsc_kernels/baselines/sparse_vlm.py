@@ -1,4 +1,4 @@
-"""SparseVLM: after three layers, by how much the words that regard the picture look at each patch."""
+"""SparseVLM: after three layers, by how much words that regard the picture look at each patch."""
 
 from __future__ import annotations
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
 from transformers.activations import ACT2FN
 
 from adsc_kernels.baselines.method import BeforeDecoder, strongest
@@ -64,13 +65,13 @@ class VisionZip(BeforeDecoder):
         return torch.cat([features[dominant], others[targets] + total / count[:, None]])
 
 
-def encoder_layers(model: Llava) -> torch.nn.ModuleList:
+def encoder_layers(model: Llava) -> Any:
     """Of the tower, wherever the installed transformers has them."""
-    tower = getattr(model.vision_tower, "vision_model", model.vision_tower)
+    tower: Any = getattr(model.vision_tower, "vision_model", model.vision_tower)
     return tower.encoder.layers
 
 
-def cls_attention(layer: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def cls_attention(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """CLS's shares on the patches, summed over heads [P, patches], and each token's keys, mean over
     heads [P, 1 + patches, head width]; x: what comes into the layer.
     """

@@ -40,7 +40,9 @@ class Conversations(Dataset[dict[str, Tensor]]):
         ids = item["input_ids"]
         if ids.shape[1] > self.max_tokens:
             got = f"{ids.shape[1]} tokens"
-            raise ValueError(f"record {record.index}: expected at most {self.max_tokens}, got {got}")
+            raise ValueError(
+                f"record {record.index}: expected at most {self.max_tokens}, got {got}"
+            )
         item["labels"] = self._labels(record, messages, text, ids)
         return item
 

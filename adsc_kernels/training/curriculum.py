@@ -36,7 +36,10 @@ class Curriculum:
         rising = settings.direction == "strong_to_mild"
         through = [CompressionSchedule.parse(t, schedule.num_layers) for t in settings.through]
         for other in through:
-            if average(other) == average(schedule) or (average(other) < average(schedule)) != rising:
+            if (
+                average(other) == average(schedule)
+                or (average(other) < average(schedule)) != rising
+            ):
                 want = "stronger" if rising else "milder"
                 raise ValueError(
                     f"curriculum.through: expected schedules {want} than {str(schedule)!r}, "

@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments, set_seed
 
 from adsc_kernels import checks
+from adsc_kernels.adapters import fingerprint, write_facts
 from adsc_kernels.hub import find_folder, read_json
 from adsc_kernels.integrations.hf import FAMILIES
 from adsc_kernels.schedule import CompressionSchedule
-from adsc_kernels.adapters import fingerprint, write_facts
 from adsc_kernels.training.batches import Conversations, pack, pad
 from adsc_kernels.training.config import LoraSettings, TrainConfig
 from adsc_kernels.training.curriculum import Curriculum
@@ -80,7 +80,7 @@ def lora(settings: LoraSettings, decoder: str) -> Any:
     names = "|".join(map(re.escape, settings.targets))
     return LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # any number will do
         lora_dropout=settings.dropout,
         target_modules=rf".*{re.escape(decoder)}\..*\.({names})",
         bias="none",
@@ -118,6 +118,12 @@ def _trainer(config: TrainConfig, states: Path) -> tuple[ScheduledTrainer, dict[
 
 
 def _arguments(config: TrainConfig, states: Path) -> TrainingArguments:
+    known = TrainingArguments.__dataclass_fields__  # transformers 5 renamed what 4.5x had
+    name = next(n for n in ("activation", "gradient") if f"{n}_checkpointing" in known)
+    again: dict[str, Any] = {
+        f"{name}_checkpointing": True,
+        f"{name}_checkpointing_kwargs": {"use_reentrant": False},
+    }
     device = None if config.device is None else checks.usable_device("device", config.device)
     return TrainingArguments(
         output_dir=str(states),
@@ -130,8 +136,6 @@ def _arguments(config: TrainConfig, states: Path) -> TrainingArguments:
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         bf16=config.dtype == "bfloat16",
-        gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         dataloader_num_workers=config.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         logging_steps=config.log_every,
@@ -144,6 +148,7 @@ def _arguments(config: TrainConfig, states: Path) -> TrainingArguments:
         remove_unused_columns=False,
         label_names=["labels"],
         ddp_find_unused_parameters=False,
+        **(again if config.gradient_checkpointing else {}),
     )
 
 

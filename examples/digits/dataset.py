@@ -1,4 +1,4 @@
-"""Write digits pictures and questions as a folder in LLaVA's format, for `adsc train` and `adsc eval`.
+"""Write pictures and questions as a folder in LLaVA's format, for `adsc train` and `adsc eval`.
 
 python dataset.py --split train --pictures 4000 --out data/train
 python dataset.py --split held-out --pictures 150 --seed 7 --out data/held-out

@@ -1,13 +1,7 @@
-"""The training runs behind docs/accuracy.md: one YAML each for `adsc train`, and all of them in turn.
-
-python runs.py --data data/train --work runs/accuracy            # goes on where it stopped
-python runs.py --data data/train --work runs/accuracy --only 64-strong_to_mild-0
-"""
+"""The training runs behind docs/accuracy.md: one YAML each for `adsc train`."""
 
 from __future__ import annotations
 
-import argparse
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -89,24 +83,14 @@ RUNS = (
 )
 
 
-def main() -> None:
+def train_all(data: Path, work: Path) -> None:
     """Train what is not trained yet, one run after another."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="of these runs")
-    args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
     for run in RUNS:
-        if args.only and run.name not in args.only:
+        if (work / run.name / "adapter").is_dir():
             continue
-        file = args.work / f"{run.name}.yaml"
-        file.write_text(yaml.safe_dump(run.config(args.data, args.work), sort_keys=False))
+        file = work / f"{run.name}.yaml"
+        file.write_text(yaml.safe_dump(run.config(data, work), sort_keys=False))
         command = [sys.executable, "-m", "adsc_kernels.cli", "train", "--config", str(file)]
-        done = subprocess.run(command, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-        if done.returncode:
-            sys.exit(f"{run.name}: adsc train ended with status {done.returncode}")
-
-
-if __name__ == "__main__":
-    main()
+        if done := subprocess.run(command).returncode:
+            sys.exit(f"{run.name}: adsc train ended with status {done}")
