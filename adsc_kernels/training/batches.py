@@ -1,4 +1,4 @@
-"""Records to what a transformers model trains on: tokens with labels on answers, padded or packed."""
+"""Records to what a model trains on: tokens with labels on answers, padded or packed."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def pad(items: list[dict[str, Tensor]], pad_token: int) -> dict[str, Tensor]:
 
 
 def pack(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """All in one row without padding; each one's positions start anew, by which they are told apart.
+    """All in one row without padding; positions start anew with each, which tells them apart.
 
     The first label of each is ignored as it is: no answer begins a conversation.
     """

@@ -1,4 +1,4 @@
-"""What a training run is told: a YAML file, read into `TrainConfig`, every key and value checked."""
+"""What a training run is told: a YAML file, read into `TrainConfig`, all of it checked."""
 
 from __future__ import annotations
 
