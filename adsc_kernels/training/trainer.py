@@ -48,6 +48,8 @@ class ScheduledTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The model's own loss; under distillation, a share of it is KL from the dense model."""
+        # With a cache transformers doesn't look for packed sequences, and masks them as one.
+        inputs = {**inputs, "use_cache": False}
         weight = self.distillation.weight
         teacher = self._dense_logits(inputs) if weight else None
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -64,7 +66,7 @@ class ScheduledTrainer(Trainer):
         try:
             with torch.no_grad(), base.disable_adapter():
                 given = {name: value for name, value in inputs.items() if name != "labels"}
-                return base(**given, use_cache=False).logits
+                return base(**given).logits
         finally:
             self.set_schedule(schedule)
 
