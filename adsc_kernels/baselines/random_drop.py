@@ -24,7 +24,7 @@ class RandomDrop(InDecoder):
 
     def selector(self, x: Tensor, rows: Rows, batch: Batch) -> Select:
         """As `InDecoder.selector`."""
-        draws = [torch.Generator().manual_seed(self.seed * 2**32 + n) for n in batch.numbers]
+        draws = [torch.Generator().manual_seed(self.seed * 1_000_003 + n) for n in batch.numbers]
 
         def select(n: int, before: View | None, here: View) -> Sequence[Tensor] | None:
             if n not in self.counts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ TABLE = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}
 
 class SparseVLM(InDecoder):
     """Raters are the prompt's words whose mean share of softmax(vision text^T), over the embeddings
-    that come in, is above the average. What stays is what they look at most, mean over heads and
-    raters, in the layer that has run.
+    that come in, is at least the average. What stays is what they look at most, mean over heads
+    and raters, in the layer that has run.
 
     The nearest row of the authors' table is scaled so that what layers *process* meets the budget;
     theirs counts what is left behind each drop. Where the layers in front take too much of the
@@ -29,9 +29,9 @@ class SparseVLM(InDecoder):
 
     def __init__(self, config: LlavaConfig, budget: int) -> None:
         depth, size = config.num_layers, config.tokens_per_image
-        self.layers = [max(depth * n // 32, 1) for n in (4, 8, 16)]
+        self.layers = _rising(depth * n // 32 for n in (4, 8, 16))
         if self.layers[0] * size * 2 > budget * depth:
-            self.layers = [max(n // 2, 1) for n in self.layers]
+            self.layers = _rising(n // 2 for n in self.layers)
         whole_layers_first("sparse_vlm", config, budget, self.layers[0])
         row = TABLE[min(TABLE, key=lambda name: abs(name - budget))]
         self.counts = [size, 0, 0, 0]
@@ -65,8 +65,16 @@ class SparseVLM(InDecoder):
         return select
 
 
+def _rising(layers: Iterable[int]) -> list[int]:
+    """Each behind the one before, as in a shallow decoder they may not be; none before layer 1."""
+    found = [0]
+    for layer in layers:
+        found.append(max(layer, found[-1] + 1))
+    return found[1:]
+
+
 def raters_of(prompt: Tensor, span: tuple[int, int]) -> Tensor:
     """Which rows behind the picture rate it; prompt: [rows, hidden]."""
     vision, text = prompt[slice(*span)], prompt[span[1] :]
     shares = (vision @ text.T).float().softmax(-1).mean(0)
-    return torch.nonzero(shares > shares.mean())[:, 0] + span[1]
+    return torch.nonzero(shares >= shares.mean())[:, 0] + span[1]

@@ -43,7 +43,6 @@ def evaluations(work: Path) -> Iterator[list[str]]:
     """Arguments of `adsc eval`, the most telling first; adapters as far as they are there."""
     schedules = [SCHEDULES[budget] for budget in BUDGETS]
     yield ["--method", "adsc", "--schedule", *schedules[:3]]
-    yield ["--method", "adsc", "--schedule", ""]
     for run in RUNS:
         adapter = work / "runs" / run.name / "adapter"
         if not adapter.is_dir():
@@ -51,6 +50,7 @@ def evaluations(work: Path) -> Iterator[list[str]]:
         yield ["--adapter", str(adapter), "--method", "adsc"]
         if run.budget == "dense":  # more training alone, then dropped from
             yield ["--adapter", str(adapter), "--method", "adsc", "--schedule", *schedules]
+    yield ["--method", "adsc", "--schedule", ""]
     yield ["--method", "random", "--schedule", *schedules[:3], "--seed", *SEEDS]
     for budget in BUDGETS:
         for name in OTHERS:
