@@ -1,4 +1,4 @@
-"""Baselines restated plainly: transformers' own layers and attentions, one sequence, index lists."""
+"""Baselines restated plainly: transformers' layers and attentions, one sequence, index lists."""
 
 from __future__ import annotations
 
