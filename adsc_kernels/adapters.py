@@ -22,6 +22,30 @@ from adsc_kernels.schedule import CompressionSchedule
 
 FILE = "adsc.json"
 NORM = "language_model.norm.weight"  # as the thin model names it
+_CARD = """---
+base_model: {name}
+library_name: peft
+---
+
+# {name} under `{schedule}`
+
+A LoRA adapter that `adsc train` made: the model answers while vision tokens are dropped by the
+schedule, which `adsc.json` holds. Without the schedule, and under another, it is out of place.
+
+```python
+from adsc_kernels.llava import Llava
+
+model = Llava.from_pretrained(base, adapter=folder)  # under the adapter's schedule
+```
+
+With peft: `PeftModel.from_pretrained(model, folder)`, then `adsc.apply_adsc(model, schedule)`.
+
+How it was made:
+
+```json
+{training}
+```
+"""
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight")
 # What an adapter may say of itself beside plain LoRA, and what it has to be here.
 _PLAIN: dict[str, tuple[object, ...]] = {
@@ -57,10 +81,21 @@ def digest(norm: Tensor) -> str:
     return hashlib.sha256(norm.detach().float().cpu().numpy().tobytes()).hexdigest()
 
 
-def write_facts(folder: Path, schedule: CompressionSchedule, base: str, training: Any) -> None:
-    """Beside the adapter; training: plain values that say how it was made."""
+def write_facts(
+    folder: Path, schedule: CompressionSchedule, base: str, name: str, training: Any
+) -> None:
+    """Beside the adapter: its schedule, a card in place of PEFT's empty one, and the model's name
+    in place of where it lay.
+
+    base: the model's `fingerprint`. training: plain values that say how the adapter was made.
+    """
     facts = {"schedule": schedule.to_dict(), "base_norm_sha256": base, "training": training}
     (folder / FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    config = folder / "adapter_config.json"
+    settings = {**read_json(config), "base_model_name_or_path": name}
+    config.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    card = _CARD.format(name=name, schedule=schedule, training=json.dumps(training, indent=1))
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def read_schedule(folder: Path, base: str | None = None) -> CompressionSchedule:

@@ -249,6 +249,9 @@ def test_the_thin_model_and_peft_read_an_adapter_alike(adapter: Path) -> None:
     plain = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     tuned = peft.PeftModel.from_pretrained(base, adapter).merge_and_unload()
     theirs = dict(tuned.model.language_model.named_parameters())
+    for file in adapter.iterdir():
+        if file.suffix in (".json", ".md"):
+            assert str(MODEL) not in file.read_text(), file
     moved = 0
     for name, tensor in thin.language_model.named_parameters():
         assert torch.allclose(tensor, theirs[name], atol=1e-6), name

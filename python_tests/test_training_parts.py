@@ -250,6 +250,17 @@ def test_padding_and_packing_hold_the_same_tokens(items: Any) -> None:
     assert packed["pixel_values"].shape == padded["pixel_values"].shape == (2, 3, 48, 48)
 
 
+def test_answers_end_whatever_the_template_says(tmp_path: Path) -> None:
+    """LLaVA-1.5's own puts a space behind an answer, and no end."""
+    plain = AutoProcessor.from_pretrained(bundled_checkpoint())
+    plain.chat_template = plain.chat_template.replace("else eos_token", "else ' '")
+    assert "eos_token" not in plain.chat_template
+    talk = record("<image>\nRead row 2.", "7", "How many 7s are there?", "1")
+    data = Conversations(Records(write_records(tmp_path, [talk])), plain, 4096)
+    answers = [plain.tokenizer.decode(part) for part in _runs(data[0]["labels"][0])]
+    assert [text.rstrip() for text in answers] == [" 7</s>", " 1</s>"]
+
+
 def test_a_record_that_is_too_long_is_named(tmp_path: Path, processor: Any) -> None:
     data = Conversations(Records(write_records(tmp_path, [GOOD])), processor, 100)
     with pytest.raises(ValueError, match="record 0: expected at most 100, got 594"):

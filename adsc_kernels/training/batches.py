@@ -25,13 +25,17 @@ class Conversations(Dataset[dict[str, Tensor]]):
 
     def __init__(self, records: Records, processor: Any, max_tokens: int) -> None:
         self.records, self.processor, self.max_tokens = records, processor, max_tokens
+        # LLaVA-1.5's template doesn't end an answer, and who never saw an end never stops.
+        stop = processor.tokenizer.eos_token or ""
+        probe = processor.apply_chat_template(Record(0, None, (("a", "b"),), "").messages())
+        self.ending = "" if probe.rstrip().endswith(stop) else stop
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, at: int) -> dict[str, Tensor]:
         record = self.records[at]
-        messages = record.messages()
+        messages = record.messages(self.ending)
         text = self.processor.apply_chat_template(messages)
         image = record.image()
         given = {} if image is None else {"images": [image]}

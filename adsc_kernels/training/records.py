@@ -46,14 +46,14 @@ class Record:
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"record {self.index}: {error}") from error
 
-    def messages(self) -> list[dict[str, Any]]:
-        """The conversation as chat templates take it."""
+    def messages(self, ending: str = "") -> list[dict[str, Any]]:
+        """The conversation as chat templates take it, each answer with `ending` behind it."""
         found: list[dict[str, Any]] = []
         for number, (question, answer) in enumerate(self.turns):
             text = {"type": "text", "text": question}
             picture = [{"type": "image"}] if number == 0 and self.picture is not None else []
             found.append({"role": "user", "content": [*picture, text]})
-            answered = [{"type": "text", "text": answer}]
+            answered = [{"type": "text", "text": answer + ending}]
             found.append({"role": "assistant", "content": answered})
         return found
 

@@ -51,7 +51,8 @@ def train(config: TrainConfig) -> Path:
             training = {**asdict(config), "seconds": round(seconds, 1)}
             for name in ("model", "data", "out", "pictures"):  # names of places on one machine
                 training.pop(name)
-            _write(trainer, adapter, facts["schedule"], facts["base"], training)
+            name = Path(config.model).name if Path(config.model).is_dir() else config.model
+            _write(trainer, adapter, facts["schedule"], facts["base"], name, training)
         trainer.accelerator.wait_for_everyone()
     except FloatingPointError as error:
         raise FloatingPointError(f"{error}; {_left(states)}") from None
@@ -170,13 +171,18 @@ def _claim(out: Path, config: TrainConfig) -> None:
 
 
 def _write(
-    trainer: ScheduledTrainer, adapter: Path, schedule: CompressionSchedule, base: str, how: Any
+    trainer: ScheduledTrainer,
+    adapter: Path,
+    schedule: CompressionSchedule,
+    base: str,
+    name: str,
+    how: Any,
 ) -> None:
     """Under another name first, so that the adapter is whole or not there."""
     part = adapter.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
     trainer.accelerator.unwrap_model(trainer.model).save_pretrained(part)
-    write_facts(part, schedule, base, how)
+    write_facts(part, schedule, base, name, how)
     os.replace(part, adapter)
 
 

@@ -2,18 +2,22 @@
 
 python accuracy.py --work runs/accuracy                 # goes on where it stopped
 python accuracy.py --work runs/accuracy --part eval     # what can be evaluated so far
+python accuracy.py --work runs/accuracy --part export --out ../../docs/accuracy.json
 python ../../tools/accuracy_page.py                     # the page, of docs/accuracy.json
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from adsc_kernels.evaluation.run import questions_of, summary
+from adsc_kernels.training.records import Records
 from dataset import write
 from runs import RUNS, SCHEDULES, train_all
 
@@ -61,12 +65,41 @@ def evaluations(work: Path) -> Iterator[list[str]]:
     yield ["--method", "random", "--schedule", *schedules[3:], "--seed", *SEEDS]
 
 
+def export(work: Path, held_out: Path) -> dict[str, Any]:
+    """What was measured on all questions, and how the adapters came about."""
+    results = json.loads((work / "accuracy.json").read_text())
+    questions = questions_of(Records(held_out))
+    whole = [run for run in results["runs"] if len(run["right"]) == len(questions)]
+    dense = [run["right"] for run in whole if run["schedule"] == "" and run["adapter"] is None]
+    rows = []
+    for run in whole:
+        found = summary(run, questions, *dense)
+        rows.append({**{name: run[name] for name in run if name != "right"}, **rounded(found)})
+    facts = {
+        run.name: json.loads((work / "runs" / run.name / "adapter" / "adsc.json").read_text())
+        for run in RUNS
+        if (work / "runs" / run.name / "adapter").is_dir()
+    }
+    training = {name: fact["training"] for name, fact in facts.items()}
+    about = {**results["about"], "schedules": SCHEDULES}
+    return {"about": about, "runs": rows, "training": training}
+
+
+def rounded(value: Any) -> Any:
+    """To a hundredth of a per cent."""
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(part) for part in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
 def main() -> None:
     """Do what is left of all parts, or of one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--part", choices=["data", "train", "eval"], help="(all)")
-    parser.add_argument("--out", type=Path, help="where the results are copied")
+    parser.add_argument("--part", choices=["data", "train", "eval", "export"])
+    parser.add_argument("--out", type=Path, help="JSON of what was measured")
     args = parser.parse_args()
     train, held_out = data(args.work)
     if args.part in (None, "train"):
@@ -78,8 +111,8 @@ def main() -> None:
             command += ["--data", str(held_out), "--out", str(results), *arguments]
             if done := subprocess.run(command).returncode:
                 sys.exit(f"adsc eval ended with status {done}")
-        if args.out is not None:
-            shutil.copy(results, args.out)
+    if args.part in (None, "export") and args.out is not None:
+        args.out.write_text(json.dumps(export(args.work, held_out), indent=1) + "\n")
 
 
 if __name__ == "__main__":
