@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from adsc_kernels.cli import account, bench, doctor, plan, run, visualize
+from adsc_kernels.cli import account, bench, doctor, eval, plan, run, train, visualize
 from adsc_kernels.errors import UnsupportedError
 
 UNWRITTEN = 1
@@ -44,6 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     account.add_parser(commands)
     plan.add_parser(commands)
     visualize.add_parser(commands)
+    train.add_parser(commands)
+    eval.add_parser(commands)
     bench.add_parser(commands)
     doctor.add_parser(commands)
     return parser

@@ -11,7 +11,7 @@ import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable
 from fractions import Fraction
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from adsc_kernels import checks
 from adsc_kernels.budget import PRESETS
@@ -96,6 +96,11 @@ def device(name: str | None) -> torch.device:
 
 def progress(steps: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
     """The same steps with a bar on stderr, where that is a terminal."""
+    return bar(what, total, steps)
+
+
+def bar(what: str, total: int | None = None, steps: Iterable[Any] | None = None) -> Any:
+    """tqdm's bar on stderr, where that is a terminal."""
     from tqdm import tqdm
 
     hidden = True if sys.stderr is None else None  # None: tqdm asks whether it is a terminal

@@ -42,6 +42,12 @@ def add_parser(commands: Any) -> None:
         "llava-hf/llava-1.5-7b-hf (the bundled one)",
     )
     parser.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="FOLDER",
+        help="one that `adsc train` made: its schedule, and its weights where compressed",
+    )
+    parser.add_argument(
         "--engine",
         choices=("thin", "transformers"),
         default="thin",
@@ -123,6 +129,7 @@ def execute(args: argparse.Namespace) -> None:
     device = options.device(args.device)
     import torch
 
+    from adsc_kernels import adapters
     from adsc_kernels.llava import Llava
     from adsc_kernels.llava.config import LlavaConfig
     from adsc_kernels.sampling import check_options
@@ -135,11 +142,13 @@ def execute(args: argparse.Namespace) -> None:
         run_transformers.execute(args, folder, images, asked, device, dtype)
         return
     depth = LlavaConfig.from_folder(folder).num_layers
-    schedule = (
-        default_schedule(depth)
-        if args.schedule is None
-        else options.schedule(args.schedule, num_layers=depth)
-    )
+    schedule = None
+    if args.schedule is not None:
+        schedule = options.schedule(args.schedule, num_layers=depth)
+    if args.adapter is not None:
+        schedule = adapters.agree(args.adapter, schedule, depth)
+    elif schedule is None:
+        schedule = default_schedule(depth)
     settings = {
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,
@@ -149,7 +158,10 @@ def execute(args: argparse.Namespace) -> None:
     try:
         check_options(**settings)
         model = Llava.from_pretrained(folder, None, device, dtype)
-        ways = (model.with_schedule(None), model.with_schedule(schedule))
+        tuned = model
+        if args.adapter is not None:
+            tuned = Llava.from_pretrained(folder, None, device, dtype, adapter=args.adapter)
+        ways = (model.with_schedule(None), tuned.with_schedule(schedule))
         dense, compressed = _both(ways, args.runs, prompts, [images] * len(prompts), settings)
     except torch.OutOfMemoryError as error:
         raise ValueError(
@@ -160,6 +172,8 @@ def execute(args: argparse.Namespace) -> None:
     picture = report.survivors(images, schedule, compressed, model)
     facts = report.compare(model, schedule, dense, compressed)
     facts["model"]["name"] = folder.name if args.model is None else args.model
+    if args.adapter is not None:
+        facts["model"]["adapter"] = str(args.adapter)
     facts["images"] = [str(file) for file in files]
     facts["answers"] = [
         {"question": q.text, "expected": q.expected, "dense": a, "compressed": b}

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def check(args: argparse.Namespace) -> None:
     """Options that only the thin model has; ValueError for one that is given."""
     for name, given, plain in (
+        ("--adapter", args.adapter, None),
         ("--temperature", args.temperature, 0.0),
         ("--prefill-chunk", args.prefill_chunk, None),
     ):

@@ -19,7 +19,7 @@ from transformers import CLIPVisionModel
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from adsc_kernels import checks, ops
+from adsc_kernels import adapters, checks, ops
 from adsc_kernels.attention import reads_lengths_on_device, varlen_attention
 from adsc_kernels.backend import current
 from adsc_kernels.cache import KVCache, Phase, StagePass, passes_of
@@ -186,11 +186,15 @@ class Llava(nn.Module):
         schedule: CompressionSchedule | str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        adapter: str | Path | None = None,
     ) -> Llava:
         """Read a checkpoint in Hugging Face format: a local folder, or an id on the hub.
 
         schedule: an object, or text such as "8:1/4,16:1/4"; None drops nothing.
         device: None means CUDA where there is one. dtype: None means the checkpoint's.
+        adapter: the folder of one that `adsc train` made, merged into the weights; the schedule is
+          then its own, and a given one has to be the same (`with_schedule` takes any).
 
         Raises FileNotFoundError, ValueError (damaged files, or a device that can't be used),
         TypeError or UnsupportedError (no LLaVA-1.5, or weights that would hold no values).
@@ -204,8 +208,11 @@ class Llava(nn.Module):
             checks.dtype("dtype", dtype, WEIGHT_DTYPES)
         folder = find_folder(path_or_id)
         config = LlavaConfig.from_folder(folder)
+        tuned = None if adapter is None else checks.path("adapter", adapter)
+        if tuned is not None:
+            schedule = adapters.agree(tuned, schedule, config.num_layers)
         model = cls(config, Processor(folder, config)).eval().with_schedule(schedule)
-        load_weights(model, folder, target, dtype)
+        load_weights(model, folder, target, dtype, tuned)
         return model.to(target)
 
     def with_schedule(self, schedule: CompressionSchedule | str | None) -> Llava:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from adsc_kernels import adapters
 from adsc_kernels.hub import plain_name, read_weights, weight_files
 
 # Tables that old versions saved, and that follow from the config.
@@ -25,9 +26,15 @@ class Joined(nn.Linear):
 
 
 def load_weights(
-    model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype | None
+    model: nn.Module,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    adapter: Path | None = None,
 ) -> None:
     """Fill a model that lies on the meta device; `dtype=None` takes the token embedding's.
+
+    adapter: the folder of one that is merged into the weights.
 
     Raises FileNotFoundError for a missing file; ValueError for a damaged one, and for weights that
     are missing, left over, there twice or of a wrong shape. Fills nothing unless all is well.
@@ -56,8 +63,9 @@ def load_weights(
     if extra and not (extra == ["lm_head.weight"] and torch.equal(found[extra[0]], embedding)):
         raise ValueError(f"{folder}: {len(extra)} weights are left over, {extra[0]} for one")
     dtype = dtype or embedding.dtype
-    # Here every weight passes by its checkpoint's name, checked and not joined yet: what is to be
-    # merged into named weights (W += scale * B @ A) is merged into `found`.
+    # Here every weight passes by its checkpoint's name, checked and not joined yet.
+    if adapter is not None:
+        adapters.merge(found, adapter, plain_name)
     state: dict[str, Tensor] = {}
     for name, parts in sources.items():
         tensors = [found.pop(plain_name(part)).to(dtype) for part in parts]

@@ -1,0 +1,216 @@
+"""Writes the tables and the plot of docs/accuracy.md, of docs/accuracy.json.
+
+`python tools/accuracy_page.py`; python_tests/test_accuracy_page.py fails where the page that is
+committed says anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parents[1] / "docs"
+BUDGETS = ("192", "128", "64", "36", "16")
+FULL = 576
+KINDS = ("cell", "count", "largest", "side", "where", "row", "all")
+NAMES = {  # of a row of the table, what it is called, in order
+    "strong_to_mild": "ADSC, trained strong to mild",
+    "mild_to_strong": "ADSC, trained mild to strong",
+    "constant": "ADSC, trained at the budget",
+    "dense-then-adsc": "ADSC, trained dense for as many steps",
+    "adsc": "ADSC, untrained",
+    "random": "random, at ADSC's layers",
+    "uniform": "uniform, in front of the decoder",
+    "average_pooling": "average pooling",
+    "div_prune": "DivPrune",
+    "pyramid_drop": "PyramidDrop",
+    "fastv": "FastV",
+    "sparse_vlm": "SparseVLM",
+    "vision_zip": "VisionZip",
+    "downsampling": "a smaller picture",
+}
+FLOORED = ("pyramid_drop", "fastv", "sparse_vlm")  # whose first layer alone takes 36
+Run = dict[str, Any]
+
+
+def read() -> dict[str, Any]:
+    return json.loads((DOCS / "accuracy.json").read_text(encoding="utf-8"))
+
+
+def place(run: Run, schedules: dict[str, str]) -> tuple[str, str] | None:
+    """The row and the budget of a measurement; None for the dense ones."""
+    of = {text: budget for budget, text in schedules.items()}
+    if run["adapter"] is not None:
+        budget, direction, _ = run["adapter"].split("-")
+        if budget != "dense":
+            return direction, budget
+        return None if run["schedule"] == "" else ("dense-then-adsc", of[run["schedule"]])
+    if run["budget"] is not None:
+        return run["method"], str(run["budget"])
+    return None if run["schedule"] == "" else (run["method"], of[run["schedule"]])
+
+
+def grouped(data: dict[str, Any]) -> dict[tuple[str, str], list[Run]]:
+    found: dict[tuple[str, str], list[Run]] = {}
+    for run in data["runs"]:
+        where = place(run, data["about"]["schedules"])
+        if where is not None:
+            found.setdefault(where, []).append(run)
+    return found
+
+
+def dense_runs(data: dict[str, Any]) -> list[Run]:
+    return [run for run in data["runs"] if place(run, data["about"]["schedules"]) is None]
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(header), *(list(row) for row in rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cell(runs: Sequence[Run], row: str, budget: str) -> str:
+    """Accuracy: of one run with its interval by picture, of several seeds their mean and range."""
+    if not runs:
+        return "out of reach" if row in FLOORED and int(budget) <= 36 else "not run"
+    shares = [100 * run["accuracy"] for run in runs]
+    if len(runs) == 1:
+        low, high = runs[0]["by_picture"]
+        spread = f"{100 * low:.1f} to {100 * high:.1f}"
+    else:
+        spread = f"{len(runs)} seeds, {min(shares):.1f} to {max(shares):.1f}"
+    mean = statistics.fmean(shares)
+    return f"**{mean:.1f}** ({spread})"
+
+
+def accuracy(data: dict[str, Any]) -> str:
+    runs = grouped(data)
+    present = [row for row in NAMES if any((row, budget) in runs for budget in BUDGETS)]
+    rows = [
+        [NAMES[row], *(cell(runs.get((row, budget), []), row, budget) for budget in BUDGETS)]
+        for row in present
+    ]
+    return table(("method", *BUDGETS), rows)
+
+
+def retention(data: dict[str, Any]) -> str:
+    runs = grouped(data)
+    rows = []
+    for row in NAMES:
+        kept = [
+            [r["retention"] for r in runs.get((row, b), []) if "retention" in r] for b in BUDGETS
+        ]
+        if any(kept):
+            means = [f"{100 * statistics.fmean(one):.1f}" if one else "" for one in kept]
+            rows.append([NAMES[row], *means])
+    return table(("method", *BUDGETS), rows) if rows else "Dense has not been measured yet."
+
+
+def by_task(data: dict[str, Any]) -> str:
+    runs = grouped(data)
+    rows = []
+    named = [
+        ("dense" if run["adapter"] is None else "dense, trained on", run["by_kind"])
+        for run in dense_runs(data)
+    ]
+    for budget in BUDGETS:
+        for row in ("adsc", "constant", "strong_to_mild"):
+            named += [
+                (f"{NAMES[row]}, {budget}", run["by_kind"])
+                for run in runs.get((row, budget), [])[:1]
+            ]
+    for name, kinds in named:
+        rows.append([name, *(f"{100 * kinds[kind]:.0f}" for kind in KINDS)])
+    return table(("", *KINDS), rows)
+
+
+def training(data: dict[str, Any]) -> str:
+    rows = []
+    for name, how in data["training"].items():
+        through = " → ".join(f"`{text}`" for text in how["curriculum"]["through"]) or "none"
+        rows.append(
+            [name, f"`{how['schedule']}`", through, str(how["steps"]), str(how["batch_size"])]
+            + [f"{how['seconds'] / 60:.0f}"]
+        )
+    header = ("adapter", "schedule", "through", "steps", "questions a step", "minutes")
+    return table(header, rows)
+
+
+def about(data: dict[str, Any]) -> str:
+    dense = [run for run in dense_runs(data) if run["adapter"] is None]
+    said = "Dense has not been measured yet."
+    if dense:
+        low, high = (100 * share for share in dense[0]["by_picture"])
+        share = 100 * dense[0]["accuracy"]
+        said = f"Dense, {FULL} tokens: **{share:.1f}** ({low:.1f} to {high:.1f})."
+    return f"{data['about']['questions']} held-out questions. {said}"
+
+
+SECTIONS = {
+    "about": about,
+    "accuracy": accuracy,
+    "retention": retention,
+    "tasks": by_task,
+    "training": training,
+}
+
+
+def page(text: str, data: dict[str, Any]) -> str:
+    """The page with its tables made anew."""
+    for name, make in SECTIONS.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        text, count = re.subn(
+            pattern, lambda m, make=make: m[1] + make(data) + "\n" + m[2], text, flags=re.DOTALL
+        )
+        if count != 1:
+            raise ValueError(f"accuracy.md: expected one section {name}, got {count}")
+    return text
+
+
+def plot(data: dict[str, Any]) -> Any:
+    """Accuracy against the budget, a line for each method."""
+    from matplotlib.figure import Figure
+
+    runs = grouped(data)
+    figure = Figure(figsize=(9, 5.4), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for n, (row, name) in enumerate(NAMES.items()):
+        points = [(int(b), runs[row, b]) for b in BUDGETS if (row, b) in runs]
+        if not points:
+            continue
+        shares = [100 * statistics.fmean(r["accuracy"] for r in some) for _, some in points]
+        trained = n < 4
+        axes.plot(
+            [x for x, _ in points],
+            shares,
+            label=name,
+            color=f"C{n % 10}",
+            marker="os^vD"[n % 5],
+            linestyle="-" if trained else (0, (4, 2)),
+            linewidth=2.4 if trained else 1.4,
+        )
+    for run in dense_runs(data):
+        if run["adapter"] is None:
+            axes.axhline(100 * run["accuracy"], color="black", linewidth=1, label="dense")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([int(b) for b in BUDGETS], BUDGETS)
+    axes.set_xlabel("vision tokens that a layer processes on average, of 576")
+    axes.set_ylabel("exact answers, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower right")
+    return figure
+
+
+def main() -> None:
+    data = read()
+    file = DOCS / "accuracy.md"
+    file.write_text(page(file.read_text(encoding="utf-8"), data), encoding="utf-8")
+    plot(data).savefig(DOCS / "accuracy.png")
+
+
+if __name__ == "__main__":
+    main()
