@@ -159,28 +159,6 @@ def test_a_compiled_step_is_compiled_once(model):
 
 
 @torch.no_grad()
-@pytest.mark.slow
-def test_a_compiled_model_with_pictures_is_the_same(model):
-    """With breaks: what a prompt's layout is, is read on the host. No graph is made twice."""
-    graphs = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    inputs = MADE.inputs(MADE.rows())
-    torch._dynamo.reset()
-    with apply_adsc(model, SCHEDULE) as applied:
-        want = model(**inputs).logits[applied.columns >= 0]
-        compiled = torch.compile(model, backend=backend)
-        compiled(**inputs)
-        count = len(graphs)
-        got = compiled(**inputs).logits[applied.columns >= 0]
-    assert count > LAYERS and len(graphs) == count
-    assert torch.allclose(got, want, atol=1e-4)
-
-
-@torch.no_grad()
 def test_copies_and_checkpoints_keep_what_they_should(model, tmp_path):
     inputs = MADE.inputs(MADE.rows())
     with apply_adsc(model, SCHEDULE):
