@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -135,9 +136,18 @@ def reads_lengths_on_device(
     device: torch.device, dtype: torch.dtype, head_dim: int, grouped: bool
 ) -> bool:
     """Whether "auto" takes a backend that a graph may be captured of: one that the host tells no
-    lengths, but an upper bound."""
-    kernels = [name for name in BACKENDS if name != "sdpa"]
-    return any(_why_not(name, device, dtype, head_dim, grouped) is None for name in kernels)
+    lengths, but an upper bound. Where a GPU has none, a warning says why."""
+    reasons = {
+        name: _why_not(name, device, dtype, head_dim, grouped)
+        for name in BACKENDS
+        if name != "sdpa"
+    }
+    if None in reasons.values():
+        return True
+    if device.type == "cuda":  # Python shows it once
+        why = "; ".join(f"{name} {reason}" for name, reason in reasons.items())
+        warnings.warn(f"attention by SDPA, and so without CUDA graphs: {why}", stacklevel=2)
+    return False
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, stage: Rows, keys: CachedKeys | None) -> None:
@@ -266,8 +276,9 @@ def _sdpa(
     for b, rows in enumerate(stage.seq_lens):
         start, length = (first, rows) if keys is None else (keys.starts[b], keys.lens[b])
         # is_causal aligns top-left, so it is right only where the keys are the queries' own rows.
+        # A single row sees all keys.
         mask = None
-        if rows != length:
+        if 1 < rows != length:
             mask = torch.ones(rows, length, dtype=torch.bool, device=q.device).tril(length - rows)
         heads_first = (
             q[first : first + rows].transpose(0, 1)[None],
@@ -277,7 +288,7 @@ def _sdpa(
         out = F.scaled_dot_product_attention(
             *heads_first,
             attn_mask=mask,
-            is_causal=mask is None,
+            is_causal=rows == length,
             scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )

@@ -18,8 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adsc_kernels import pointwise
 from adsc_kernels.cache import Phase
+from adsc_kernels.decode import DecodeState
 from adsc_kernels.llava import Llava
 from adsc_kernels.plan import make_plan
+from adsc_kernels.sampling import choose
 
 BEFORE = 37  # launches of a layer of prefill
 
@@ -72,6 +74,18 @@ def prefill(model: Llava) -> Counter[str]:
     return launches.ops
 
 
+def step(model: Llava, size: int = 3) -> Counter[str]:
+    """Of decoding one token of each sequence, chosen too."""
+    cache = model.new_cache(size)
+    for stage in cache.stages:
+        stage.fit([9] * size)
+        stage.lens = (4, 7, 1)[:size]
+    state = DecodeState(cache, [4, 7, 1][:size], 1)
+    with torch.no_grad(), Launches() as launches:
+        choose(model.decode(torch.tensor([5, 6, 7])[:size], state), 0.0, 1.0, torch.Generator())
+    return launches.ops
+
+
 def of_a_layer(shallow: Counter[str], deep: Counter[str]) -> float:
     return (deep.total() - shallow.total()) / 4
 
@@ -92,3 +106,33 @@ def test_a_boundary_costs_nothing_but_its_stage(
     dense = prefill(models[0])
     compressed = prefill(models[0].with_schedule("1:1/2,3:1/3"))
     assert compressed.total() - dense.total() <= 2 * 20
+
+
+def test_a_step_of_decoding(models: tuple[Llava, Llava], as_on_a_gpu: None) -> None:
+    """What 32 layers in three stages take, without a graph."""
+    deep, shallow = (step(model, size=1) for model in reversed(models))
+    layer = of_a_layer(shallow, deep)
+    staged = step(models[0].with_schedule("1:1/2,3:1/3"), size=1).total()
+    assert 32 * layer + (staged - 4 * layer) <= 400
+
+
+@torch.no_grad()
+def test_rows_that_a_boundary_drops_skip_what_is_left_of_the_layer(
+    models: tuple[Llava, Llava],
+) -> None:
+    model = models[0].with_schedule("1:1/2,3:1/3")
+    talk, _ = begin(model, PROMPTS[:1], IMAGES[:1])
+    plan = make_plan(model.schedule, [0, len(talk.tokens[0])], talk.vision_spans)
+    rows: dict[str, list[int]] = {"qkv_proj": [], "o_proj": [], "down_proj": []}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, n=n: rows[n].append(len(args[0])))
+        for path, module in model.language_model.named_modules()
+        if (n := path.rpartition(".")[2]) in rows
+    ]
+    model(torch.randn(plan.stages[0].num_tokens, model.config.hidden_size), plan, Phase.PREFILL)
+    for hook in hooks:
+        hook.remove()
+    first, second, third = (stage.num_tokens for stage in plan.stages)
+    assert first > second > third
+    assert rows["qkv_proj"] == [first, second, second, third]
+    assert rows["o_proj"] == rows["down_proj"] == [second, second, third, third]

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
 from gpu_device import BACKEND, DEVICE, DRY_RUN
-from llava_case import IMAGES, PROMPTS, SECOND, SECOND_IMAGES
+from llava_case import IMAGES, PROMPTS, SECOND, SECOND_IMAGES, begin
 from tiny_checkpoints import make_checkpoint
 
 import adsc_kernels as adsc
+from adsc_kernels.attention import reads_lengths_on_device
+from adsc_kernels.cache import Phase
+from adsc_kernels.decode import DecodeState
 from adsc_kernels.llava import Llava, bundled_checkpoint, load_image
+from adsc_kernels.llava.generate import run
+from adsc_kernels.plan import make_plan
+from adsc_kernels.sampling import Inbox, choose
 
 SCHEDULES = ["", "1:1/2,3:1/3", "0:1/2", "2:1/2x1/2@grid", "1:1/3@center@renumber"]
 
@@ -82,3 +89,40 @@ def test_bundled_checkpoint() -> None:
         with adsc.backend(backend):
             texts.append(model.generate(prompts, [[image]] * len(prompts), max_new_tokens=8).texts)
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES[:2])
+def test_graphs_give_the_same_tokens(folder: Path, schedule: str) -> None:
+    """In float16, for which there are kernels that read lengths on the device."""
+    plain = Llava.from_pretrained(folder, schedule, device=DEVICE, dtype=torch.float16)
+    graphed = Llava.from_pretrained(folder, schedule, device=DEVICE, dtype=torch.float16)
+    plain.graphs.enabled = False
+    wanted = answers(plain)
+    assert [answers(graphed) for _ in range(3)] == [wanted] * 3
+    kernels = reads_lengths_on_device(DEVICE, torch.float16, plain.config.head_dim, grouped=True)
+    assert (len(graphed.graphs) > 0) == (kernels and not DRY_RUN)
+
+
+@torch.no_grad()
+def test_the_host_never_waits(folder: Path) -> None:
+    """Over a prefill and steps of decode, sampled; the tokens come behind an event."""
+    model = Llava.from_pretrained(folder, SCHEDULES[1], device=DEVICE, dtype=torch.float16)
+    rng = torch.Generator(DEVICE).manual_seed(1)
+    for mode in ("default", "error"):  # what starts once may wait in the first
+        talk, pictures = begin(model)
+        ends = [len(tokens) for tokens in talk.tokens]
+        if not DRY_RUN:
+            torch.cuda.set_sync_debug_mode(mode)
+        try:
+            talk.cache.fit(make_plan(model.schedule, [0, *accumulate(ends)], talk.vision_spans), 4)
+            hidden = run(model, talk, ends, Phase.PREFILL, pictures)
+            tokens = choose(model.logits(hidden), 0.7, 0.9, rng)
+            state, inbox = DecodeState(talk.cache, talk.cached, 4), Inbox(5, tokens)
+            for step in range(5):
+                inbox.send(step, tokens)
+                if step < 4:
+                    tokens = choose(model.decode(tokens, state), 0.7 * (step % 2), 0.9, rng)
+                assert len(inbox.receive(step)) == len(PROMPTS)
+        finally:
+            if not DRY_RUN:
+                torch.cuda.set_sync_debug_mode("default")
