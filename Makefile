@@ -62,6 +62,8 @@ $(VENV_VLLM)/.native: $(NATIVE) pyproject.toml | $(VENV_VLLM)/.tools
 demo: venv      ## the bundled model on a real picture, dense and compressed; the picture goes to out/
 	@mkdir -p out
 	$(BIN)/adsc run --out out/survivors.png
+	@echo; echo "The same with an adapter that was trained for 64 tokens:"
+	$(BIN)/adsc run --adapter adsc_kernels/checkpoints/tiny-llava-digits/adapters/64 --out out/survivors-64.png
 
 test: lint test-cpp  ## linters, C++ tests, Python tests
 	$(PYTEST)
@@ -123,8 +125,9 @@ format: venv    ## ruff and clang-format
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-docs: venv      ## docs/accounting.md and its pictures, computed
+docs: venv      ## docs/accounting.md, docs/accuracy.md and their pictures, computed
 	$(BIN)/python tools/accounting_page.py
+	$(BIN)/python tools/accuracy_page.py
 
 wheel: venv     ## dist/*.whl
 	rm -rf build/lib* build/bdist*

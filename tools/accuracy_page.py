@@ -1,4 +1,5 @@
-"""Writes the tables and the plot of docs/accuracy.md, of docs/accuracy.json.
+"""Writes the tables and the plot of docs/accuracy.md, of docs/accuracy.json, and the cost table of
+docs/llava-1.5-7b.md, of the accounting.
 
 `python tools/accuracy_page.py`; python_tests/test_accuracy_page.py fails where the page that is
 committed says anything else.
@@ -12,6 +13,9 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from adsc_kernels import CompressionSchedule
+from adsc_kernels.accounting import ModelShape, account
 
 DOCS = Path(__file__).parents[1] / "docs"
 BUDGETS = ("192", "128", "64", "36", "16")
@@ -34,6 +38,8 @@ NAMES = {  # of a row of the table, what it is called, in order
     "downsampling": "a smaller picture",
 }
 FLOORED = ("pyramid_drop", "fastv", "sparse_vlm")  # whose first layer alone takes 36
+# LLaVA-1.5-7B: text tokens of an example, examples, FLOP/s that are sustained, examples at once.
+TEXT_7B, EXAMPLES, RATE, BATCH_7B = 300, 665_298, 3e14, 8
 Run = dict[str, Any]
 
 
@@ -150,24 +156,55 @@ def about(data: dict[str, Any]) -> str:
     return f"{data['about']['questions']} held-out questions. {said}"
 
 
-SECTIONS = {
-    "about": about,
-    "accuracy": accuracy,
-    "retention": retention,
-    "tasks": by_task,
-    "training": training,
+def cost_7b(data: dict[str, Any]) -> str:
+    """What training LLaVA-1.5-7B takes, by the accounting: nothing here is measured."""
+    shape = ModelShape.preset("llava-1.5-7b")
+    rows = []
+    for name in ("dense", *(f"llava-1.5-7b/{budget}" for budget in (192, 128, 64))):
+        dense = CompressionSchedule.dense(shape.num_layers)
+        schedule = dense if name == "dense" else CompressionSchedule.preset(name)
+        found = account(shape, schedule, TEXT_7B)
+        prefill = found.prefill
+        # Forward, once more for checkpointing, and backward of activations; the tower forward only.
+        macs = 3 * found.decoder_macs + prefill.tower + prefill.projector
+        hours = 2 * macs * EXAMPLES / RATE / 3600
+        rows_kept = sum(
+            len(stage.layers) * (tokens + TEXT_7B)
+            for stage, tokens in zip(found.stages, found.vision_tokens, strict=True)
+        )
+        kept = rows_kept * shape.hidden_size * 2 * BATCH_7B / 2**30
+        logits = (found.vision_tokens[-1] + TEXT_7B) * shape.vocab_size * 4 * BATCH_7B / 2**30
+        rows.append(
+            [name.split("/")[-1], f"`{schedule}`" if str(schedule) else "", f"{macs / 1e12:.1f} T"]
+            + [f"{hours:.1f} h", f"{hours / 8:.1f} h", f"{kept:.1f} GiB", f"{logits:.1f} GiB"]
+        )
+    header = ("budget", "schedule", "MACs an example", "1 GPU", "8 GPUs")
+    return table((*header, "inputs of layers kept", "logits, float32"), rows)
+
+
+PAGES = {
+    "accuracy.md": {
+        "about": about,
+        "accuracy": accuracy,
+        "retention": retention,
+        "tasks": by_task,
+        "training": training,
+    },
+    "llava-1.5-7b.md": {"cost": cost_7b},
 }
 
 
-def page(text: str, data: dict[str, Any]) -> str:
-    """The page with its tables made anew."""
-    for name, make in SECTIONS.items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+def page(name: str, data: dict[str, Any]) -> str:
+    """A page with its tables made anew."""
+    text = (DOCS / name).read_text(encoding="utf-8")
+    for section, make in PAGES[name].items():
+        pattern = rf"(<!-- {section} -->\n).*?(<!-- /{section} -->)"
+        made = make(data)
         text, count = re.subn(
-            pattern, lambda m, make=make: m[1] + make(data) + "\n" + m[2], text, flags=re.DOTALL
+            pattern, lambda m, made=made: f"{m[1]}{made}\n{m[2]}", text, flags=re.DOTALL
         )
         if count != 1:
-            raise ValueError(f"accuracy.md: expected one section {name}, got {count}")
+            raise ValueError(f"{name}: expected one section {section}, got {count}")
     return text
 
 
@@ -207,8 +244,8 @@ def plot(data: dict[str, Any]) -> Any:
 
 def main() -> None:
     data = read()
-    file = DOCS / "accuracy.md"
-    file.write_text(page(file.read_text(encoding="utf-8"), data), encoding="utf-8")
+    for name in PAGES:
+        (DOCS / name).write_text(page(name, data), encoding="utf-8")
     plot(data).savefig(DOCS / "accuracy.png")
 
 

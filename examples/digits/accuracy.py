@@ -55,14 +55,14 @@ def evaluations(work: Path) -> Iterator[list[str]]:
         if run.budget == "dense":  # more training alone, then dropped from
             yield ["--adapter", str(adapter), "--method", "adsc", "--schedule", *schedules]
     yield ["--method", "adsc", "--schedule", ""]
-    yield ["--method", "random", "--schedule", *schedules[:3], "--seed", *SEEDS]
     for budget in BUDGETS:
         for name in OTHERS:
             if int(budget) > 36 or name not in ABOVE_36:
                 yield ["--method", name, "--budget", budget]
         if int(budget) > 64:
             yield ["--method", "adsc", "--schedule", SCHEDULES[budget]]
-    yield ["--method", "random", "--schedule", *schedules[3:], "--seed", *SEEDS]
+    for schedule in schedules:
+        yield ["--method", "random", "--schedule", schedule, "--seed", *SEEDS]
 
 
 def export(work: Path, held_out: Path) -> dict[str, Any]:
