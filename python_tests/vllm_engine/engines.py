@@ -143,33 +143,35 @@ def parse(schedule: str) -> tuple[dict[int, Share], dict[str, str]]:
     return boundaries, named
 
 
-TOLERANCE = 1e-5
-
-
 def check(
     checkpoint: Checkpoint, schedule: str, asks: Sequence[Ask], outputs: Sequence[Any]
 ) -> None:
-    """Every token is the oracle's likeliest, and its log-probability the oracle's: within 1e-5, or
-    twice what transformers' layers in float32 are off in these answers. In long ones some token is
-    so sensitive that they, too, pass 1e-5."""
+    """Every token is the oracle's likeliest, and its log-probability the oracle's: within 1e-5. In
+    long answers some token is so sensitive that transformers' layers in float32 pass that too: then
+    within 2e-5, and all together at most twice as far off as those (root mean square)."""
     assert len(asks) == len(outputs)
-    worst, exact = torch.tensor(0.0), []
+    exact, errors = [], []
     for ask, output in zip(asks, outputs, strict=True):
         made = output.outputs[0]
         best, likeliest = expected(checkpoint.hf, checkpoint, schedule, ask, output).max(-1)
         assert made.token_ids == likeliest.tolist(), ask
         got = [row[token].logprob for row, token in zip(made.logprobs, made.token_ids, strict=True)]
-        worst = max(worst, (torch.tensor(got) - best).abs().max())
-        exact.append((best, likeliest))
-    if worst <= TOLERANCE:
+        exact.append((best, likeliest[:, None]))
+        errors.append(torch.tensor(got) - best)
+    error = torch.cat(errors)
+    worst = float(error.abs().max())
+    assert worst <= 2e-5, worst
+    if worst <= 1e-5:
         return
-    single, own = copy.deepcopy(checkpoint.hf).float(), torch.tensor(0.0)
+    single, own = copy.deepcopy(checkpoint.hf).float(), 0.0
     for attention in ("sdpa", "eager"):
         single.set_attn_implementation(attention)
-        for ask, output, (best, likeliest) in zip(asks, outputs, exact, strict=True):
-            there = expected(single, checkpoint, schedule, ask, output)
-            own = max(own, (there.gather(1, likeliest[:, None])[:, 0] - best).abs().max())
-    assert worst <= 2 * own, (float(worst), float(own))
+        errors = [
+            expected(single, checkpoint, schedule, ask, output).gather(1, likeliest)[:, 0] - best
+            for ask, output, (best, likeliest) in zip(asks, outputs, exact, strict=True)
+        ]
+        own = max(own, float(torch.cat(errors).square().mean().sqrt()))
+    assert float(error.square().mean().sqrt()) <= 2 * own, (worst, own)
 
 
 def expected(hf: Any, checkpoint: Checkpoint, schedule: str, ask: Ask, output: Any) -> torch.Tensor:
