@@ -173,7 +173,8 @@ class Patch:
 
     def _prepare(self, model: Any, prepare: Any, *args: Any, **kwargs: Any) -> Arguments:
         """A compiled step needs masks of a fixed shape, so they are made before it."""
-        spans, mask = kwargs.pop(SPANS, None), kwargs.get("attention_mask")
+        spans = kwargs.pop(SPANS, None)
+        mask: Any = kwargs.get("attention_mask")  # generate makes one where none is given
         if self.family.blocks is not None and _drops_at_once(get_cache(kwargs)):
             # transformers would make a mask by blocks of layer 0's length, which no layer reads:
             # it leaves one alone that looks made.
