@@ -1,7 +1,7 @@
 """What every op checks first: its rows, and what says which of them move where."""
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ def is_readable(x: Tensor) -> bool:
 
 def list_of(xs: Sequence[Tensor], name: str) -> list[Tensor]:
     """The members, which nobody has checked yet; a tensor is no list of its rows."""
+    if type(xs) is list:
+        return xs
     if isinstance(xs, Tensor | str) or not isinstance(xs, Iterable):
         raise TypeError(f"{name}: expected a list of tensors, got {checks.kind(xs)}")
     return list(xs)
@@ -104,6 +106,21 @@ def row_source(
         )
     _check_room(num_tokens, x, name, "segments")
     return segments, num_tokens
+
+
+def movement(
+    stage: Stage | None, keep_indices: Any, num_rows: int
+) -> tuple[Tensor | None, Any, int]:
+    """Which of num_rows rows move, as the ops take it; raises where `row_source` raises and a
+    native op, which knows no stage, would not."""
+    if stage is None:
+        return None, keep_indices, keep_indices.shape[0]
+    num_tokens = stage.num_tokens
+    if type(num_tokens) is not int:
+        checks.integer("num_tokens", num_tokens, 0)
+    if stage.num_tokens_in != num_rows:
+        raise ValueError(f"stage: expected one of {num_rows} rows, got {stage.num_tokens_in}")
+    return stage.segments, keep_indices, num_tokens
 
 
 def _check_room(num_tokens: int, x: Tensor, x_name: str, name: str) -> None:

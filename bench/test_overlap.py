@@ -27,4 +27,4 @@ def test_check_overlap(benchmark: Any, lie: str, layers: int) -> None:
     else:
         tensors = list(torch.zeros(BLOCKS, TOKENS, count, ROW).unbind(2))
     names = [f"k[{i}]" for i in range(count)]
-    assert len(benchmark(check_overlap, tensors, names)) == count
+    benchmark(check_overlap, tensors, names)

@@ -1,5 +1,5 @@
 // The pybind11 module adsc_kernels._C: the host planner (integers in, one packed int32 buffer out),
-// the page rule of compact_paged_kv_, and what this build is made of.
+// the page rule of compact_paged_kv_, whether tensors share memory, and what this build is made of.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -8,9 +8,12 @@
 #include <optional>
 #include <sstream>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "build_info.h"
+#include "overlap.h"
 #include "pages.h"
 #include "planner.h"
 
@@ -250,6 +253,30 @@ py::object check_pages(const Int64Array& table, const std::vector<int64_t>& pref
   return py::make_tuple(released, to_array(left.free));
 }
 
+// (address, bytes of an element, shape, strides) of a tensor.
+using Placed = std::tuple<uintptr_t, int64_t, std::vector<int64_t>, std::vector<int64_t>>;
+
+std::vector<adsc::StridedMemory> memory_of(const std::vector<Placed>& tensors) {
+  std::vector<adsc::StridedMemory> memory;
+  for (const auto& [address, element_bytes, sizes, strides] : tensors) {
+    if (strides.size() != sizes.size()) throw py::value_error("expected a stride for each size");
+    memory.push_back({address, element_bytes, sizes.data(), strides.data(), sizes.size()});
+  }
+  return memory;
+}
+
+// -> (the two of them that share memory, or None; how many pairs had to be compared)
+std::pair<std::optional<adsc::IndexPair>, int64_t> find_overlap(
+    const std::vector<Placed>& tensors) {
+  const adsc::OverlapSearch search = adsc::find_overlap(memory_of(tensors));
+  return {search.found, search.pairs};
+}
+
+std::optional<adsc::IndexPair> find_shared(const std::vector<Placed>& read,
+                                           const std::vector<Placed>& written) {
+  return adsc::find_shared(memory_of(read), memory_of(written));
+}
+
 std::optional<std::string> some(const char* text) {
   return *text ? std::optional<std::string>(text) : std::nullopt;
 }
@@ -288,6 +315,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("expand", &expand, py::arg("segments").noconvert(), py::arg("rows"));
   m.def("compress", &compress, py::arg("sources").noconvert());
   m.def("check_pages", &check_pages);
+  m.def("find_overlap", &find_overlap);
+  m.def("find_shared", &find_shared);
   m.def("kept_count", &adsc::kept_count);
   m.def("aligned_kept_count", &adsc::aligned_kept_count);
   m.def("kept_index", &adsc::kept_index);

@@ -10,7 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adsc_kernels.kv.overlap import check_overlap
+import adsc_kernels as adsc
+from adsc_kernels import ops
+from adsc_kernels._planner import _C
+from adsc_kernels.kv.overlap import check_apart, check_overlap
 
 POOL = torch.zeros(4096, dtype=torch.int8)
 
@@ -63,21 +66,50 @@ def test_exact(tensors: list[Tensor]) -> None:
     alone = all(len(set(a)) == len(a) for a in own)
     apart = alone and all(set(a).isdisjoint(b) for a, b in combinations(own, 2))
     if apart:
-        reaches = check_overlap(tensors, names(tensors))
-        begin = POOL.data_ptr()
-        assert [(r.begin - begin, r.end - begin) for r in reaches] == [
-            (min(a), max(a) + 1) for a in own
-        ]
-        return
+        return check_overlap(tensors, names(tensors))
     with pytest.raises(ValueError, match="share memory"):
         check_overlap(tensors, names(tensors))
 
 
+@settings(max_examples=200, deadline=None)
+@given(tensors=views(), inputs=views())
+def test_inputs_beside_caches(tensors: list[Tensor], inputs: list[Tensor]) -> None:
+    """A step's rows lie in other ways than its caches: what meets is always seen."""
+    caches, given_names = tensors[:1], [(f"x[{i}]", x) for i, x in enumerate(inputs)]
+    own = set(addresses(caches[0]))
+    meet = [i for i, x in enumerate(inputs) if not own.isdisjoint(addresses(x))]
+    if meet:
+        with pytest.raises(ValueError, match="share memory"):
+            check_apart(given_names, caches, ["k[0]"])
+    beyond = [(name, x) for name, x in given_names if min(addresses(x)) > max(own)]
+    check_apart(beyond, caches, ["k[0]"])
+
+
 @pytest.mark.parametrize("order", ["pages", "tokens"])
-def test_a_pool_of_many_layers_takes_a_sort(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pool_of_many_layers_takes_a_sort(order: str) -> None:
     """No two of 252 views are compared, however they interleave."""
     shape = (3, 252, 4, 2) if order == "pages" else (3, 4, 252, 2)
-    pool = torch.zeros(shape)
-    tensors = list(pool.unbind(1 if order == "pages" else 2))
-    monkeypatch.setattr("adsc_kernels.kv.overlap._share_memory", None)
-    assert len(check_overlap(tensors, names(tensors))) == 252
+    tensors = torch.zeros(shape).unbind(1 if order == "pages" else 2)
+    places = [(x.data_ptr(), x.itemsize, x.shape, x.stride()) for x in tensors]
+    assert _C.find_overlap(places) == (None, 0)
+    assert _C.find_overlap([*places, places[7]])[0] == (7, 252)
+
+
+PART = [POOL[:96].view(1, 12, 1, 8)]
+PLAN = adsc.make_plan(adsc.CompressionSchedule.parse("1:1/4", num_layers=2), [0, 12], [(0, 2, 8)])
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(
+    ("k", "v", "names"),
+    [
+        (PART, [POOL[88:184].view(1, 12, 1, 8)], r"k_caches\[0\], v_caches\[0\]"),
+        ([POOL[:8].view(1, 1, 1, 8).expand(1, 12, 1, 8)], None, r"k_caches\[0\]"),
+    ],
+)
+def test_the_ops_refuse(backend: str, k: list[Tensor], v: list[Tensor] | None, names: str) -> None:
+    """Whoever looks, the op or Python, in the words of the arguments that were given."""
+    before = POOL.clone()
+    with adsc.backend(backend), pytest.raises(ValueError, match=f"^{names}: .*share memory"):
+        ops.compact_kv_(k, v, PLAN.stages[1])
+    assert torch.equal(POOL, before)

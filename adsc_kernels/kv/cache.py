@@ -53,6 +53,11 @@ class _Cache:
     k_scales: Tensors | None = None
     v_scales: Tensors | None = None
 
+    def first(self) -> Any:
+        """The tensor that says where the cache lies, as far as anybody has looked at it yet."""
+        k = self.k_caches
+        return k[0] if isinstance(k, list | tuple) and k else k
+
 
 @dataclass(frozen=True, eq=False)
 class DenseCache(_Cache):

@@ -14,7 +14,7 @@ from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.kv.cache import Blocks, DenseCache, PagedCache
 from adsc_kernels.kv.pages import CompactionResult, HostRows, Ints, Pages, check_pages
 from adsc_kernels.kv.rows import check_ints, check_rows
-from adsc_kernels.kv.tensors import Caches, axis, check_caches
+from adsc_kernels.kv.tensors import Caches, axis, check_caches, usual_caches
 from adsc_kernels.rows import check_table, check_tensor, is_readable
 
 
@@ -53,10 +53,13 @@ class CompactionCall:
         )
 
 
-def check_dense(cache: DenseCache) -> CompactionCall:
-    """The arguments of `compact_kv_`. Raises as it does."""
-    caches = check_caches(cache)
-    rows, host = check_rows(cache, caches, with_sources=False)
+def check_dense(cache: DenseCache, native: bool = False) -> CompactionCall:
+    """The arguments of `compact_kv_`. Raises as it does.
+
+    native: but for what the native op checks itself, and is left to.
+    """
+    caches = usual_caches(cache) if native else check_caches(cache)
+    rows, host = check_rows(cache, caches, with_sources=False, native=native)
     starts, room = _room(cache, caches, host.batch)
     for b, (length, space) in enumerate(zip(host.seq_lens, room, strict=True)):
         if length > space:
@@ -101,13 +104,13 @@ def _room(cache: DenseCache, caches: Caches, batch: int) -> tuple[Tensor | None,
     return stage.cu_seqlens_in, () if torch.compiler.is_compiling() else stage.seq_lens_in
 
 
-def check_paged(cache: PagedCache) -> CompactionCall:
-    """The arguments of `compact_paged_kv_`. Raises as it does."""
+def check_paged(cache: PagedCache, native: bool = False) -> CompactionCall:
+    """`check_dense` for `compact_paged_kv_`."""
     checks.flag("edit_table", cache.edit_table)
-    caches = check_caches(cache)
+    caches = usual_caches(cache) if native else check_caches(cache)
     size, num_blocks = _block_size(cache, caches)
     with_sources = cache.edit_table or cache.read_only_blocks is not None
-    rows, host = check_rows(cache, caches, with_sources)
+    rows, host = check_rows(cache, caches, with_sources, native)
     first = caches.tensors[0]
     _check_block_table(cache, first, size, host)
     if cache.edit_table and rows.keep_indices is not None and rows.keep_indices.shape[:2] != (1, 1):

@@ -28,14 +28,17 @@ class Rows(NamedTuple):
 
 
 def check_rows(
-    cache: DenseCache | PagedCache, caches: Caches, with_sources: bool
+    cache: DenseCache | PagedCache, caches: Caches, with_sources: bool, native: bool
 ) -> tuple[Rows, HostRows]:
-    """with_sources: those of a stage too."""
-    _check_words(cache)
+    """with_sources: those of a stage too. native: a native op is to check the stage's tables."""
     like, stage = caches.tensors[0], cache.stage
+    if stage is not None and not native:
+        _check_fields(stage)
+    _check_words(cache)
     kept: Ints | None = None
     if stage is not None:
-        _check_stage(stage, like)
+        if not native or not _is_usual(stage):
+            _check_stage(stage, like)
         batch = stage.cu_seqlens.shape[0] - 1
     else:
         assert cache.cu_kept is not None
@@ -87,14 +90,16 @@ def _mapping(
     return Rows(None, _check_indices(cache.keep_indices, kept, caches), kept.device, *device)
 
 
+def _check_fields(stage: CacheStage) -> None:
+    checks.stage("stage", stage)
+    if not torch.compiler.is_compiling():  # a graph that looks at lengths serves them alone
+        lengths = ("cu_seqlens", "cu_seqlens_in", "seq_lens", "seq_lens_in", "cached_lens")
+        checks.has("stage", stage, "a StagePlan, which says whose rows are whose", lengths)
+
+
 def _check_words(cache: DenseCache | PagedCache) -> None:
     """Which of them go together."""
     stage = cache.stage
-    if stage is not None:
-        checks.stage("stage", stage)
-        if not torch.compiler.is_compiling():  # a graph that looks at lengths serves them alone
-            lengths = ("cu_seqlens", "cu_seqlens_in", "seq_lens", "seq_lens_in", "cached_lens")
-            checks.has("stage", stage, "a StagePlan, which says whose rows are whose", lengths)
     if (stage is None) == (cache.keep_indices is None):
         both = "both" if stage is not None else "neither"
         raise ValueError(f"stage, keep_indices: expected exactly one of them, got {both}")
@@ -201,6 +206,17 @@ def _check_same_ints(values: Ints, name: str) -> None:
 
 def _differences(bounds: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(b - a for a, b in pairwise(bounds))
+
+
+def _is_usual(stage: CacheStage) -> bool:
+    """Whether a native op finds whatever is wrong with the tables of a stage: it takes boundaries
+    of int64 too, and knows no lengths on the host."""
+    bounds, batch = stage.cu_seqlens, len(stage.seq_lens)
+    return (
+        bounds.dtype == stage.cu_seqlens_in.dtype == torch.int32
+        and bounds.shape == (batch + 1,)
+        and (stage.segments.shape[0] > 0 or stage.num_tokens == 0)
+    )
 
 
 def _check_stage(stage: CacheStage, like: Tensor) -> None:

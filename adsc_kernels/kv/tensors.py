@@ -1,8 +1,8 @@
 """What the compaction ops check of a cache's tensors."""
 
+import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,14 +11,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from adsc_kernels import checks
 from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.kv.cache import CacheLayout, DenseCache, PagedCache, Tensors
-from adsc_kernels.kv.overlap import Reach, check_overlap
+from adsc_kernels.kv.overlap import check_overlap
 from adsc_kernels.rows import is_plain
 
 LAYOUTS = ("NHD", "HND")
 
 
-@dataclass(frozen=True)
-class Caches:
+class Caches(NamedTuple):
     """All tensors that move together, and what they have in common."""
 
     tensors: list[Tensor]  # K of every layer, V, scales of K, scales of V
@@ -27,7 +26,11 @@ class Caches:
     per_token: bool  # some scales have no heads
     blocks: int  # 1 for caches without that dimension
     tokens: int
-    reaches: list[Reach]  # empty while a graph is traced
+    kinds: tuple[str, ...]  # of each num_layers tensors: "k_caches" and so on
+
+    @property
+    def names(self) -> list[str]:
+        return [f"{kind}[{i}]" for kind in self.kinds for i in range(self.num_layers)]
 
 
 def check_no_transform(name: str) -> None:
@@ -85,15 +88,59 @@ def check_caches(cache: DenseCache | PagedCache) -> Caches:
                 _check_form(x, f"{name}[{i}]", scaled, first, cache.layout)
                 checked = form
     tensors = [x for group in lists.values() for x in group]
-    names = [f"{name}[{i}]" for name, group in lists.items() for i in range(len(group))]
-    hidden = traced or first.device.type == "meta" or isinstance(first, FakeTensor)
-    return Caches(
+    caches = Caches(
         tensors,
         len(k),
         tuple(group[0].shape[axis(rank, cache.layout, "head")] for group in (k, v) if group),
         any(x.dim() == rank - 2 for x in tensors),
         *_blocks_and_tokens(first, rank, cache.layout),
-        [] if hidden else check_overlap(tensors, names),
+        tuple(name for name, group in lists.items() if group),
+    )
+    if has_place(first):
+        check_overlap(tensors, caches.names)
+    return caches
+
+
+def has_place(x: Tensor) -> bool:
+    """Whether x has an address: not traced, not meta, not fake."""
+    traced = torch.compiler.is_compiling()
+    return not (traced or x.device.type == "meta" or isinstance(x, FakeTensor))
+
+
+_dtype = operator.attrgetter("dtype")
+_requires_grad = operator.attrgetter("requires_grad")
+
+
+def usual_caches(cache: DenseCache | PagedCache) -> Caches:
+    """`check_caches` in front of a native op, which itself checks places, shapes and strides and
+    that no two tensors share memory: of the usual caches, K and V without scales, only what the op
+    isn't told is looked at here. Whatever else comes goes the whole way."""
+    k, v = cache.k_caches, cache.v_caches
+    k = [k] if isinstance(k, Tensor) else k
+    v = [v] if isinstance(v, Tensor) else [] if v is None else v
+    first, layout = k[0], cache.layout
+    tensors = [*k, *v]
+    rank = first.dim()
+    if (
+        (rank != 3 and rank != 4)
+        or (len(v) != len(k) and cache.v_caches is not None)
+        or cache.k_scales is not None
+        or cache.v_scales is not None
+        or (layout != "NHD" and layout != "HND")
+        or {*map(Tensor.dim, tensors)} != {rank}
+        or {*map(_dtype, tensors)} != {first.dtype}
+        or (torch.is_grad_enabled() and any(map(_requires_grad, tensors)))
+        or (not torch.is_inference_mode_enabled() and any(map(Tensor.is_inference, tensors)))
+    ):
+        return check_caches(cache)
+    head = axis(rank, layout, "head")
+    return Caches(
+        tensors,
+        len(k),
+        (first.shape[head], v[0].shape[head]) if v else (first.shape[head],),
+        False,
+        *_blocks_and_tokens(first, rank, layout),
+        ("k_caches", "v_caches") if v else ("k_caches",),
     )
 
 

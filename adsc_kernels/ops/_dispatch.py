@@ -12,6 +12,7 @@ from torch.autograd.graph import increment_version
 
 from adsc_kernels import reference
 from adsc_kernels.backend import INTERPRETED, native_problem, resolve
+from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.kv.tensors import check_no_transform, check_writable
 
 _libraries = {
@@ -21,6 +22,9 @@ _libraries = {
 
 # Shapes are all that a meta tensor has, and any op that is registered gives them.
 _ON_META = "triton" if native_problem() else "cpu"
+
+# The native ops by name, in C alone: OpOverload's own __call__ is a function in Python.
+_native: dict[str, Callable[..., Any]] = {}
 
 
 def register(
@@ -52,8 +56,10 @@ def register(
         namespaces.append("adsc_triton")
     for namespace in namespaces:
         library = _libraries[namespace]
-        torch.library.register_fake(f"{namespace}::{name}", fake)
+        torch.library.register_fake(f"{namespace}::{name}", _on_one_device(fake))
         op = getattr(getattr(torch.ops, namespace), name).default
+        if namespace == "adsc_kernels":
+            _native[name] = op._op
         if backward is not None and setup is not None and composed is not None:
             setup_here = _with_namespace(setup, getattr(torch.ops, namespace))
             info = Info(backward, setup_here)
@@ -62,6 +68,21 @@ def register(
             library.impl(name, composed, "FuncTorchBatched")
         elif op._schema.is_mutable:
             library.impl(name, _writing(op), "ADInplaceOrView", with_keyset=True)
+
+
+def _on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """A meta tensor among others brings a call here, where nobody has looked at it yet."""
+
+    def run(*arguments: Any) -> Any:
+        tensors = [x for a in arguments for x in (a if isinstance(a, list | tuple) else (a,))]
+        devices = list(dict.fromkeys(x.device for x in tensors if isinstance(x, Tensor)))
+        if len(devices) > 1:
+            raise ValueError(
+                f"tensors: expected all on one device, got some on {devices[0]} and on {devices[1]}"
+            )
+        return fake(*arguments)
+
+    return run
 
 
 def _with_transforms(
@@ -133,6 +154,48 @@ def choose(name: str, device: torch.device) -> Callable[..., Any]:
         return function
     ops = torch.ops.adsc_triton if found == "triton" else torch.ops.adsc_kernels
     return getattr(ops, name).default
+
+
+def native(name: str, like: Any) -> Callable[..., Any] | None:
+    """The native op for `like` and what goes with it, where nothing comes in between.
+
+    It checks its arguments itself before it writes. So a public function hands them over as they
+    are, and looks at them only when they are refused (`explain`). None where another backend
+    serves, under torch.compile, transforms and modes, and where like is no plain tensor: those
+    check nothing, and the function does first.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or type(like) is not Tensor
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    ):
+        return None
+    try:
+        found = resolve(like.device)
+    except UnsupportedError:
+        return None
+    return _native[name] if found == "cpu" or found == "cuda" else None
+
+
+def run(op: Callable[..., Any], *arguments: Any, grad: bool) -> Any:
+    """Calls what `native` gave, past its autograd kernel where no gradient is asked for.
+
+    That kernel is Python, and takes longer than moving a small tensor does.
+    """
+    if grad and torch.is_grad_enabled():
+        return op(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
+
+
+def explain(check: Callable[..., Any], *arguments: Any) -> None:
+    """Raises what check says of arguments that an op has refused, if it says anything."""
+    try:
+        check(*arguments)
+    except Exception as words:
+        raise words from None
 
 
 def call(op: Callable[..., Any], *arguments: Any, grad: bool) -> Any:

@@ -10,16 +10,28 @@ from torch import Tensor
 
 from adsc_kernels import checks, fakes
 from adsc_kernels.ops import _composed
-from adsc_kernels.ops._dispatch import call, choose, register
+from adsc_kernels.ops._dispatch import (
+    call,
+    choose,
+    explain,
+    native,
+    register,
+    run,
+)
 from adsc_kernels.ops.downsample import upsample_grad
-from adsc_kernels.ops.downsample_add_rms_norm import check_eps, check_norm, norm_gradients
+from adsc_kernels.ops.downsample_add_rms_norm import (
+    check_eps,
+    check_norm,
+    is_usual_eps,
+    norm_gradients,
+)
 from adsc_kernels.ops.rebuild_metadata import (
     Keep,
     Metadata,
     as_ints,
     check_layout,
 )
-from adsc_kernels.rows import Stage, check_rows, list_of, row_source
+from adsc_kernels.rows import Stage, check_rows, list_of, movement, row_source
 
 
 @dataclass(frozen=True)
@@ -84,11 +96,52 @@ def boundary_step(
     layouts hold is checked on CPU, where the host can read it.
     """
     others = list_of(others, "others")
-    arguments = check_boundary(hidden, stage, residual, weight, eps, others, keep_indices, layout)
-    op = choose("boundary_step", hidden.device)
-    inputs = [x for x in (hidden, residual, weight, *others) if x is not None]
-    outputs = call(op, *arguments, grad=any(x.requires_grad for x in inputs))
+    given = (hidden, stage, residual, weight, eps, others, keep_indices, layout)
+    op = native("boundary_step", hidden) if is_usual_eps(eps) else None
+    if op is None:
+        arguments = check_boundary(*given)
+        grad = needs_grad(hidden, residual, weight, others)
+        outputs = call(choose("boundary_step", hidden.device), *arguments, grad=grad)
+    else:
+        try:
+            grad = needs_grad(hidden, residual, weight, others)
+            outputs = run(op, *boundary_arguments(*given), grad=grad)
+        except Exception:
+            explain(check_boundary, *given)
+            raise
     return step_of(outputs, residual is not None, len(others))
+
+
+def needs_grad(
+    hidden: Tensor, residual: Tensor | None, weight: Tensor | None, others: list[Tensor]
+) -> bool:
+    """Whether a gradient is asked for."""
+    return (
+        hidden.requires_grad
+        or (residual is not None and residual.requires_grad)
+        or (weight is not None and weight.requires_grad)
+        or True in [x.requires_grad for x in others]
+    )
+
+
+_NO_LAYOUT = (None, None, (), "start", 0)  # cu_seqlens, spans, keep, pattern, max_height
+
+
+def boundary_arguments(
+    hidden: Tensor,
+    stage: Stage | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    others: list[Tensor],
+    keep_indices: Tensor | None,
+    layout: BatchLayout | None,
+) -> tuple[Any, ...]:
+    """The arguments of a native op, which checks them, but what it isn't told."""
+    if layout is not None:
+        return check_boundary(hidden, stage, residual, weight, eps, others, keep_indices, layout)
+    segments, indices, num_tokens = movement(stage, keep_indices, hidden.shape[0])
+    return (hidden, residual, weight, eps, others, segments, indices, *_NO_LAYOUT, num_tokens)
 
 
 def check_boundary(

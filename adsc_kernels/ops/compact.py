@@ -1,5 +1,7 @@
 """Shrinking a KV cache that is already written: `compact_kv_` and `compact_paged_kv_`."""
 
+from collections.abc import Callable
+
 import numpy as np
 from torch import Tensor
 
@@ -14,9 +16,9 @@ from adsc_kernels.kv.cache import (
     Tensors,
     cache_of,
 )
-from adsc_kernels.kv.check import check_dense, check_paged
+from adsc_kernels.kv.check import CompactionCall, check_dense, check_paged
 from adsc_kernels.kv.pages import CompactionResult
-from adsc_kernels.ops._dispatch import call_in_place, choose, register
+from adsc_kernels.ops._dispatch import call_in_place, choose, explain, native, register
 
 
 def compact_kv_(
@@ -66,9 +68,7 @@ def compact_kv_(
         k_scales=k_scales,
         v_scales=v_scales,
     )
-    call = check_dense(cache)
-    op = choose("compact_kv_", call.device)
-    return call.result(*call_in_place(op, *call.arguments, written=call.caches.tensors))
+    return _compact("compact_kv_", check_dense, cache)
 
 
 def compact_paged_kv_(
@@ -133,9 +133,24 @@ def compact_paged_kv_(
         k_scales=k_scales,
         v_scales=v_scales,
     )
-    call = check_paged(cache)
-    op = choose("compact_paged_kv_", call.device)
-    return call.result(*call_in_place(op, *call.arguments, written=call.caches.tensors))
+    return _compact("compact_paged_kv_", check_paged, cache)
+
+
+def _compact(
+    name: str, check: Callable[..., CompactionCall], cache: DenseCache | PagedCache
+) -> CompactionResult:
+    op = native(name, cache.first())
+    if op is None:
+        call = check(cache)
+        op = choose(name, call.device)
+        return call.result(*call_in_place(op, *call.arguments, written=call.caches.tensors))
+    try:
+        call = check(cache, native=True)
+        results = call_in_place(op, *call.arguments, written=call.caches.tensors)
+    except Exception:
+        explain(check, cache)
+        raise
+    return call.result(*results)
 
 
 # ---- Schemas ----

@@ -1,6 +1,6 @@
 """A boundary's step and the compaction of caches written before it, in one launch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -13,13 +13,17 @@ from adsc_kernels.kv.cache import DenseCache, PagedCache
 from adsc_kernels.kv.check import CompactionCall, check_dense, check_paged
 from adsc_kernels.kv.overlap import check_apart
 from adsc_kernels.kv.pages import CompactionResult
-from adsc_kernels.ops._dispatch import call_in_place, choose, register
+from adsc_kernels.kv.tensors import has_place
+from adsc_kernels.ops._dispatch import call_in_place, choose, explain, native, register
 from adsc_kernels.ops.boundary_step import (
     BatchLayout,
     BoundaryStep,
+    boundary_arguments,
     check_boundary,
+    needs_grad,
     step_of,
 )
+from adsc_kernels.ops.downsample_add_rms_norm import is_usual_eps
 from adsc_kernels.rows import Stage, list_of
 
 
@@ -64,8 +68,65 @@ def compress_step(
     checked in front of the one launch.
     """
     others = list_of(others, "others")
+    given = (hidden, cache, stage, residual, weight, eps, others, keep_indices, layout)
+    op = native("compress_step", hidden) if is_usual_eps(eps) else None
+    if op is None:
+        arguments, compaction = _check(*given)
+        outputs, results = _run(choose("compress_step", hidden.device), arguments, compaction)
+    else:
+        try:
+            arguments, compaction = _usual_arguments(*given)
+            outputs, results = _run(op, arguments, compaction)
+        except Exception:
+            explain(_check, *given)
+            raise
+    return CompressStep(
+        step_of(outputs, residual is not None, len(others)),
+        compaction.result(*(results if compaction.paged else results[:2])),
+    )
+
+
+def _run(
+    op: Callable[..., Any], arguments: tuple[Any, ...], compaction: CompactionCall
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """What the boundary's rows are written to, and what the op returns."""
+    outputs = fakes.boundary_step(*arguments)
+    both = (*arguments, *_op_arguments(compaction), outputs)
+    return outputs, call_in_place(op, *both, written=compaction.caches.tensors)
+
+
+def _usual_arguments(
+    hidden: Tensor,
+    cache: DenseCache | PagedCache,
+    stage: Stage | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    others: list[Tensor],
+    keep_indices: Tensor | None,
+    layout: BatchLayout | None,
+) -> tuple[tuple[Any, ...], CompactionCall]:
+    """Those of the boundary and the cache's, for a native op: it checks what it is told of."""
+    if torch.is_grad_enabled() and needs_grad(hidden, residual, weight, others):
+        raise ValueError("hidden: expected tensors that need no gradient")
+    rows = (hidden, stage, residual, weight, eps, others, keep_indices, layout)
+    return boundary_arguments(*rows), _check_cache(cache, stage, layout, native=True)
+
+
+def _check(
+    hidden: Tensor,
+    cache: DenseCache | PagedCache,
+    stage: Stage | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    others: list[Tensor],
+    keep_indices: Tensor | None,
+    layout: BatchLayout | None,
+) -> tuple[tuple[Any, ...], CompactionCall]:
+    """Those of the boundary and the cache's. Raises as `compress_step`."""
     arguments = check_boundary(hidden, stage, residual, weight, eps, others, keep_indices, layout)
-    compaction = _check_cache(cache, stage, layout)
+    compaction = _check_cache(cache, stage, layout, native=False)
     names = ["hidden", "residual", "weight", *(f"others[{i}]" for i in range(len(others)))]
     inputs = [
         (name, x)
@@ -81,19 +142,14 @@ def compress_step(
         raise ValueError(
             f"k_caches[0]: expected the device of hidden, {hidden.device}, got {compaction.device}"
         )
-    check_apart(inputs, compaction.caches.reaches)
-    outputs = fakes.boundary_step(*arguments)
-    op = choose("compress_step", hidden.device)
-    both = (*arguments, *_op_arguments(compaction), outputs)
-    results = call_in_place(op, *both, written=compaction.caches.tensors)
-    return CompressStep(
-        step_of(outputs, residual is not None, len(others)),
-        compaction.result(*(results if compaction.paged else results[:2])),
-    )
+    caches = compaction.caches
+    if has_place(caches.tensors[0]):
+        check_apart(inputs, caches.tensors, caches.names)
+    return arguments, compaction
 
 
 def _check_cache(
-    cache: DenseCache | PagedCache, stage: Stage | None, layout: BatchLayout | None
+    cache: DenseCache | PagedCache, stage: Stage | None, layout: BatchLayout | None, native: bool
 ) -> CompactionCall:
     if not isinstance(cache, DenseCache | PagedCache):
         raise TypeError(f"cache: expected a DenseCache or a PagedCache, got {type(cache).__name__}")
@@ -114,7 +170,9 @@ def _check_cache(
             )
         own: Any = stage
         cache = replace(cache, stage=own)
-    return check_dense(cache) if isinstance(cache, DenseCache) else check_paged(cache)
+    if isinstance(cache, DenseCache):
+        return check_dense(cache, native)
+    return check_paged(cache, native)
 
 
 def _op_arguments(call: CompactionCall) -> tuple[Any, ...]:

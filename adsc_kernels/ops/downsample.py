@@ -8,8 +8,15 @@ from torch import Tensor
 
 from adsc_kernels import fakes
 from adsc_kernels.ops import _composed
-from adsc_kernels.ops._dispatch import call, choose, register
-from adsc_kernels.rows import Stage, check_rows, list_of, row_source
+from adsc_kernels.ops._dispatch import (
+    call,
+    choose,
+    explain,
+    native,
+    register,
+    run,
+)
+from adsc_kernels.rows import Stage, check_rows, list_of, movement, row_source
 
 
 def downsample(
@@ -29,10 +36,22 @@ def downsample(
     an index list holds is checked on CPU, where the host can read it. UnsupportedError where a
     backend named by `adsc.backend` can't serve x.
     """
+    op = native("downsample", x)
+    if op is None:
+        arguments = _check(x, stage, keep_indices)
+        return call(choose("downsample", x.device), *arguments, grad=x.requires_grad)
+    try:
+        return run(op, x, *movement(stage, keep_indices, x.shape[0]), grad=x.requires_grad)
+    except Exception:
+        explain(_check, x, stage, keep_indices)
+        raise
+
+
+def _check(x: Tensor, stage: Stage | None, keep_indices: Tensor | None) -> tuple[Any, ...]:
+    """The arguments of the op."""
     check_rows(x, "x")
     segments, num_tokens = row_source(stage, keep_indices, x, "x")
-    op = choose("downsample", x.device)
-    return call(op, x, segments, keep_indices, num_tokens, grad=x.requires_grad)
+    return x, segments, keep_indices, num_tokens
 
 
 def downsample_many(
@@ -45,6 +64,23 @@ def downsample_many(
     Returns a list of new contiguous tensors [T_out, ...], in the order of xs.
     """
     xs = list_of(xs, "xs")
+    op = native("downsample_many", xs[0] if xs else None)
+    if op is None:
+        arguments = _check_many(xs, stage, keep_indices)
+        grad = True in [x.requires_grad for x in xs]
+        return call(choose("downsample_many", xs[0].device), *arguments, grad=grad)
+    try:
+        grad = True in [x.requires_grad for x in xs]
+        return run(op, xs, *movement(stage, keep_indices, xs[0].shape[0]), grad=grad)
+    except Exception:
+        explain(_check_many, xs, stage, keep_indices)
+        raise
+
+
+def _check_many(
+    xs: list[Tensor], stage: Stage | None, keep_indices: Tensor | None
+) -> tuple[Any, ...]:
+    """The arguments of the op."""
     if not xs:
         raise ValueError("xs: expected at least one tensor, got none")
     for i, x in enumerate(xs):
@@ -56,9 +92,7 @@ def downsample_many(
         if x.shape[0] != xs[0].shape[0]:
             raise ValueError(f"xs[{i}]: expected {xs[0].shape[0]} rows, as xs[0], got {x.shape[0]}")
     segments, num_tokens = row_source(stage, keep_indices, xs[0], "xs[0]")
-    op = choose("downsample_many", xs[0].device)
-    grad = any(x.requires_grad for x in xs)
-    return call(op, xs, segments, keep_indices, num_tokens, grad=grad)
+    return xs, segments, keep_indices, num_tokens
 
 
 # ---- Gradients: the backward of a gather is a scatter ----

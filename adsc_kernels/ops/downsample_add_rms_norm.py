@@ -7,12 +7,13 @@ from torch import Tensor
 
 from adsc_kernels import checks, fakes
 from adsc_kernels.ops import _composed
-from adsc_kernels.ops._dispatch import call, choose, register
+from adsc_kernels.ops._dispatch import call, choose, explain, native, register, run
 from adsc_kernels.ops.downsample import upsample_grad
-from adsc_kernels.rows import Stage, check_plain, check_rows, row_source
+from adsc_kernels.rows import Stage, check_plain, check_rows, movement, row_source
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _LIMITS = {dtype: torch.finfo(dtype) for dtype in (torch.float32, torch.float64)}
+_USUAL = _LIMITS[torch.float32]
 
 
 def downsample_add_rms_norm(
@@ -37,11 +38,32 @@ def downsample_add_rms_norm(
 
     Raises TypeError for another dtype, else as `downsample`.
     """
+    op = native("downsample_add_rms_norm", x) if is_usual_eps(eps) else None
+    if op is None:
+        arguments = _check(x, residual, weight, stage, eps, keep_indices)
+        grad = x.requires_grad or residual.requires_grad or weight.requires_grad
+        return call(choose("downsample_add_rms_norm", x.device), *arguments, grad=grad)
+    try:
+        moved = movement(stage, keep_indices, x.shape[0])
+        grad = x.requires_grad or residual.requires_grad or weight.requires_grad
+        return run(op, x, residual, weight, *moved, eps, grad=grad)
+    except Exception:
+        explain(_check, x, residual, weight, stage, eps, keep_indices)
+        raise
+
+
+def _check(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    stage: Stage | None,
+    eps: float,
+    keep_indices: Tensor | None,
+) -> tuple[Any, ...]:
+    """The arguments of the op."""
     check_norm(x, "x", residual, weight, eps)
     segments, num_tokens = row_source(stage, keep_indices, x, "x")
-    op = choose("downsample_add_rms_norm", x.device)
-    grad = x.requires_grad or residual.requires_grad or weight.requires_grad
-    return call(op, x, residual, weight, segments, keep_indices, num_tokens, float(eps), grad=grad)
+    return x, residual, weight, segments, keep_indices, num_tokens, float(eps)
 
 
 def check_norm(x: Tensor, name: str, residual: Tensor, weight: Tensor, eps: float) -> None:
@@ -59,6 +81,11 @@ def check_norm(x: Tensor, name: str, residual: Tensor, weight: Tensor, eps: floa
     if not weight.is_contiguous():
         raise ValueError(f"weight: expected a contiguous tensor, got strides {weight.stride()}")
     check_eps(eps, torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def is_usual_eps(eps: object) -> bool:
+    """Whether `check_eps` has nothing to say of it, whatever the dtype."""
+    return type(eps) is float and _USUAL.tiny <= eps <= _USUAL.max
 
 
 def check_eps(eps: float, compute: torch.dtype) -> None:

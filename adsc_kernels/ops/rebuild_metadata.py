@@ -1,5 +1,6 @@
 """What a boundary makes of a batch's layout, computed from tensors alone: `rebuild_metadata`."""
 
+import functools
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adsc_kernels import checks, fakes
-from adsc_kernels.ops._dispatch import choose, register
+from adsc_kernels.ops._dispatch import choose, explain, native, register
 from adsc_kernels.rows import check_table
 from adsc_kernels.schedule import PATTERNS
 
@@ -67,9 +68,17 @@ def rebuild_metadata(
     Raises TypeError or ValueError naming the argument. What the tensors hold is checked on CPU
     only.
     """
-    fractions = check_layout(cu_seqlens, spans, keep, pattern, max_height)
-    op = choose("rebuild_metadata", cu_seqlens.device)
-    return Metadata(*op(cu_seqlens, spans, as_ints(fractions), pattern, max_height or 0))
+    given = (cu_seqlens, spans, keep, pattern, max_height)
+    op = native("rebuild_metadata", cu_seqlens)
+    if op is None or type(keep) is not str or max_height is not None:
+        fractions = check_layout(*given)
+        op = choose("rebuild_metadata", cu_seqlens.device)
+        return Metadata(*op(cu_seqlens, spans, as_ints(fractions), pattern, max_height or 0))
+    try:
+        return Metadata(*op(cu_seqlens, spans, _ints_of(keep), pattern, 0))
+    except Exception:
+        explain(check_layout, *given)
+        raise
 
 
 def check_layout(
@@ -104,6 +113,11 @@ def check_layout(
 def as_ints(fractions: list[Fraction]) -> list[int]:
     """Numerators and denominators, as the schema's `keep`."""
     return [part for f in fractions for part in (f.numerator, f.denominator)]
+
+
+@functools.lru_cache(maxsize=128)
+def _ints_of(keep: str) -> list[int]:
+    return as_ints([exact_fraction(keep)])
 
 
 def exact_fraction(keep: object) -> Fraction:

@@ -9,6 +9,15 @@ std::string device_name(const Tensor& tensor) {
   return join("device type ", device_type_of(tensor));
 }
 
+StridedMemory memory_at(const void* data, const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return {.address = reinterpret_cast<uintptr_t>(data),
+          .element_bytes = static_cast<int64_t>(tensor.element_size()),
+          .sizes = sizes.data(),
+          .strides = tensor.strides().data(),
+          .rank = sizes.size()};
+}
+
 }  // namespace
 
 bool host_can_read([[maybe_unused]] const Tensor& tensor) {
@@ -47,12 +56,19 @@ bool is_int(const Tensor& tensor) {
 
 void check_device(const Tensor& tensor, const char* name, const Tensor& like,
                   const char* like_name) {
+  if (tensor.get() == like.get()) return;
   if (device_type_of(tensor) == device_type_of(like) &&
       tensor.get_device_index() == like.get_device_index()) {
     return;
   }
   check(false, name, ": expected the device of ", like_name, ", ", device_name(like), ", got ",
         device_name(tensor));
+}
+
+StridedMemory memory_of(const Tensor& tensor) { return memory_at(tensor.const_data_ptr(), tensor); }
+
+StridedMemory mutable_memory_of(const Tensor& tensor) {
+  return memory_at(tensor.mutable_data_ptr(), tensor);
 }
 
 const std::byte* bytes(const Tensor& tensor) {

@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "overlap.h"
 #include "text.h"
 
 namespace adsc::ops {
@@ -42,6 +43,10 @@ bool host_can_read(const Tensor& tensor);
 // That `tensor` lies where `like` does.
 void check_device(const Tensor& tensor, const char* name, const Tensor& like,
                   const char* like_name);
+
+// Where it lies, to be read or to be written; refers to the tensor.
+StridedMemory memory_of(const Tensor& tensor);
+StridedMemory mutable_memory_of(const Tensor& tensor);
 
 const std::byte* bytes(const Tensor& tensor);
 std::byte* mutable_bytes(const Tensor& tensor);

@@ -73,25 +73,26 @@ struct Axes {
   int64_t block, token, head, last;
 };
 
-// rank: that of the caches. Scales may lack the last dimension, or that and the heads.
-Axes axes_of(const Tensor& x, int64_t rank, const std::string& cache_layout) {
+// own: the rank of a tensor; rank: that of the caches. Scales may lack the last dimension, or that
+// and the heads.
+Axes axes_of(size_t own, size_t rank, const std::string& cache_layout) {
   const int64_t first = rank == 4 ? 1 : 0;
   const bool hnd = cache_layout == "HND";
-  if (x.dim() == rank - 2) return {first - 1, first, -1, -1};
-  return {first - 1, first + hnd, first + !hnd, x.dim() == rank ? rank - 1 : -1};
+  if (own + 2 == rank) return {first - 1, first, -1, -1};
+  return {first - 1, first + hnd, first + !hnd, own == rank ? first + 2 : -1};
 }
 
-CacheTensor cache_tensor(const Tensor& x, size_t i, const Compaction& c, const Axes& axes,
+CacheTensor cache_tensor(const StridedMemory& x, size_t i, const Compaction& c, const Axes& axes,
                          int32_t layer) {
-  const auto size = [&](int64_t axis) { return axis < 0 ? 1 : x.size(axis); };
+  const auto size = [&](int64_t axis) { return axis < 0 ? 1 : x.sizes[axis]; };
   const auto stride = [&](int64_t axis) {
-    return axis < 0 ? 0 : x.stride(axis) * static_cast<int64_t>(x.element_size());
+    return axis < 0 ? 0 : x.strides[axis] * x.element_bytes;
   };
-  check(size(axes.last) == 1 || x.stride(axes.last) == 1, "caches[", i,
+  check(size(axes.last) == 1 || x.strides[axes.last] == 1, "caches[", i,
         "]: expected unit stride on the last dimension, got stride ",
-        axes.last < 0 ? 0 : x.stride(axes.last));
+        axes.last < 0 ? 0 : x.strides[axes.last]);
   const int64_t heads = size(axes.head);
-  int64_t line_bytes = size(axes.last) * static_cast<int64_t>(x.element_size());
+  int64_t line_bytes = size(axes.last) * x.element_bytes;
   int64_t lines = heads;
   // Heads that lie behind one another are one line, unless each keeps rows of its own.
   if (c.index_heads == 1 && (heads == 1 || stride(axes.head) == line_bytes)) {
@@ -102,7 +103,7 @@ CacheTensor cache_tensor(const Tensor& x, size_t i, const Compaction& c, const A
   check(c.index_heads == 1 || (axes.head >= 0 && heads == c.index_heads),
         "keep_indices: expected 1 or ", heads, " heads, as in caches[", i, "], got ",
         c.index_heads);
-  return {.base = mutable_bytes(x),
+  return {.base = reinterpret_cast<std::byte*>(x.address),
           .block_stride = stride(axes.block),
           .token_stride = stride(axes.token),
           .line_stride = stride(axes.head),
@@ -111,28 +112,43 @@ CacheTensor cache_tensor(const Tensor& x, size_t i, const Compaction& c, const A
           .layer = layer};
 }
 
+void check_apart(const std::vector<StridedMemory>& memory, const std::vector<Tensor>& caches) {
+  const auto found = find_overlap(memory).found;
+  if (!found.has_value()) return;
+  const auto [i, j] = *found;
+  check(i != j, "caches[", i, "]: expected elements that don't share memory, got shape ",
+        Shape{caches[i]}, " with other strides");
+  check(false, "caches[", i, "], caches[", j, "]: expected tensors that don't share memory");
+}
+
 // The caches that hold anything, of one shape in blocks and tokens.
 void set_tensors(const CompactionArguments& a, CompactionCall& call) {
   Compaction& c = call.compaction;
   const Tensor& first = a.caches[0];
-  const int64_t rank = first.dim();
-  const Axes axes = axes_of(first, rank, a.cache_layout);
+  const auto rank = static_cast<size_t>(first.dim());
+  const Axes axes = axes_of(rank, rank, a.cache_layout);
   c.num_blocks = axes.block < 0 ? 1 : first.size(axes.block);
   c.num_tokens = first.size(axes.token);
   check(c.num_tokens <= kMost || rank == 3, "caches[0]: expected below 2^31 tokens a block");
+  std::vector<StridedMemory> memory;
+  memory.reserve(a.caches.size());
+  call.tensors.reserve(a.caches.size());
   for (size_t i = 0; i < a.caches.size(); ++i) {
-    const Tensor& x = a.caches[i];
-    check_device(x, "caches", first, "caches[0]");
-    check(x.dim() <= rank && x.dim() >= rank - 2, "caches[", i, "]: expected ", rank - 2, " to ",
-          rank, " dimensions, got shape ", Shape{x});
-    const Axes own = axes_of(x, rank, a.cache_layout);
-    check((own.block < 0 || x.size(own.block) == c.num_blocks) && x.size(own.token) == c.num_tokens,
-          "caches[", i, "]: expected ", c.num_blocks, " blocks of ", c.num_tokens,
-          " tokens, as caches[0], got shape ", Shape{x});
-    if (x.numel() == 0) continue;
-    call.tensors.push_back(
-        cache_tensor(x, i, c, own, static_cast<int32_t>(static_cast<int64_t>(i) % a.num_layers)));
+    const Tensor& tensor = a.caches[i];
+    check_device(tensor, "caches", first, "caches[0]");
+    const StridedMemory& x = memory.emplace_back(mutable_memory_of(tensor));
+    check(x.rank <= rank && x.rank + 2 >= rank, "caches[", i, "]: expected ", rank - 2, " to ",
+          rank, " dimensions, got shape ", Shape{tensor});
+    const Axes own = axes_of(x.rank, rank, a.cache_layout);
+    check(
+        (own.block < 0 || x.sizes[own.block] == c.num_blocks) && x.sizes[own.token] == c.num_tokens,
+        "caches[", i, "]: expected ", c.num_blocks, " blocks of ", c.num_tokens,
+        " tokens, as caches[0], got shape ", Shape{tensor});
+    if (is_empty(x)) continue;
+    const auto layer = static_cast<int32_t>(static_cast<int64_t>(i) % a.num_layers);
+    call.tensors.push_back(cache_tensor(x, i, c, own, layer));
   }
+  check_apart(memory, a.caches);
 }
 
 // All but the placement.

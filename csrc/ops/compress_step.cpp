@@ -36,6 +36,21 @@ CompactionCall cache_compaction(const CompactionArguments& a, const CacheArgumen
   return dense_compaction(a, cache.seq_starts);
 }
 
+// What is read while the caches are written.
+void check_apart(const std::vector<Tensor>& others, const Tensor& hidden,
+                 const OptionalTensor& residual, const OptionalTensor& weight,
+                 const std::vector<Tensor>& caches) {
+  std::vector<StridedMemory> read{memory_of(hidden)};
+  if (residual.has_value()) read.push_back(memory_of(*residual));
+  if (weight.has_value()) read.push_back(memory_of(*weight));
+  for (const Tensor& x : others) read.push_back(memory_of(x));
+  std::vector<StridedMemory> written;
+  for (const Tensor& x : caches) written.push_back(mutable_memory_of(x));
+  const auto found = find_shared(read, written);
+  check(!found.has_value(), "caches[", found.has_value() ? found->second : 0,
+        "]: expected a tensor that doesn't share memory with hidden, residual, weight or others");
+}
+
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Results results_of(const CompactionCall& call, const Tensor& like) {
@@ -72,6 +87,7 @@ Results compress_step(Tensor hidden, OptionalTensor residual, OptionalTensor wei
   check_outputs(outs, boundary.outputs, "outs");
   boundary.set_outputs(outs);
   for (const Tensor& cache : caches) check_device(cache, "caches", hidden, "hidden");
+  check_apart(others, hidden, residual, weight, caches);
   const CompactionCall compaction = cache_compaction({.caches = caches,
                                                       .num_layers = num_layers,
                                                       .segments = cache_segments,

@@ -1,0 +1,168 @@
+"""What a call costs the host, counted: the library's own functions in Python, and those in C that
+they call.
+
+A count is the same on every machine, however busy. The bounds lie close above what was counted, so
+that what creeps into a call is seen; bench/test_calls.py takes times.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+
+import adsc_kernels as adsc
+from adsc_kernels import ops
+
+PACKAGE = os.path.dirname(adsc.__file__) + os.sep
+PLAN = adsc.make_plan(
+    adsc.CompressionSchedule.parse("1:1/4", num_layers=2), [0, 12, 24], [(0, 2, 8), (1, 2, 8)]
+)
+STAGE = PLAN.stages[1]
+ROWS = STAGE.keep_indices()
+HIDDEN, RESIDUAL = torch.randn(2, 24, 8).unbind()
+WEIGHT = torch.ones(8)
+OTHERS = [torch.arange(24), HIDDEN[:, :4].clone(), HIDDEN[:, 4:].clone()]
+BOUNDS = torch.tensor([0, 12, 24], dtype=torch.int32)
+SPANS = torch.tensor([[0, 2, 8], [1, 2, 8]], dtype=torch.int32)
+TABLE = torch.arange(6, dtype=torch.int32).reshape(2, 3)
+
+
+def caches(count: int, *shape: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    return [torch.zeros(shape) for _ in range(count)], [torch.zeros(shape) for _ in range(count)]
+
+
+def step(layers: int) -> Callable[[], object]:
+    k, v = caches(layers, 2, 12, 1, 8)
+    cache = ops.DenseCache(k, v)
+    return lambda: ops.compress_step(
+        HIDDEN, cache, STAGE, residual=RESIDUAL, weight=WEIGHT, others=OTHERS
+    )
+
+
+def compact(layers: int) -> Callable[[], object]:
+    k, v = caches(layers, 2, 12, 1, 8)
+    return lambda: ops.compact_kv_(k, v, STAGE)
+
+
+def compact_paged(layers: int) -> Callable[[], object]:
+    k, v = caches(layers, 6, 4, 1, 8)
+    return lambda: ops.compact_paged_kv_(k, v, TABLE, STAGE)
+
+
+def counted(run: Callable[[], object]) -> Counter[str]:
+    """What the second call of `run` calls: "call", in Python, and "c_call"."""
+    run()
+    calls: Counter[str] = Counter()
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        if event in ("call", "c_call") and frame.f_code.co_filename.startswith(PACKAGE):
+            calls[event] += 1
+
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+# run, and at most so many calls of functions in Python and in C
+CALLS: dict[str, tuple[Callable[[], object], int, int]] = {
+    "downsample": (lambda: ops.downsample(HIDDEN, STAGE), 6, 4),
+    "downsample, keep_indices": (lambda: ops.downsample(HIDDEN, keep_indices=ROWS), 6, 4),
+    "downsample_many": (lambda: ops.downsample_many([HIDDEN, RESIDUAL, *OTHERS], STAGE), 8, 4),
+    "downsample_add_rms_norm": (
+        lambda: ops.downsample_add_rms_norm(HIDDEN, RESIDUAL, WEIGHT, STAGE), 7, 4
+    ),
+    "rebuild_metadata": (lambda: ops.rebuild_metadata(BOUNDS, SPANS, "1/4"), 4, 4),
+    "boundary_step": (
+        lambda: ops.boundary_step(HIDDEN, STAGE, residual=RESIDUAL, weight=WEIGHT, others=OTHERS),
+        12, 6,
+    ),
+    "compact_kv_": (compact(32), 31, 26),
+    "compact_paged_kv_": (compact_paged(32), 42, 39),
+    "compress_step": (step(8), 41, 34),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls(name: str) -> None:
+    run, python, c = CALLS[name]
+    calls = counted(run)
+    assert calls["call"] <= python
+    assert calls["c_call"] <= c
+
+
+@pytest.mark.parametrize("op", [compact, compact_paged, step])
+def test_no_function_is_called_for_each_layer(op: Callable[[int], Callable[[], object]]) -> None:
+    """Python runs nothing of its own for a tensor of a cache; 8 layers or 64 are one call."""
+    assert counted(op(8))["call"] == counted(op(64))["call"]
+
+
+def moved(k: list[torch.Tensor], v: list[torch.Tensor]) -> None:
+    k[1].set_(v[2].untyped_storage(), 0, v[2].shape, v[2].stride())
+
+
+def changed_dtype(k: list[torch.Tensor], v: list[torch.Tensor]) -> None:
+    v[1] = v[1].to(torch.int32)
+
+
+CHANGES: dict[str, tuple[Callable[[list[torch.Tensor], list[torch.Tensor]], object], str]] = {
+    "resized": (lambda k, v: v[1].resize_(1, 12, 1, 8), r"^v_caches\[1\]: "),
+    "set_": (moved, r"^k_caches\[1\], v_caches\[2\]: .*share memory"),
+    "strides": (lambda k, v: k[1].transpose_(1, 3), r"^k_caches\[1\]: "),
+    "dtype": (changed_dtype, r"^v_caches\[1\]: expected torch.float32"),
+    "removed": (lambda k, v: v.pop(), "^v_caches: expected 4 tensors"),
+    "a gradient": (lambda k, v: k[3].requires_grad_(), r"^k_caches\[3\]: .*no gradient"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", ["compact_kv_", "compress_step"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_changed_since_the_last_call_is_refused(name: str, op: str) -> None:
+    """Nothing of a call is kept for the next one, the same objects or not."""
+    change, message = CHANGES[name]
+    k, v = caches(4, 2, 12, 1, 8)
+    cache = ops.DenseCache(k, v, stage=STAGE)
+
+    def run() -> object:
+        if op == "compact_kv_":
+            return ops.compact_kv_(cache)
+        return ops.compress_step(HIDDEN, cache, STAGE)
+
+    run()
+    change(k, v)
+    before = [x.clone() for x in (*k, *v)]
+    with pytest.raises((TypeError, ValueError), match=message):
+        run()
+    assert all(map(torch.equal, before, (*k, *v)))
+
+
+def test_a_stage_that_changed_is_refused() -> None:
+    plan = adsc.make_plan(
+        adsc.CompressionSchedule.parse("1:1/4", num_layers=2), [0, 12, 24], [(0, 2, 8), (1, 2, 8)]
+    )
+    stage, x, (k, v) = plan.stages[1], HIDDEN.clone(), caches(2, 2, 12, 1, 8)
+    calls: list[Callable[[], object]] = [
+        lambda: ops.downsample(x, stage),
+        lambda: ops.downsample_many([x], stage),
+        lambda: ops.boundary_step(x, stage),
+        lambda: ops.compact_kv_(k, v, stage),
+    ]
+    for run in calls:
+        run()
+    stage.segments.resize_(0, 6)
+    for run in calls:
+        with pytest.raises(ValueError, match="segments: expected a table for 12 "):
+            run()
+    x.resize_(20, 8)
+    for run in calls[:3]:
+        with pytest.raises(ValueError, match="expected 24 rows"):
+            run()
