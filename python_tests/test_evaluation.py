@@ -30,6 +30,7 @@ def test_the_bootstrap_draws_whole_pictures() -> None:
     apart = bootstrap(right, list(range(100)))
     assert together[1] - together[0] > 2 * (apart[1] - apart[0])
     assert together[0] < 0.5 < together[1]
+    assert apart == pytest.approx(wilson(50, 100), abs=0.02)  # of independent questions
     assert bootstrap(right, list(range(100))) == apart  # the same draws each time
 
 
