@@ -77,8 +77,9 @@ def boundary_step(
     keep_indices: Tensor | None = None,
     layout: BatchLayout | None = None,
 ) -> BoundaryStep:
-    """Everything that changes at a boundary, in one launch on CUDA (more than 16 tensors: one for
-    every 16).
+    """Everything that changes at a boundary, in one launch on CUDA. More take: over 16 tensors
+    (one for every 16); a norm of doubles, or of rows off 16-byte addresses; a layout of over 128
+    sequences or spans.
 
     hidden: [T_in, ...], any dtype, any distance between rows, each row contiguous inside.
     stage, keep_indices or layout: exactly one. The first two as for `downsample`; a `BatchLayout`

@@ -47,7 +47,8 @@ def compress_step(
     layout: BatchLayout | None = None,
 ) -> CompressStep:
     """`boundary_step`, and `compact_kv_` or `compact_paged_kv_` of the layers in front of the
-    boundary, in one launch on CUDA (more than 16 tensors of rows or 64 of caches: a few more).
+    boundary, in one launch on CUDA. More take: what takes more in `boundary_step`; over 64
+    tensors of caches.
 
     hidden, stage, residual, weight, eps, others, keep_indices, layout: as for `boundary_step`.
     cache: what is compacted, in place: a `DenseCache` or a `PagedCache`, such as an adapter of

@@ -55,12 +55,10 @@ MetadataCall metadata_call(const MetadataArguments& a) {
     const std::string fault = cpu::find_layout_fault(layout, boundary);
     check(fault.empty(), fault);
   }
-  const int64_t num_segments =
-      layout.num_sequences + layout.num_spans * (1 + boundary.span_segments);
   MetadataCall call{.step = {.layout = layout, .boundary = boundary, .stage = {}}, .outputs = {}};
   for (const std::vector<int64_t>& sizes : {std::vector<int64_t>{layout.num_sequences + 1},
                                             {layout.num_spans, span_columns(boundary)},
-                                            {num_segments, kSegmentColumns},
+                                            {num_segments(call.step), kSegmentColumns},
                                             {layout.num_sequences},
                                             {},
                                             {}}) {
