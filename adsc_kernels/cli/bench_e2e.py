@@ -135,9 +135,8 @@ def measure(
     model = random_model(shape, device, dtype)
     depth = model.config.num_layers
     schedules = schedules_of(shape, depth)
-    average = Fraction(0)
+    first, average = next(iter(schedules.values())), Fraction(0)
     for layer in range(depth):
-        first = next(iter(schedules.values()))
         average += Fraction(first.kept(vision)[first.stage_of_layer(layer)], depth)
     tokens = max(round(average), 1)
     before = CompressionSchedule.parse(f"0:{Fraction(tokens, vision)}", num_layers=depth)
@@ -149,6 +148,28 @@ def measure(
     )
     every[f"picture of {tokens}"] = _ours(model, batch, tokens, new_tokens)
     every["transformers, sdpa"] = _theirs(model, batch, vision, new_tokens)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    text = sum(TEXT)
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "adsc_kernels": adsc_kernels.__version__,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "case": f"{shape}, batch {batch}, {vision} + {text} tokens, {new_tokens} new, {dtype}",
+        "schedules": {name: str(schedule) for name, schedule in schedules.items()},
+        "rows": _by_turns(every, batch, new_tokens, runs, device),
+    }
+
+
+def _by_turns(
+    every: dict[str, Callable[[], Answer]],
+    batch: int,
+    new_tokens: int,
+    runs: int,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    import torch
+
     answers: dict[str, list[Answer]] = {name: [] for name in every}
     peaks: dict[str, int | None] = dict.fromkeys(every)
     for _ in options.progress(range(2 + runs), "runs"):
@@ -172,17 +193,7 @@ def measure(
                 "peak_bytes": peaks[name],
             }
         )
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    text = sum(TEXT)
-    return {
-        "device": name,
-        "torch": torch.__version__,
-        "adsc_kernels": adsc_kernels.__version__,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "case": f"{shape}, batch {batch}, {vision} + {text} tokens, {new_tokens} new, {dtype}",
-        "schedules": {name: str(schedule) for name, schedule in schedules.items()},
-        "rows": rows,
-    }
+    return rows
 
 
 def _ours(model: Llava, batch: int, vision: int, new_tokens: int) -> Callable[[], Answer]:
