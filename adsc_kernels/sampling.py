@@ -58,6 +58,11 @@ class Inbox:
         self._host = torch.empty((steps, len(like)), dtype=like.dtype, pin_memory=self.cuda)
         self._sent: dict[int, torch.cuda.Event] = {}
 
+    @property
+    def late(self) -> bool:
+        """Whether the device works on by itself, so that a step is better begun unread."""
+        return self.cuda
+
     def send(self, step: int, tokens: Tensor) -> None:
         """Behind what the device has been told to do so far."""
         self._host[step].copy_(tokens, non_blocking=True)

@@ -8,7 +8,7 @@ from llava_case import IMAGES, PROMPTS
 from tiny_checkpoints import make_checkpoint
 
 from adsc_kernels.llava import Llava
-from adsc_kernels.sampling import choose
+from adsc_kernels.sampling import Inbox, choose
 
 SCHEDULE = "1:1/2,2:1/3"
 
@@ -28,7 +28,9 @@ def with_stop_tokens(model: Llava, ids: tuple[int, ...]) -> Llava:
     return twin
 
 
-def test_sequences_end_at_different_times(model):
+@pytest.mark.parametrize("late", [False, True])
+def test_sequences_end_at_different_times(model, monkeypatch, late):
+    monkeypatch.setattr(Inbox, "late", late)
     free = model.generate(PROMPTS, IMAGES, max_new_tokens=12)
     assert free.decode_steps == 11
     stop = free.token_ids[0][3]  # ends the first sequence after four tokens, and maybe others
@@ -45,8 +47,10 @@ def test_sequences_end_at_different_times(model):
     assert ended.decode_steps == 0
 
 
-def test_a_conversation_goes_on_after_uneven_ends(model):
+@pytest.mark.parametrize("late", [False, True])
+def test_a_conversation_goes_on_after_uneven_ends(model, monkeypatch, late):
     """Under a stop token, as without: a later turn continues what is there."""
+    monkeypatch.setattr(Inbox, "late", late)
     free = model.generate(PROMPTS, IMAGES, max_new_tokens=6)
     stop = free.token_ids[1][2]
     ended = with_stop_tokens(model, (stop,)).generate(PROMPTS, IMAGES, max_new_tokens=6)

@@ -17,6 +17,7 @@ from adsc_kernels.cache import KVCache, Phase, StageCache, passes_of
 from adsc_kernels.decode import DecodeState
 from adsc_kernels.llava import Llava
 from adsc_kernels.plan import make_plan
+from adsc_kernels.sampling import Inbox
 from adsc_kernels.schedule import CompressionSchedule
 
 SCHEDULES = ["", "1:1/2,3:1/3", "0:2/3,1:1/2@linspace@renumber", "1:1/2x1/2@grid"]
@@ -55,6 +56,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
     monkeypatch.setitem(attention._RUN, "flash_attn", run)
     monkeypatch.setattr(graphs, "capturable", lambda device: True)
     monkeypatch.setattr(graphs, "capture", made)
+    monkeypatch.setattr(Inbox, "late", True)
     return made
 
 

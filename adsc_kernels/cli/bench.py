@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from adsc_kernels.cli import options
+from adsc_kernels.cli import bench_e2e, options
 from adsc_kernels.cli.text import in_bytes, table
 from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.schedule import CompressionSchedule
@@ -34,6 +34,13 @@ def add_parser(commands: Any) -> None:
         "benchmarks are `make bench` and `make gpu-bench`, in the source folder.",
     )
     parser.add_argument(
+        "what",
+        nargs="?",
+        choices=("ops", "e2e"),
+        default="ops",
+        help="the ops of a boundary, or whole prompts and answers of a decoder (ops)",
+    )
+    parser.add_argument(
         "--batch", type=options.integer(1, 2**20), default=8, help="prompts of one picture (8)"
     )
     parser.add_argument(
@@ -41,12 +48,26 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--keep", default="1/4", help="share of 576 vision tokens (default 1/4)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument(
+        "--shape", choices=tuple(bench_e2e.SHAPES), default="tiny", help="e2e: of the model (tiny)"
+    )
+    positive = options.integer(1, 2**15)
+    parser.add_argument(
+        "--vision", type=positive, default=576, metavar="N", help="e2e: vision tokens (576)"
+    )
+    parser.add_argument(
+        "--new-tokens", type=positive, default=32, metavar="N", help="e2e: of each answer (32)"
+    )
+    parser.add_argument("--runs", type=positive, default=5, metavar="N", help="e2e: timed (5)")
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.set_defaults(execute=execute)
 
 
 def execute(args: argparse.Namespace) -> None:
     """Measure and print."""
+    if args.what == "e2e":
+        bench_e2e.execute(args)
+        return
     schedule = CompressionSchedule.parse(f"1:{args.keep}", num_layers=2)
     if (size := args.batch * PROMPT * args.hidden * 2) > MOST_BYTES:
         raise ValueError(

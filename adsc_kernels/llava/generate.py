@@ -134,7 +134,7 @@ def generate(
     pictures = list(zip(spans, features, strict=True))
     seen = _now(model.device)
 
-    # The whole prompt at once, or chunks counted from each prompt's end, so that all end together.
+    # The whole prompt, or chunks counted from each prompt's end, so that all end together.
     phase = Phase.PREFILL if conversation is None else Phase.LATER_TURN
     todo = max(end - done for end, done in zip(lengths, talk.cached, strict=True))
     chunk = min(prefill_chunk or todo, todo)
@@ -162,7 +162,8 @@ def generate(
     inbox = Inbox(max_new_tokens, tokens)
     for step in tqdm(range(max_new_tokens), "tokens", disable=not progress):
         inbox.send(step, tokens)
-        if step + 1 < max_new_tokens:  # before the host looks at this step's, so it never waits
+        last = step + 1 == max_new_tokens
+        if inbox.late and not last:  # before the host looks at this step's, so it never waits
             tokens = choose(model.decode(tokens, state), temperature, top_p, rng)
         now = inbox.receive(step)
         for b in going:
@@ -178,6 +179,8 @@ def generate(
         going = [b for b in going if not any(end in shown[b] for end in stop)]
         if not going:
             break
+        if not (inbox.late or last):
+            tokens = choose(model.decode(tokens, state), temperature, top_p, rng)
     # Sequences that ended went on unread: their cache is as long as their answers.
     state.keep([len(answer) - 1 for answer in ids])
     talk.cached = [n + len(answer) - 1 for n, answer in zip(talk.cached, ids, strict=True)]

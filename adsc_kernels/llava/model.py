@@ -263,12 +263,11 @@ class Llava(nn.Module):
         def run(x: Tensor) -> Tensor:
             return self.language_model(x, passes)
 
-        if cache is not None and phase is Phase.PREFILL and len(x) <= GRAPHED_ROWS:
-            x = self._graphed(plan.layout, run, cache, x)
-        else:
-            x = run(x)
-        if cache is not None:
-            cache.advance(plan)
+        if cache is None:
+            return run(x)
+        short = phase is Phase.PREFILL and len(x) <= GRAPHED_ROWS
+        x = self._graphed(plan.layout, run, cache, x) if short else run(x)
+        cache.advance(plan)
         return x
 
     def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:
@@ -299,8 +298,7 @@ class Llava(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden rows [T, hidden] -> float32 [T, vocab]."""
-        x = self.language_model.norm.alone(x)
-        return F.linear(x, self.head.weight).float()
+        return F.linear(self.language_model.norm.alone(x), self.head.weight).float()
 
     @property
     def head(self) -> nn.Embedding | nn.Linear:
