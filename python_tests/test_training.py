@@ -146,6 +146,20 @@ def assert_same_gradients(one: Path, other: Path) -> None:
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-7)
 
 
+def test_records_that_are_left_out_are_said(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = write_data(tmp_path / "bad")
+    records = json.loads((bad / "conversations.json").read_text())
+    records[2]["image"] = "none.png"
+    (bad / "conversations.json").write_text(json.dumps(records))
+    with pytest.raises(FileNotFoundError, match="record 2: image"):
+        made_trainer(bad, tmp_path)
+    trainer = made_trainer(bad, tmp_path, skip_malformed=True)
+    assert len(trainer.train_dataset) == 7
+    assert "1 records are left out, 2 for one" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one(data: Path, tmp_path: Path) -> None:
     """Each takes one of two questions of a step, whose answers differ in length."""

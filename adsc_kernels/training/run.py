@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -93,6 +94,9 @@ def _trainer(config: TrainConfig, states: Path) -> tuple[ScheduledTrainer, dict[
 
     started = time.monotonic()
     records = Records(config.data, config.pictures, skip_malformed=config.skip_malformed)
+    if records.skipped:
+        left, (number, why) = len(records.skipped), records.skipped[0]
+        print(f"{left} records are left out, {number} for one ({why})", file=sys.stderr)
     folder = find_folder(config.model)
     set_seed(config.seed)
     dtype: torch.dtype = getattr(torch, config.dtype)
