@@ -22,6 +22,7 @@ from adsc_kernels.adapters import merge, read_schedule
 from adsc_kernels.cli import main
 from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.llava import Llava, load_image
+from adsc_kernels.llava.weights import Joined
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("accelerate")
@@ -266,8 +267,15 @@ def test_the_thin_model_and_peft_read_an_adapter_alike(adapter: Path) -> None:
     for file in adapter.iterdir():
         if file.suffix in (".json", ".md"):
             assert str(MODEL) not in file.read_text(), file
+    ours = dict(thin.language_model.named_parameters())
+    for path, module in thin.language_model.named_modules():
+        if isinstance(module, Joined):
+            parts = ours.pop(f"{path}.weight").split(list(module.parts.values()))
+            above = path.rpartition(".")[0]
+            ours |= {f"{above}.{n}.weight": p for n, p in zip(module.parts, parts, strict=True)}
+    assert ours.keys() == theirs.keys()
     moved = 0
-    for name, tensor in thin.language_model.named_parameters():
+    for name, tensor in ours.items():
         assert torch.allclose(tensor, theirs[name], atol=1e-6), name
         moved += not torch.equal(tensor, plain[f"model.language_model.{name}"])
     assert moved == 16 * 7

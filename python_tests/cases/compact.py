@@ -295,6 +295,7 @@ def op_arguments(built: Built) -> list[Any]:
         raise _Recorded(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compact, "native", lambda name, like: None)
         patch.setattr(compact, "choose", lambda name, device: record)
         with pytest.raises(_Recorded) as recorded:
             compact.compact_paged_kv_(**built.arguments)
