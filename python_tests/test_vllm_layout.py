@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from llava_oracle import kept
 
 from adsc_kernels import CompressionSchedule
+from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.integrations.vllm.groups import choose_grouping, group_size
 from adsc_kernels.integrations.vllm.layout import Layouts, RequestLayout, aligned_schedule
+from adsc_kernels.integrations.vllm.spans import llava_onevision_spans
 
 
 def schedule(text: str, layers: int = 32) -> CompressionSchedule:
@@ -96,3 +100,28 @@ def test_grouping(text, fraction, groups, padding):
     assert found.fraction(rule, lengths, 16) <= fraction + 0.0005
     if found.fraction(rule, lengths, 16) > fraction - 0.0005:
         assert (sum(found.groups), found.padding(rule)) == (groups, padding)
+
+
+def test_onevision_spans():
+    """Tiles by their newlines, frames of half the side; what has no grid is no span, or refused."""
+    vision = SimpleNamespace(image_size=10, patch_size=2)  # 5 x 5, of a frame 3 x 3
+    read = llava_onevision_spans(SimpleNamespace(vision_config=vision, image_token_index=7))
+
+    def item(modality, offset, length):
+        where = SimpleNamespace(offset=offset, length=length, is_embed=None)
+        return SimpleNamespace(modality=modality, mm_position=where)
+
+    film, overview = [8] * 19, [7] * 25  # two frames; and what an image begins with
+    tiles, lines = [7, 7, 0] * 4, [0] * 4  # four rows of two tokens, and of none
+    prompt = [1, *film, *overview, *tiles, 1, *overview, *lines, *overview]
+    items = [item("image", 20, 37), item("video", 1, 19), item("image", 58, 29)]
+    assert read(prompt, [*items, item("image", 87, 25)]) == (
+        (1, 9, 3, 3),
+        (10, 9, 3, 3),
+        (20, 25, 5, 5),
+        (45, 12, 4, 2),
+        (58, 25, 5, 5),
+        (87, 25, 5, 5),
+    )
+    with pytest.raises(UnsupportedError, match="frames of 9 tokens and a newline, got 18"):
+        read(prompt, [item("video", 1, 18)])

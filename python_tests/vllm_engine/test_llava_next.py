@@ -21,7 +21,8 @@ from transformers import (
 
 SIDE = 8  # patches along each side of a tile
 TILE = 4 * SIDE  # pixels
-SIZES = [(TILE, TILE), (2 * TILE, TILE), (40, 90), (64, 50)]  # width, height
+# Width, height; of the last two no row of tiles is left, and rows of newlines only.
+SIZES = [(TILE, TILE), (2 * TILE, TILE), (40, 90), (64, 50), (300, 1), (1, 300)]
 ARCHITECTURE = {"architectures": ["AdscLlavaNextForConditionalGeneration"]}
 
 

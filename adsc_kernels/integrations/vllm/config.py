@@ -89,6 +89,7 @@ def problems(vllm_config: VllmConfig, schedule: CompressionSchedule) -> list[str
     text, tower = model.hf_config.text_config, model.hf_config.vision_config.model_type
     method = None if speculative is None else speculative.method
     align = _option(vllm_config, ALIGN_KEY)
+    strategy = getattr(model.hf_config, "vision_feature_select_strategy", None)
     deepstack = len(getattr(model.hf_config.vision_config, "deepstack_visual_indexes", ()))
     checks = (
         (align not in (None, "block"), f"{ALIGN_KEY} {align!r}: expected 'block'"),
@@ -132,10 +133,14 @@ def problems(vllm_config: VllmConfig, schedule: CompressionSchedule) -> list[str
             f"vision tower {tower!r}: expected {' or '.join(family.tower)}",
         ),
         (
-            schedule.pattern == "grid"
-            and getattr(model.hf_config, "vision_feature_select_strategy", None) == "full",
+            schedule.pattern == "grid" and family.class_token and strategy == "full",
             "the pattern 'grid' with vision_feature_select_strategy 'full': a class token is in no "
             "row and no column",
+        ),
+        (
+            not family.class_token and strategy not in (None, "full"),
+            f"vision_feature_select_strategy {strategy!r}: expected 'full'; without its first "
+            "token an image has no rows and columns",
         ),
         (
             any(boundary.layer < deepstack for boundary in schedule.boundaries),

@@ -10,6 +10,7 @@ from adsc_kernels.integrations.vllm.layout import Span
 from adsc_kernels.integrations.vllm.spans import (
     SpanReader,
     llava_next_spans,
+    llava_onevision_spans,
     llava_spans,
     qwen_vl_spans,
     square_image,
@@ -26,6 +27,7 @@ class Family:
     spans: from the model's config to what finds the vision tokens of a request.
     image: from the model's config to an image of common size, for groups and reports.
     reads_data: `spans` looks into what the processor made of an image, beside where it lies.
+    class_token: the tower's first output is no patch of the image.
     """
 
     module: str
@@ -34,14 +36,32 @@ class Family:
     spans: Callable[[Any], SpanReader]
     image: Callable[[Any], Span]
     reads_data: bool = False
+    class_token: bool = False
 
 
 FAMILIES: dict[str, Family] = {
     "AdscLlavaForConditionalGeneration": Family(
-        f"{_PACKAGE}.llava", ("llama",), ("clip_vision_model",), llava_spans, square_image
+        f"{_PACKAGE}.llava",
+        ("llama",),
+        ("clip_vision_model",),
+        llava_spans,
+        square_image,
+        class_token=True,
     ),
     "AdscLlavaNextForConditionalGeneration": Family(
-        f"{_PACKAGE}.llava_next", ("llama",), ("clip_vision_model",), llava_next_spans, square_image
+        f"{_PACKAGE}.llava_next",
+        ("llama",),
+        ("clip_vision_model",),
+        llava_next_spans,
+        square_image,
+        class_token=True,
+    ),
+    "AdscLlavaOnevisionForConditionalGeneration": Family(
+        f"{_PACKAGE}.llava_onevision",
+        ("qwen2",),
+        ("siglip_vision_model",),
+        llava_onevision_spans,
+        square_image,
     ),
     "AdscQwen2_5_VLForConditionalGeneration": Family(
         f"{_PACKAGE}.qwen2_5_vl",

@@ -14,7 +14,7 @@ from vllm.model_executor.models.llava_next import (
     LlavaNextProcessingInfo,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems
+from vllm.multimodal.parse import EmbeddingItems, ImageProcessorItems
 from vllm.multimodal.processing import PromptReplacement, PromptUpdate
 
 from adsc_kernels.integrations.vllm.adapter import InStages, TextBehindDummies, TextBehindImage
@@ -28,15 +28,17 @@ if TYPE_CHECKING:
     from adsc_kernels.schedule import CompressionSchedule
 
 
-class AdscLlavaNextProcessor(TextBehindImage, LlavaNextMultiModalProcessor):
-    """LLaVA-NeXT's own, but that newline embeddings have a token of their own in the prompt, by
-    which `spans.llava_next_spans` sees the shape of an image."""
+class NewlineTokens(TextBehindImage):
+    """For the processor of a model with tiles: newline embeddings have a token of their own in the
+    prompt, by which `spans.llava_next_spans` sees the shape of an image."""
+
+    info: LlavaNextProcessingInfo
 
     def refuse(self, items: MultiModalDataItems, schedule: CompressionSchedule) -> None:
-        some = (ImageEmbeddingItems, ImageProcessorItems)
-        if "image" in items and isinstance(items.get_items("image", some), ImageEmbeddingItems):
-            expected = "images: expected pictures, got embeddings, whose shape is unknown"
-            raise VLLMValidationError(expected, parameter="image_embeds")
+        for modality, some in items.items():
+            if isinstance(some, EmbeddingItems):
+                expected = f"{modality}s: expected pixels, got embeddings, whose shape is unknown"
+                raise VLLMValidationError(expected, parameter=f"{modality}_embeds")
 
     def _get_prompt_updates(
         self,
@@ -44,13 +46,18 @@ class AdscLlavaNextProcessor(TextBehindImage, LlavaNextMultiModalProcessor):
         hf_processor_mm_kwargs: Mapping[str, object],
         out_mm_kwargs: MultiModalKwargsItems,
     ) -> Sequence[PromptUpdate]:
+        """vLLM's own, but that of images."""
+        updates = super()._get_prompt_updates(  # type: ignore[misc]
+            mm_items, hf_processor_mm_kwargs, out_mm_kwargs
+        )
         image_id = self.info.get_hf_config().image_token_index
 
         def tokens(number: int) -> list[int]:
             size = mm_items.get_items("image", ImageProcessorItems).get_image_size(number)
             return self._tokens(size.width, size.height)
 
-        return [PromptReplacement(modality="image", target=[image_id], replacement=tokens)]
+        images = PromptReplacement(modality="image", target=[image_id], replacement=tokens)
+        return [images, *(update for update in updates if update.modality != "image")]
 
     def _tokens(self, width: int, height: int) -> list[int]:
         """Of an image of that size: the overview, then rows of the tiles, each with a newline."""
@@ -67,8 +74,13 @@ class AdscLlavaNextProcessor(TextBehindImage, LlavaNextMultiModalProcessor):
             num_patch_width=columns,
         )
         total = self.info.get_num_image_tokens(image_width=width, image_height=height)
-        row = [image_id] * (tiles // newlines) + [newline_id]
+        # Of a picture that is a mere line no row may be left, or rows of newlines only.
+        row = [image_id] * (tiles // max(newlines, 1)) + [newline_id]
         return [image_id] * (total - tiles - newlines) + row * newlines
+
+
+class AdscLlavaNextProcessor(NewlineTokens, LlavaNextMultiModalProcessor):
+    """LLaVA-NeXT's own, with those tokens."""
 
 
 class AdscLlavaNextDummyInputs(TextBehindDummies, LlavaDummyInputsBuilder):

@@ -47,14 +47,36 @@ def llava_next_spans(hf_config: Any) -> SpanReader:
         for start, length in placeholders(features):
             overview = side * side
             spans.append((start, overview, side, side))
-            first, rest = start + overview, length - overview
-            if not rest:
-                continue
-            width = 0
+            first, rest, width = start + overview, length - overview, 0
             while width < rest and prompt_token_ids[first + width] == image_id:
                 width += 1
-            spans.append((first, rest, rest // (width + 1), width))
+            if width:  # of a picture that is a mere line only newlines may be left, or nothing
+                spans.append((first, rest, rest // (width + 1), width))
         return tuple(spans)
+
+    return read
+
+
+def llava_onevision_spans(hf_config: Any) -> SpanReader:
+    """LLaVA-OneVision: images as LLaVA-NeXT's, and videos: frames of half the side, rounded up,
+    and one newline behind the last, which stays."""
+    read_images = llava_next_spans(hf_config)
+    side = -(-square_image(hf_config)[2] // 2)
+    frame = side * side
+
+    def read(
+        prompt_token_ids: Sequence[int], features: Sequence[MultiModalFeatureSpec]
+    ) -> tuple[Span, ...]:
+        videos = [feature.mm_position for feature in features if feature.modality == "video"]
+        images = [feature for feature in features if feature.modality != "video"]
+        spans = list(read_images(prompt_token_ids, images))
+        for video in videos:
+            frames, rest = divmod(video.length - 1, frame)
+            if rest:
+                expected = f"a video: expected frames of {frame} tokens and a newline"
+                raise UnsupportedError(f"{expected}, got {video.length} tokens")
+            spans += [(video.offset + n * frame, frame, side, side) for n in range(frames)]
+        return tuple(sorted(spans))
 
     return read
 
@@ -92,7 +114,7 @@ def qwen_vl_spans(hf_config: Any) -> SpanReader:
 
 
 def square_image(hf_config: Any) -> Span:
-    """The one size that a CLIP tower takes."""
+    """The one size that the tower of a LLaVA takes."""
     vision = hf_config.vision_config
     side = vision.image_size // vision.patch_size
     return (0, side * side, side, side)
