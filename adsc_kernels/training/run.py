@@ -46,7 +46,7 @@ def train(config: TrainConfig) -> Path:
     trainer, facts = _trainer(config, states)
     try:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
-        seconds = _add_time(out, facts["started"])
+        seconds = _add_time(out, facts["started"], trainer)
         trainer.set_schedule(None)
         if trainer.is_world_process_zero():
             training = {**asdict(config), "seconds": round(seconds, 1)}
@@ -63,7 +63,7 @@ def train(config: TrainConfig) -> Path:
             raise
         raise OSError(f"{out}: can't be written ({error}); {_left(states)}") from error
     except BaseException:
-        _add_time(out, facts["started"])
+        _add_time(out, facts["started"], trainer)
         raise
     return adapter
 
@@ -171,7 +171,14 @@ def _claim(out: Path, config: TrainConfig) -> None:
             raise ValueError(f"out {out}: expected a run of this configuration, got one of {got}")
         return
     out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
+    _put(file, json.dumps(mine, indent=1) + "\n")
+
+
+def _put(file: Path, text: str) -> None:
+    """At once: the processes of a run read and write the same files."""
+    part = file.with_name(f"{file.name}.{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, file)
 
 
 def _write(
@@ -190,12 +197,13 @@ def _write(
     os.replace(part, adapter)
 
 
-def _add_time(out: Path, started: float) -> float:
+def _add_time(out: Path, started: float, trainer: ScheduledTrainer) -> float:
     """Seconds of computing of all of a run's sittings, kept in its folder."""
     file = out / "seconds"
     before = float(file.read_text()) if file.is_file() else 0.0
     total = before + time.monotonic() - started
-    file.write_text(f"{total:.1f}\n")
+    if trainer.is_world_process_zero():
+        _put(file, f"{total:.1f}\n")
     return total
 
 
