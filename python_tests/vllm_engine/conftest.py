@@ -20,6 +20,11 @@ import pytest
 pytest.importorskip("vllm")
 
 
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, so that no worker ends long after the other."""
+    items.sort(key=lambda item: item.path.stem not in ("test_processes", "test_server"))
+
+
 @pytest.fixture(scope="session")
 def llava(tmp_path_factory):
     """A random LLaVA of 6 layers and 64-token images: its folder, and transformers' model of it."""
