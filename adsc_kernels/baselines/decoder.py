@@ -105,7 +105,7 @@ Select = Callable[[int, View | None, View], "Sequence[Tensor] | None"]
 def run(model: Llava, x: Tensor, rows: Rows, select: Select | None = None) -> tuple[Tensor, Rows]:
     """Rows [T, hidden] through all layers, to those that are left, before the final norm."""
     before: View | None = None
-    rope = table(model, rows.positions, x)
+    rope = model.language_model.rope(rows.positions, x.dtype)
     for n, module in enumerate(model.language_model.layers):
         layer = cast(Layer, module)
         normed = layer.input_layernorm.alone(x)
@@ -114,7 +114,7 @@ def run(model: Llava, x: Tensor, rows: Rows, select: Select | None = None) -> tu
         if kept is not None:
             index, rows = rows.keep(kept)
             normed, x = ops.downsample_many([normed, x], keep_indices=index)
-            rope = table(model, rows.positions, x)
+            rope = model.language_model.rope(rows.positions, x.dtype)
             here = View(layer, normed, rope, rows)
         # Attention reads of a stage what Rows has.
         stage = cast(StagePlan, rows)
@@ -123,11 +123,3 @@ def run(model: Llava, x: Tensor, rows: Rows, select: Select | None = None) -> tu
         x = x + layer.mlp(layer.post_attention_layernorm.alone(x))
         before = here
     return x, rows
-
-
-def table(model: Llava, positions: Tensor, like: Tensor) -> Rope:
-    """cos and sin of these positions."""
-    decoder = model.language_model
-    angles = positions[:, None, None].float() * decoder.frequencies
-    cos, sin = angles.cos() * decoder.rope_scale, angles.sin() * decoder.rope_scale
-    return Rope(cos.to(like.dtype), sin.to(like.dtype))

@@ -128,14 +128,18 @@ class Decoder(nn.Module):
         frequencies = torch.cat((-rotary.inv_freq, rotary.inv_freq))
         self.register_buffer("frequencies", frequencies, persistent=False)
 
+    def rope(self, positions: Tensor, dtype: torch.dtype) -> Rope:
+        """The rotation of rows at these positions, [T]."""
+        angles = positions[:, None, None].float() * self.frequencies
+        cos, sin = angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
+        return Rope(cos.to(dtype), sin.to(dtype))
+
     def forward(self, x: Tensor, passes: Sequence[StagePass]) -> Tensor:
         """Rows of stage 0, [T, hidden], to rows of the last stage, before the final norm."""
         residual: Tensor | None = None
         for stage, following in zip(passes, (*passes[1:], None), strict=True):
             # What depends on the layout is made once here, and shared by the stage's layers.
-            angles = stage.positions[:, None, None].float() * self.frequencies
-            cos, sin = angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
-            rope = Rope(cos.to(x.dtype), sin.to(x.dtype))
+            rope = self.rope(stage.positions, x.dtype)
             for n in stage.layers:
                 layer = cast(Layer, self.layers[n])
                 if residual is None:  # nothing is there to be added; a boundary may lie in front
