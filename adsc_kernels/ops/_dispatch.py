@@ -199,19 +199,14 @@ def explain(check: Callable[..., Any], *arguments: Any) -> None:
 
 
 def call(op: Callable[..., Any], *arguments: Any, grad: bool) -> Any:
-    """Calls op, past its autograd kernel where no gradient is asked for (grad is False).
-
-    That kernel is Python, and takes longer than moving a small tensor does.
-    """
+    """`run`, of what `choose` gave: under torch.compile and transforms op is called as it is."""
     if (
         torch.compiler.is_compiling()
-        or (grad and torch.is_grad_enabled())
         or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
     ):
         return op(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
+    return run(op, *arguments, grad=grad)
 
 
 def call_in_place(op: Callable[..., Any], *arguments: Any, written: list[Tensor]) -> Any:
