@@ -22,6 +22,18 @@ GRID = 8
 IMAGE_TOKENS = GRID * GRID
 
 
+def drawn(kind: Any, config: Any, seed: int, std: float) -> Any:
+    """A transformers model with random weights that tell tokens apart."""
+    torch.manual_seed(seed)
+    hf = kind(config).eval()
+    with torch.no_grad():
+        for name, weight in hf.named_parameters():
+            weight.normal_(std=0.6 if "embed_tokens" in name else std)
+            if "norm" in name or "ln_q" in name:
+                weight.add_(1)
+    return hf
+
+
 @dataclass
 class Checkpoint:
     folder: Path

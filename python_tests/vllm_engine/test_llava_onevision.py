@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from engines import BLOCK, Checkpoint, assert_pool_free, engine, parse, words
+from engines import BLOCK, Checkpoint, assert_pool_free, drawn, engine, parse, words
 from llava_oracle import decode
 from test_qwen2_5_vl import PADS, VOCAB, save_processor
 from tiny_checkpoints import picture
@@ -60,13 +60,7 @@ def onevision(tmp_path_factory):
         image_grid_pinpoints=pinpoints,
         tie_word_embeddings=False,
     )
-    torch.manual_seed(4)
-    hf = LlavaOnevisionForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for name, weight in hf.named_parameters():
-            weight.normal_(std=0.6 if "embed_tokens" in name else 0.15)
-            if "norm" in name:
-                weight.add_(1)
+    hf = drawn(LlavaOnevisionForConditionalGeneration, config, seed=4, std=0.15)
     hf.save_pretrained(folder)
     save_processor(folder, "LlavaOnevisionVideoProcessor", "LlavaOnevisionProcessor")
     shared = {"size": {"height": TILE, "width": TILE}}

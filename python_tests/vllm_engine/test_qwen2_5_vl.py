@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engines import BLOCK, Checkpoint, assert_pool_free, engine, parse, words
+from engines import BLOCK, Checkpoint, assert_pool_free, drawn, engine, parse, words
 from llava_oracle import decode
 from tiny_checkpoints import WORDS, picture
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -66,13 +66,7 @@ def qwen(tmp_path_factory):
         vision_end_token_id=VOCAB["<|vision_end|>"],
         tie_word_embeddings=False,
     )
-    torch.manual_seed(2)
-    hf = Qwen2_5_VLForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for name, weight in hf.named_parameters():
-            weight.normal_(std=0.6 if "embed_tokens" in name else 0.15)
-            if "norm" in name or "ln_q" in name:
-                weight.add_(1)
+    hf = drawn(Qwen2_5_VLForConditionalGeneration, config, seed=2, std=0.15)
     hf.save_pretrained(folder)
     save_processor(folder, "Qwen2VLVideoProcessor", "Qwen2_5_VLProcessor")
     return Checkpoint(folder, hf.double(), AutoProcessor.from_pretrained(folder))

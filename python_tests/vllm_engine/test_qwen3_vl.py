@@ -4,8 +4,7 @@ it writes between the frames of a video; against the oracle."""
 from __future__ import annotations
 
 import pytest
-import torch
-from engines import Checkpoint, assert_pool_free
+from engines import Checkpoint, assert_pool_free, drawn
 from test_qwen2_5_vl import PADS, TOKEN, VOCAB, answer_and_check, qwen_engine, save_processor
 from transformers import AutoProcessor, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
@@ -49,13 +48,7 @@ def qwen3(tmp_path_factory):
         vision_end_token_id=VOCAB["<|vision_end|>"],
         tie_word_embeddings=False,
     )
-    torch.manual_seed(3)
-    hf = Qwen3VLForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for name, weight in hf.named_parameters():
-            weight.normal_(std=0.6 if "embed_tokens" in name else 0.15)
-            if "norm" in name:
-                weight.add_(1)
+    hf = drawn(Qwen3VLForConditionalGeneration, config, seed=3, std=0.15)
     hf.save_pretrained(folder)
     save_processor(folder, "Qwen3VLVideoProcessor", "Qwen3VLProcessor")
     return Checkpoint(folder, hf.double(), AutoProcessor.from_pretrained(folder))
