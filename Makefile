@@ -29,7 +29,11 @@ $(VENV)/.native: $(NATIVE) | $(VENV)/.tools
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
-# An editable install: Python sources are used where they lie.
+# An editable install: Python sources are used where they lie. To run takes no more than .usable.
+$(VENV)/.usable: pyproject.toml setup.py | $(VENV)/.native
+	$(PIP_INSTALL) --no-build-isolation -e .
+	@touch $@
+
 $(VENV)/.installed: pyproject.toml setup.py | $(VENV)/.native
 	$(PIP_INSTALL) --no-build-isolation -e ".[test]"
 	@touch $@
@@ -59,7 +63,7 @@ $(VENV_VLLM)/.native: $(NATIVE) pyproject.toml | $(VENV_VLLM)/.tools
 	$(VLLM_PIP) --no-build-isolation --no-deps -e .
 	@touch $@
 
-demo: venv      ## the bundled model on a real picture, dense and compressed; the picture goes to out/
+demo: $(VENV)/.native $(VENV)/.usable ## the bundled model on a real picture, dense and compressed; the picture goes to out/
 	@mkdir -p out
 	$(BIN)/adsc run --out out/survivors.png
 	@echo; echo "The same with an adapter that was trained for 64 tokens:"
