@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -35,10 +36,6 @@ from typing import Any
 
 from gpu_run import ROOT, Job, run_all
 from gpu_show import left_out, print_benches, print_sanitizers, print_tests
-
-sys.path.insert(0, str(ROOT))  # nothing is built or installed yet
-
-from adsc_kernels.stamp import said_by, stamp, version_of
 
 SECONDS = 560  # for everything: a call on a lent machine is cut off a little later
 # Of `all`: the seconds after which each target gives way to the next. What one leaves, it gets.
@@ -71,6 +68,10 @@ def pytest_job(folder: Path, name: str, what: list[str], backend: str, **environ
     )
 
 
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def test_jobs(folder: Path, only: str) -> list[Job]:
     """One for each test file, or test, and backend. A dry run takes all files in one, and, where
     Triton is, the calls that it must refuse under its interpreter."""
@@ -78,7 +79,7 @@ def test_jobs(folder: Path, only: str) -> list[Job]:
     names = {file.stem.removeprefix("test_"): file for file in files}
     if DRY_RUN:
         jobs = [pytest_job(folder, "all files", [*map(str, files)], "cpu")]
-        if "bad_input" in names and version_of("triton"):
+        if "bad_input" in names and has_triton():
             what = [str(names["bad_input"])]
             jobs.append(pytest_job(folder, "bad_input", what, "triton", TRITON_INTERPRET="1"))
         return jobs
@@ -155,7 +156,7 @@ def read_sanitizer(status: int, output: str) -> dict[str, Any]:
 def bench_jobs(folder: Path, only: str) -> list[Job]:
     """One for each family of ops, one after the other."""
     jobs = []
-    interpreted = {"TRITON_INTERPRET": "1"} if DRY_RUN and version_of("triton") else {}
+    interpreted = {"TRITON_INTERPRET": "1"} if DRY_RUN and has_triton() else {}
     for name, seconds in BENCHES.items():
         file = folder / f"{name}.json"
         jobs.append(
@@ -231,6 +232,15 @@ def build() -> None:
 
 # ---- Running ----
 
+
+def sees_gpus() -> bool:
+    """Whether the driver lists any."""
+    if shutil.which("nvidia-smi") is None:
+        return False
+    done = subprocess.run(("nvidia-smi", "-L"), capture_output=True, text=True)
+    return done.returncode == 0 and bool(done.stdout.strip())
+
+
 TARGETS = {
     "test": (test_jobs, print_tests),
     "bench": (bench_jobs, print_benches),
@@ -287,10 +297,13 @@ def main() -> int:
         return 1
     if why:
         print(f"{name}: {why}; nothing was run and no test counts as passed")
-        return 1 if said_by("nvidia-smi", "-L") else 0  # a GPU that this torch can't use
+        return int(sees_gpus())  # 1: there is one, and this torch can't use it
     begin = time.monotonic()
     if not DRY_RUN:
         build()
+    sys.path.insert(0, str(ROOT))
+    from adsc_kernels.stamp import stamp  # the package can be imported once it is built
+
     facts = stamp("cpu" if DRY_RUN else "cuda", dry_run=DRY_RUN)
     if options.target != "all":
         return not run_target(options.target, options.only, begin + options.seconds, facts)
