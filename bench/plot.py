@@ -50,7 +50,7 @@ def times_of(case: Report) -> dict[str, float]:
 
 
 def figure(bench: Report) -> Figure:
-    cases = cases_of(bench)
+    cases = cases_of(bench["jobs"])
     drawn = [op for op in PANELS if any(is_one_of(case, op) for case in cases)]
     page = Figure(figsize=(11, 5.6), dpi=100, layout="constrained")
     panels = page.subplots(2, 4, sharey=True).flatten()

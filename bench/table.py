@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import reach
 import table_gpu
 from table_gpu import Report, Results, table
 
@@ -51,6 +52,12 @@ def beside_the_bench(results: Results, name: str, section: Callable[[str], str])
     """A section of a file that lies beside the GPU bench's result."""
     file = results["gpu-bench"][-1]["_folder"] / name if "gpu-bench" in results else Path(name)
     return section(file.read_text()) if file.is_file() else "Unrun."
+
+
+def reach_section(results: Results) -> str:
+    if "gpu-bench" not in results:
+        return table_gpu.UNRUN
+    return reach.summary(table_gpu.cases_of(results["gpu-bench"][-1]["jobs"]))
 
 
 # ---- CPU ----
@@ -126,6 +133,7 @@ PAGES: dict[str, Sections] = {
     "README.md": {"gpu-results": table_gpu.headline, "cpu-results": cpu_section},
     "docs/performance.md": {
         "gpu-cases": table_gpu.all_cases,
+        "gpu-reach": reach_section,
         "gpu-tests": table_gpu.tests,
         "gpu-prefill": lambda results: beside_the_bench(
             results, "e2e.json", lambda text: table_gpu.prefill(json.loads(text))

@@ -100,8 +100,12 @@ def row(case: Report) -> list[str]:
     ]  # fmt: skip
 
 
-def cases_of(bench: Report) -> list[Report]:
-    return [case for job in bench["jobs"] for case in job.get("cases", [])]
+def cases_of(jobs: list[Report]) -> list[Report]:
+    """Each once, op by op: one measured again, with more beside it, counts as it was then."""
+    cases = [case for job in jobs for case in job.get("cases", [])]
+    ops = list(dict.fromkeys(case["op"] for case in cases))
+    latest = {(case["op"], case["case"]): case for case in cases}
+    return sorted(latest.values(), key=lambda case: ops.index(case["op"]))
 
 
 def losses(cases: list[Report]) -> str:
@@ -141,7 +145,7 @@ def headline(results: Results) -> str:
     if "gpu-bench" not in results:
         return UNRUN
     bench = results["gpu-bench"][-1]
-    cases = cases_of(bench)
+    cases = cases_of(bench["jobs"])
     found = {(case["op"], case["case"]): case for case in cases}
     rows = [row(found[key]) for key in HEADLINE if key in found]
     keep = [i for i, name in enumerate(HEADING) if name != "GB/s"]
@@ -159,19 +163,19 @@ def all_cases(results: Results) -> str:
     if "gpu-bench" not in results:
         return UNRUN
     bench = results["gpu-bench"][-1]
-    jobs = [job for job in bench["jobs"] if "ceilings" in job]
-    limits = [job["ceilings"] for job in jobs]
+    cases = cases_of(bench["jobs"])
+    limits = [job["ceilings"] for job in bench["jobs"] if "ceilings" in job]
     copy = max(limit["copy_gb_per_s"] for limit in limits)
     empty = min(limit["empty_kernel_graph_us"] for limit in limits)
     parts = [
         f"{stamp_of(bench)}. {EXPLAINED}. GB/s counts bytes read and written. A copy of 1 GiB in a graph moves {copy:.0f} GB/s, an empty kernel takes {empty:.2f} µs.",
-        table(HEADING, [row(case) for case in cases_of(bench)]),
-        losses(cases_of(bench)),
+        table(HEADING, [row(case) for case in cases]),
+        losses(cases),
     ]
-    left_out = [name for job in jobs for name in job["left_out"]]
+    left_out = [name for job in bench["jobs"] for name in job.get("left_out", [])]
     failed = [job["name"] for job in bench["jobs"] if "error" in job] + [
         f"{case['op']} {case['case']} ({name})"
-        for case in cases_of(bench)
+        for case in cases
         for name, times in case["times"].items()
         if "error" in times
     ]
