@@ -48,6 +48,7 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 BENCHES = {"downsample": (12, 25), "boundary": (24, 30), "compact": (14, 30), "compress": (10, 10)}
 # Files whose tests take long: a process for each test.
 SPLIT = ("parity", "compact", "compress_step", "llava", "compiled")
+FEW_THREADS = {"OMP_NUM_THREADS": "2"}  # of a process that shares the processors
 DRY_RUN = os.environ.get("ADSC_GPU_DRY_RUN") == "1"
 SLACK = 10 if DRY_RUN else 1  # times as long: a dry run may have half a processor, and no lease
 PREBUILT = ROOT / "adsc_kernels" / "libadsc_ops.sources"  # what the library was made from
@@ -66,7 +67,7 @@ def pytest_job(folder: Path, name: str, what: list[str], backend: str, **environ
         f"{name}, {backend}",
         python("-m", "pytest", "-q", "-p", "no:cacheprovider", "--junit-xml", xml, *what),
         lambda status, _: read_junit(status, xml),
-        {"ADSC_GPU_TEST_BACKEND": backend, **environment},
+        {"ADSC_GPU_TEST_BACKEND": backend, **FEW_THREADS, **environment},
     )
 
 
@@ -127,7 +128,7 @@ def sanitize_jobs(folder: Path, only: str, deadline: float) -> list[Job]:
                     f"{tool}, {backend}",
                     ([] if DRY_RUN else prefix) + [*script, backend],
                     read_sanitizer,
-                    {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+                    {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **FEW_THREADS},
                 )
             )
     return [job for job in jobs if only in job.name][: 1 if DRY_RUN else None]
