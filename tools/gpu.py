@@ -44,8 +44,8 @@ SECONDS = 560  # for everything: a call on a lent machine is cut off a little la
 ENDS = {"test": 190, "bench": 440, "sanitize": SECONDS}
 BACKENDS = ("cuda", "triton")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-# Of each family of ops, what its telling cases and its other ones take: shares of what there is.
-BENCHES = {"downsample": (12, 25), "boundary": (24, 30), "compact": (14, 30), "compress": (10, 10)}
+# Seconds that the telling cases of each family of ops take, and its other ones, once it has begun.
+BENCHES = {"downsample": (8, 20), "boundary": (14, 25), "compact": (8, 30), "compress": (6, 10)}
 # Files whose tests take long: a process for each test.
 SPLIT = ("parity", "compact", "compress_step", "llava", "compiled")
 FEW_THREADS = {"OMP_NUM_THREADS": "2"}  # of a process that shares the processors
@@ -154,20 +154,22 @@ def read_sanitizer(status: int, output: str) -> dict[str, Any]:
 
 def bench_jobs(folder: Path, only: str, deadline: float) -> list[Job]:
     """The telling cases of each family of ops, and then the rest of each. A job begins no case when
-    its share of the time is over, and what it leaves the next ones get."""
+    only what the later ones take is left."""
     environment = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # no processes beside what is timed
     if DRY_RUN and version_of("triton"):
         environment["TRITON_INTERPRET"] = "1"
-    shares = {
-        (family, part): BENCHES[family][number]
+    wanted = [
+        (family, part, BENCHES[family][number])
         for number, part in enumerate(("telling", "rest"))
         for family in BENCHES
         if only in f"{family}, {part}"
-    }
-    begin, spent, jobs = time.monotonic(), 0, []
-    for (family, part), share in shares.items():
-        spent += share
-        until = begin + (deadline - begin) * spent / sum(shares.values())
+    ]
+    later = sum(seconds for *_, seconds in wanted)
+    scale = min(1, (deadline - time.monotonic()) / later) if later else 1
+    jobs = []
+    for family, part, seconds in wanted:
+        later -= seconds
+        until = deadline - scale * later
         file = folder / f"{family} {part}.json"
         jobs.append(
             Job(
