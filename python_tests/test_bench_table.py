@@ -212,9 +212,15 @@ def test_reports_of_one_commit_stand_together(tmp_path: Path) -> None:
     (folder / "decode_profile.txt").write_text(
         "1 576 '' wall [3.0, 2.0] GPU ms 1.50 kernels 20\n  a line of a kernel\n"
     )
+    newer = copy.deepcopy(BENCH)
+    newer["stamp"].update(date="2026-12-02 10:00 UTC", commit="fedcba", device="another")
+    written(tmp_path, **{"gpu-bench": newer})
     text = gpu_page_of(tmp_path)
     assert text.count("3 passed, 0 failed") == 2
+    # Of a commit before the bench's, since only there it was measured.
+    assert "NVIDIA H200, commit 0123456789.\n\n| batch |" in text
     assert "| 1 | 576 | dense | 1.50 | 2 to 3 | 20 |" in text
+    assert "another, driver" in text
 
 
 def test_what_failed_is_said(tmp_path: Path) -> None:
