@@ -14,7 +14,7 @@ WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: venv venv-vllm demo test test-vllm test-fast test-cpp bench gpu-test gpu-sanitize gpu-bench gpu-all gpu-prebuild lint format docs wheel clean help
+.PHONY: venv venv-vllm demo test test-vllm test-fast test-cpp bench gpu-test gpu-sanitize gpu-bench gpu-all gpu-prebuild pages lint format docs wheel clean help
 
 help:           ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## */\t/' | expand -t 12
@@ -84,6 +84,10 @@ test-cpp: venv  ## C++ tests of the keep rule and the planner
 
 bench: venv     ## benchmarks, against the plain copy of the same run
 	$(BIN)/python -m pytest -q bench --benchmark-enable --benchmark-only
+
+pages: venv     ## the tables of README.md and docs/performance.md and the plot, of bench/results
+	$(BIN)/python bench/table.py
+	$(BIN)/python bench/plot.py
 
 # These take the Python, torch and nvcc that are here, and make no environment.
 gpu-test:       ## all GPU tests; JSON to the folder ADSC_OUT (out/)
