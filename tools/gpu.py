@@ -20,12 +20,9 @@ with nothing built: a check of the files, whose JSON says so and is no result of
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -38,6 +35,10 @@ from typing import Any
 
 from gpu_run import ROOT, Job, run_all
 from gpu_show import left_out, print_benches, print_sanitizers, print_tests
+
+sys.path.insert(0, str(ROOT))  # nothing is built or installed yet
+
+from adsc_kernels.stamp import said_by, stamp, version_of
 
 SECONDS = 560  # for everything: a call on a lent machine is cut off a little later
 # Of `all`: the seconds after which each target gives way to the next. What one leaves, it gets.
@@ -244,53 +245,6 @@ def build() -> None:
     compile_for(f"{major}{minor}" + ("a" if major == 9 else ""))
 
 
-def said_by(*command: str) -> str | None:
-    """What a program prints, or None where it isn't there or fails."""
-    if shutil.which(command[0]) is None:
-        return None
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def version_of(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def stamp() -> dict[str, Any]:
-    """What the results depend on."""
-    import torch
-
-    facts: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "dry_run": DRY_RUN,
-        "device": "cpu (dry run)",
-        "driver": None,
-        "commit": os.environ.get("ADSC_COMMIT") or said_by("git", "rev-parse", "HEAD"),
-        "changed_files": len((said_by("git", "status", "--porcelain", "-uno") or "").splitlines()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "nvcc": (re.findall(r"release (\S+),", said_by("nvcc", "--version") or "") or [None])[0],
-    }
-    for package in ("triton", "transformers"):
-        facts[package] = version_of(package)
-    if not DRY_RUN:
-        found = torch.cuda.get_device_properties(0)
-        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
-        facts.update(
-            device=found.name,
-            capability=f"{found.major}.{found.minor}",
-            multiprocessors=found.multi_processor_count,
-            l2_bytes=found.L2_cache_size,
-            memory_bytes=found.total_memory,
-            driver=said_by(*query),
-        )
-    return facts
-
-
 # ---- Running ----
 
 TARGETS = {
@@ -356,7 +310,7 @@ def main() -> int:
     begin = time.monotonic()
     if not DRY_RUN:
         build()
-    facts = stamp()
+    facts = stamp("cpu" if DRY_RUN else "cuda", dry_run=DRY_RUN)
     if options.target != "all":
         return not run_target(options.target, options.only, begin + options.seconds, facts)
     share = options.seconds / SECONDS  # of time, against what ENDS says
