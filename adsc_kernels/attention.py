@@ -15,12 +15,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from adsc_kernels import checks
 from adsc_kernels.errors import UnsupportedError
+from adsc_kernels.plan import to_device
 
 BACKENDS = ("flash_attn", "torch_varlen", "sdpa")  # in the order in which "auto" tries them
 STAGE_FIELDS = ("cu_seqlens", "seq_lens", "max_seqlen", "num_tokens")
@@ -83,7 +85,7 @@ class CachedKeys:
             starts.append(cu_k[-1])
             cu_q += [cu_q[-1] + rows] * 2
             cu_k += [starts[-1] + length, starts[-1] + capacity]
-        both = torch.tensor([cu_q, cu_k], dtype=torch.int32).to(device, non_blocking=True)
+        both = to_device(np.array([cu_q, cu_k], np.int32), device)
         return cls(tuple(starts), tuple(lens), max(lens, default=0), both[0], both[1])
 
 

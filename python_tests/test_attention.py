@@ -236,15 +236,13 @@ def test_a_cache_keeps_its_rows_as_it_is_fitted_anew():
         chunks = list(zip(cache.lens, ends, strict=True))
         stage = make_plan(schedule, [0, 9, 18], [], chunks=chunks).stages[0]
         cache.fit(room)
-        seen = cache.begin(stage, Phase.LATER_TURN)
+        slots, keys = cache.begin(stage, Phase.LATER_TURN)
+        assert keys is not None
         new = torch.arange(stage.num_tokens, dtype=torch.float32)[:, None, None] + 100 * step
         for mine, part in zip(pieces, new.split(stage.seq_lens), strict=True):
             mine.append(part)
-        for layer in cache.layers:
-            place = seen.place(layer)
-            place.k[place.rows], place.v[place.rows] = new + layer, -new - layer
-            k, v, keys = seen.seen(layer, new, new)
-            assert keys is not None
+        for layer, k, v in zip(cache.layers, cache.k, cache.v, strict=True):
+            k[slots], v[slots] = new + layer, -new - layer
             assert k.shape == (sum(room), 1, 1)
             for b, start in enumerate(keys.starts):
                 want = torch.cat(pieces[b])
