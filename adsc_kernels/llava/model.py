@@ -298,9 +298,7 @@ class Llava(nn.Module):
 
     def _place(self, cache: KVCache) -> tuple[Hashable, ...]:
         """All memory that a graph over this cache reads by address; empty: there can be none."""
-        config = self.config
-        grouped = config.num_heads != config.num_kv_heads
-        if not reads_lengths_on_device(cache.device, cache.dtype, config.head_dim, grouped):
+        if not reads_lengths_on_device(cache.device, cache.dtype, self.config.head_dim):
             return ()
         weights = (*self.language_model.parameters(), self.head.weight)
         return (self.schedule, *(w.data_ptr() for w in weights), *cache.place)
