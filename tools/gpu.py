@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -38,8 +39,6 @@ from gpu_show import left_out, print_benches, print_sanitizers, print_tests
 
 sys.path.insert(0, str(ROOT))  # nothing is built or installed yet
 
-from adsc_kernels.stamp import said_by, stamp, version_of
-
 SECONDS = 560  # for everything: a call on a lent machine is cut off a little later
 # Of `all`: the seconds after which each target gives way to the next. What one leaves, it gets.
 ENDS = {"test": 190, "bench": 440, "sanitize": SECONDS}
@@ -50,6 +49,7 @@ BENCHES = {"downsample": (8, 20), "boundary": (14, 25), "compact": (8, 30), "com
 # Files whose tests take long: a process for each test.
 SPLIT = ("parity", "compact", "compress_step", "llava", "compiled")
 FEW_THREADS = {"OMP_NUM_THREADS": "2"}  # of a process that shares the processors
+TRITON = importlib.util.find_spec("triton") is not None
 DRY_RUN = os.environ.get("ADSC_GPU_DRY_RUN") == "1"
 SLACK = 10 if DRY_RUN else 1  # times as long: a dry run may have half a processor, and no lease
 PREBUILT = ROOT / "adsc_kernels" / "libadsc_ops.sources"  # what the library was made from
@@ -79,7 +79,7 @@ def test_jobs(folder: Path, only: str, deadline: float) -> list[Job]:
     names = {file.stem.removeprefix("test_"): file for file in files}
     if DRY_RUN:
         jobs = [pytest_job(folder, "all files", [*map(str, files)], "cpu")]
-        if "bad_input" in names and version_of("triton"):
+        if "bad_input" in names and TRITON:
             what = [str(names["bad_input"])]
             jobs.append(pytest_job(folder, "bad_input", what, "triton", TRITON_INTERPRET="1"))
         return jobs
@@ -157,7 +157,7 @@ def bench_jobs(folder: Path, only: str, deadline: float) -> list[Job]:
     """The telling cases of each family of ops, and then the rest of each. A job begins no case when
     only what the later ones take is left."""
     environment = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # no processes beside what is timed
-    if DRY_RUN and version_of("triton"):
+    if DRY_RUN and TRITON:
         environment["TRITON_INTERPRET"] = "1"
     wanted = [
         (family, part, BENCHES[family][number])
@@ -306,10 +306,14 @@ def main() -> int:
         return 1
     if why:
         print(f"{name}: {why}; nothing was run and no test counts as passed")
+        from adsc_kernels.stamp import said_by
+
         return 1 if said_by("nvidia-smi", "-L") else 0  # a GPU that this torch can't use
     begin = time.monotonic()
     if not DRY_RUN:
         build()
+    from adsc_kernels.stamp import stamp  # not before: the library may have to be built
+
     facts = stamp("cpu" if DRY_RUN else "cuda", dry_run=DRY_RUN)
     if options.target != "all":
         return not run_target(options.target, options.only, begin + options.seconds, facts)
