@@ -119,7 +119,7 @@ def run(model: Llava, x: Tensor, rows: Rows, select: Select | None = None) -> tu
             here = View(layer, normed, rope, rows)
         # Attention reads of a stage what Rows has.
         stage = cast(StagePlan, rows)
-        chunk = StagePass(range(n, n + 1), stage, stage, rows.positions, None)
+        chunk = StagePass(range(n, n + 1), stage, stage, rows.positions)
         x = x + layer.self_attn.o_proj(layer.self_attn(normed, rope, chunk))
         x = x + layer.mlp(layer.post_attention_layernorm.alone(x))
         before = here
