@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 # In this order: flash-attn's names have CUTLASS's types in them.
 KINDS = {
-    "attention": r"flash|fmha|attention|attn",
+    "attention": r"flash|fmha|attention|attn|^shares_kernel|^merge_kernel",
     "gemm": r"gemm|gemv|nvjet|cutlass|xmma|cublas|splitk|dot_kernel",
     "norm": r"rms_?norm|layer_?norm",
     "boundary": r"downsample|boundary_step|compact|compress_step",
