@@ -33,10 +33,10 @@ def prompts_of(rows: list[Row]) -> list[Row]:
 
 
 def by_case(rows: list[Row]) -> dict[tuple[int, int], dict[str, Row]]:
-    """Of vision tokens and batch, the ways."""
+    """Of vision tokens and batch, the ways; the first row of each, whatever the answers' length."""
     cases: dict[tuple[int, int], dict[str, Row]] = {}
     for row in rows:
-        cases.setdefault((row["vision_tokens"], row["batch"]), {})[row["way"]] = row
+        cases.setdefault((row["vision_tokens"], row["batch"]), {}).setdefault(row["way"], row)
     return dict(sorted(cases.items()))
 
 

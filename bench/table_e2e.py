@@ -27,13 +27,15 @@ KINDS = {
 GIB = 2**30
 
 
-def report_of(results: Results) -> Report | None:
-    """The latest; what was measured again in it counts as it was then."""
-    reports = results.get("gpu-e2e", [])
-    if not reports:
-        return None
-    rows = {key_of(row): row for report in reports for row in report["rows"]}
-    return {**reports[-1], "rows": list(rows.values())}
+def reports_of(results: Results) -> list[Report]:
+    """One for each model, that with most rows first; by the later where two have a row."""
+    found: dict[str, Report] = {}
+    for report in results.get("gpu-e2e", []):
+        before = found.get(report["model"], {"rows": [], "left_out": []})
+        rows = {key_of(row): row for row in (*before["rows"], *report["rows"])}
+        left_out = [*before["left_out"], *report["left_out"]]
+        found[report["model"]] = {**report, "rows": list(rows.values()), "left_out": left_out}
+    return sorted(found.values(), key=lambda report: -len(report["rows"]))
 
 
 def key_of(row: Row) -> tuple[Any, ...]:
@@ -50,9 +52,10 @@ def ways_in(rows: list[Row]) -> list[str]:
 
 
 def headline(results: Results) -> str:
-    report = report_of(results)
-    if report is None:
+    reports = reports_of(results)
+    if not reports:
         return UNRUN
+    report = reports[0]
     rows = [
         row
         for row in prompts_of(report["rows"])
@@ -88,14 +91,14 @@ def speed(row: Row | None, dense: Row | None) -> str:
 
 
 def all_rows(results: Results) -> str:
-    report = report_of(results)
-    if report is None:
-        return UNRUN
+    return "\n\n".join(map(of_model, reports_of(results))) or UNRUN
+
+
+def of_model(report: Report) -> str:
     rows = prompts_of(report["rows"])
     largest = [row for row in report["rows"] if "memory_bytes" in row]
     parts = [
-        f"{stamp_of(report)}. {report['model']}, random weights, {report['dtype'].removeprefix('torch.')}; medians of "
-        f"{report['runs']} answers by turns.",
+        f"**{report['model']}**, random weights, {report['dtype'].removeprefix('torch.')} ({stamp_of(report)}).",
         "First token, ms of wall time from the packed rows on, and how many times as fast as our own dense:",
         first_tokens(rows),
         "Where the device's time of a prompt goes, ms, beside the wall time and the host's launches:",
@@ -154,7 +157,7 @@ def steps(rows: list[Row]) -> str:
             continue
         step = row["step"]
         lines.append([
-            row["vision_tokens"], row["batch"], NAMES.get(row["way"], row["way"]), f"{row['ms_per_token']:.2f}",
+            row["vision_tokens"], row["batch"], row["new_tokens"], NAMES.get(row["way"], row["way"]), f"{row['ms_per_token']:.2f}",
             *said(step, lambda step: [f"{step['ms']:.2f}", f"{step['by_kind'].get('attention', 0):.2f}", f"{step['launches']:.0f}"], 3),
             f"{row['tokens_per_second']:.0f}", f"{row['cache_bytes'] / GIB:.2f}",
             *said(row["peak_bytes"], lambda peak: [f"{peak / GIB:.1f}"], 1),
@@ -162,6 +165,7 @@ def steps(rows: list[Row]) -> str:
     heads = [
         "vision tokens",
         "batch",
+        "new tokens",
         "way",
         "ms per token",
         "ms on the device",

@@ -72,8 +72,8 @@ def test_tables(tmp_path: Path) -> None:
     assert (
         "| 576 | 8 | dense | 80.00 | 10.00 | 0.00 | 0.00 | 1.00 | 0.50 | 91.50 | 100.00 |" in text
     )
-    assert "| 576 | 8 | 192 | 7.50 | 8.00 | 2.00 | 3 | 50 | 3.00 | 5.0 |" in text
-    assert "| 576 | 8 | FastV |" in text and "| FastV | 10.00 |" not in text  # it has no decode
+    assert "| 576 | 8 | 32 | 192 | 7.50 | 8.00 | 2.00 | 3 | 50 | 3.00 | 5.0 |" in text
+    assert "| 576 | 8 | FastV |" in text and "| 32 | FastV |" not in text  # it has no decode
     assert "| 576 | 70 | dense | 100 | 9.00 | 900 | 57.0 | – |" in text
     page = table_e2e.headline(found)
     assert "NVIDIA H200" in page and "FastV" not in page and "(2.50 ×)" in page
@@ -86,6 +86,15 @@ def test_reports_of_one_commit_count_together(tmp_path: Path) -> None:
     old = report(row("fastv", 1.0), date="2026-11-01 11:00 UTC", commit="fedcba")
     text = table_e2e.all_rows(results(tmp_path, a=late, b=early, c=old))
     assert "| 576 | 8 | 100.0 | 25.0 (4.00 ×) |" in text and "FastV" not in text
+
+
+def test_models_stand_apart(tmp_path: Path) -> None:
+    other = {**report(row("dense", 3.0)), "model": "qwen2.5-vl-7b"}
+    found = results(tmp_path, a=other, b=report(row("dense", 100.0), row("192", 50.0)))
+    text = table_e2e.all_rows(found)
+    first, second = text.split("**qwen2.5-vl-7b**")
+    assert "**llava-1.5-7b**" in first and "| 576 | 8 | 3.0 |" in second
+    assert "| 100.0 |" in table_e2e.headline(found) and "| 3.0 |" not in table_e2e.headline(found)
 
 
 def test_aims() -> None:
