@@ -67,7 +67,7 @@ demo: $(VENV)/.native $(VENV)/.usable ## the bundled model on a real picture, de
 	@mkdir -p out
 	$(BIN)/adsc run --out out/survivors.png
 	@echo; echo "The same with an adapter that was trained for 64 tokens:"
-	$(BIN)/adsc run --adapter adsc_kernels/checkpoints/tiny-llava-digits/adapters/64 --out out/survivors-64.png
+	$(BIN)/adsc run --runs 1 --adapter adsc_kernels/checkpoints/tiny-llava-digits/adapters/64 --out out/survivors-64.png
 
 test: lint test-cpp  ## linters, C++ tests, Python tests
 	$(PYTEST)
