@@ -20,7 +20,7 @@ from adsc_kernels.schedule import CompressionSchedule
 
 WARM_STEPS = 3  # a step is run, then captured, then replayed
 DECODED = 3  # answers, the last ones: a step is timed by many as it is
-PROFILED = 4  # steps of decode
+PROFILED = 2  # steps of decode
 
 
 class Answer(NamedTuple):
