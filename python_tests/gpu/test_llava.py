@@ -21,6 +21,8 @@ from adsc_kernels.llava.generate import run
 from adsc_kernels.plan import make_plan
 from adsc_kernels.sampling import Inbox, choose
 
+# In float32 no kernel reads lengths on the device, which is said.
+pytestmark = pytest.mark.filterwarnings("ignore:attention by SDPA:UserWarning")
 SCHEDULES = ["", "1:1/2,3:1/3", "0:1/2", "2:1/2x1/2@grid", "1:1/3@center@renumber"]
 
 
@@ -60,17 +62,18 @@ def test_tokens_equal_the_cpus(folder: Path, schedule: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits(folder: Path, dtype: torch.dtype) -> None:
-    """The same kernels under the reference and the backend: moved rows are equal, norms nearly."""
+    """Under the reference PyTorch's ops rotate and norm, and round in between."""
     model = Llava.from_pretrained(folder, "1:1/2,3:1/3", device=DEVICE, dtype=dtype)
     got = model.generate(PROMPTS, IMAGES, max_new_tokens=1)
     with adsc.backend("reference"):
         wanted = model.generate(PROMPTS, IMAGES, max_new_tokens=1)
     assert got.plan.stages[-1].seq_lens == wanted.plan.stages[-1].seq_lens
     caches = (got.conversation.cache, wanted.conversation.cache)
-    for mine, truth in zip(*(cache.stages[0].k for cache in caches), strict=True):
-        assert torch.equal(mine, truth)  # before the first boundary nothing differs
-    for mine, truth in zip(*(cache.stages[-1].k for cache in caches), strict=True):
-        assert (mine - truth).float().norm() <= 0.02 * truth.float().norm()
+    # Layer 0's values come of the same norm and GEMM, and are moved as they are.
+    assert torch.equal(*(cache.stages[0].v[0] for cache in caches))
+    for stage in (0, -1):
+        for mine, truth in zip(*(cache.stages[stage].k for cache in caches), strict=True):
+            assert (mine - truth).float().norm() <= 0.02 * truth.float().norm()
 
 
 def test_bundled_checkpoint() -> None:
