@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adsc_kernels.backend import triton_runs
+from adsc_kernels.backend import constant_in_graphs, triton_runs
 
 if TYPE_CHECKING:
     from adsc_kernels.attention import CachedKeys, Rows
@@ -108,8 +108,13 @@ def choose(
 # ---- flash-attn ------------------------------------------------------------------------------
 
 
-@functools.cache
+@constant_in_graphs
 def _lacks_module(name: str, package: str) -> str | None:
+    return _import_problem(name, package)
+
+
+@functools.cache
+def _import_problem(name: str, package: str) -> str | None:
     """Asked once, since a step of decoding asks for every layer."""
     try:
         importlib.import_module(name)
@@ -151,22 +156,28 @@ def _flash_attn(
 
 
 @functools.cache
-def _lacks_varlen() -> str | None:
+def _varlen_takes() -> tuple[str, ...] | None:
+    """The parameters of PyTorch's varlen_attn; None where there is none."""
     try:
         module = importlib.import_module("torch.nn.attention.varlen")
     except ImportError:
+        return None
+    return tuple(inspect.signature(module.varlen_attn).parameters)
+
+
+@constant_in_graphs
+def _lacks_varlen() -> str | None:
+    known = _varlen_takes()
+    if known is None:
         return f"torch {torch.__version__} has no torch.nn.attention.varlen"
-    known = inspect.signature(module.varlen_attn).parameters
     lacks = [p for p in ("window_size", "scale") if p not in known]
     return f"torch {torch.__version__}'s varlen_attn takes no {', '.join(lacks)}" if lacks else None
 
 
-@functools.cache
+@constant_in_graphs
 def asks_for_groups() -> bool:
     """Whether varlen_attn is to be told of grouped heads: torch 2.11's takes them as they come."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return "enable_gqa" in (_varlen_takes() or ())
 
 
 def _torch_varlen(
@@ -192,8 +203,10 @@ def _sdpa(
         start, length = (first, rows) if keys is None else (keys.starts[b], keys.lens[b])
         # is_causal aligns top-left, so it is right only where the keys are the queries' own rows.
         # A single row sees all keys.
-        mask = None
-        if 1 < rows != length:
+        mask, causal = None, False
+        if rows == length:
+            causal = True
+        elif rows > 1:
             mask = torch.ones(rows, length, dtype=torch.bool, device=q.device).tril(length - rows)
         heads_first = (
             q[first : first + rows].transpose(0, 1)[None],
@@ -203,7 +216,7 @@ def _sdpa(
         out = F.scaled_dot_product_attention(
             *heads_first,
             attn_mask=mask,
-            is_causal=rows == length,
+            is_causal=causal,
             scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )
@@ -230,7 +243,8 @@ def _flashinfer(
     heads = (q.shape[1], k.shape[1], q.shape[2])
     dtypes = {"q_data_type": q.dtype, "kv_data_type": k.dtype}
     wrapper.plan(of_queries, of_keys, *heads, causal=True, sm_scale=scale, **dtypes)
-    return wrapper.run(q, k, v)  # type: ignore[no-any-return]
+    out: Tensor = wrapper.run(q, k, v)
+    return out
 
 
 def _triton(

@@ -31,8 +31,8 @@ from adsc_kernels.hub import find_folder
 from adsc_kernels.llava.config import LlavaConfig
 from adsc_kernels.llava.generate import generate
 from adsc_kernels.llava.processor import Processor
-from adsc_kernels.llava.weights import DTYPES as WEIGHT_DTYPES
-from adsc_kernels.llava.weights import Joined, load_weights
+from adsc_kernels.weights import DTYPES as WEIGHT_DTYPES
+from adsc_kernels.weights import Joined, load_weights
 from adsc_kernels.plan import CompressionPlan
 from adsc_kernels.pointwise import Place, Rope, rotate, silu_mul
 from adsc_kernels.rows import Stage
