@@ -120,12 +120,21 @@ def capture(run: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Graph:
     return Graph(copies, output, graph.replay)
 
 
-_lanes: dict[Caller, tuple[Any, Any]] = {}
+_lanes: dict[Caller, tuple[Any, Any, Any]] = {}
 
 
 def _lane(of: Caller) -> tuple[Any, Any]:
     """A stream to capture on, and so a workspace for cuBLAS; and memory. Shared by the graphs of
     one caller, which don't run at once."""
     if of not in _lanes:
-        _lanes[of] = torch.cuda.Stream(of.device), torch.cuda.graph_pool_handle()
-    return _lanes[of]
+        stream, pool = torch.cuda.Stream(of.device), torch.cuda.graph_pool_handle()
+        # The allocator takes no pool again whose graphs are all gone, so one of next to nothing
+        # stays.
+        keeper = torch.cuda.CUDAGraph()
+        with torch.cuda.device(of.device), torch.cuda.stream(stream):
+            torch.zeros(1, device=of.device)  # its kernel is loaded outside the capture
+            keeper.capture_begin(pool=pool, capture_error_mode="thread_local")
+            torch.zeros(1, device=of.device)
+            keeper.capture_end()
+        _lanes[of] = stream, pool, keeper
+    return _lanes[of][:2]

@@ -1,6 +1,6 @@
 """What happens at a boundary: downsample_add_rms_norm, rebuild_metadata and boundary_step.
 
-python bench/gpu_boundary.py FILE SECONDS      (make gpu-bench runs it)
+python bench/gpu_boundary.py FILE telling|rest UNTIL      (make gpu-bench runs it)
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ def add_rms_norm(batch: Batch) -> Case:
         lambda buffers: ops.downsample_add_rms_norm(*buffers, stage, EPS),
         {"eager": eager, **engines(rows)},
         compiled=batch.compiled,
+        telling=batch.telling,
         tolerance=CLOSE,
     )
 
@@ -116,6 +117,7 @@ def boundary_step(batch: Batch) -> Iterator[Case]:
         lambda buffers: ours(buffers, stage=stage),
         {"eager": eager},
         compiled=batch.compiled,
+        telling=batch.telling,
         tolerance=CLOSE,
     )
     yield Case(
@@ -125,7 +127,7 @@ def boundary_step(batch: Batch) -> Iterator[Case]:
         make,
         lambda buffers: ours(buffers, layout=layout),
         {"eager": eager},
-        compiled=False,  # as above
+        telling=batch.telling,
         tolerance=CLOSE,
     )
 
@@ -172,6 +174,7 @@ def rebuild_metadata(sequences: int) -> Case:
         lambda buffers: ops.rebuild_metadata(*buffers, "1/4"),
         {"eager": eager},
         compiled=sequences in (32, 8192),
+        telling=True,
     )
 
 

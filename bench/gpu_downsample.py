@@ -1,15 +1,16 @@
 """downsample and downsample_many beside index_select with its indices on the device.
 
-python bench/gpu_downsample.py FILE SECONDS      (make gpu-bench runs it)
+python bench/gpu_downsample.py FILE telling|rest UNTIL      (make gpu-bench runs it)
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import torch
 from gpu_shapes import BATCHES, Batch
-from gpu_timing import DEVICE, Case, main
+from gpu_timing import DEVICE, DRY_RUN, Case, Run, main
 from torch import Tensor
 
 from adsc_kernels import ops
@@ -21,6 +22,24 @@ def moved_bytes(batch: Batch, row_bytes: int) -> int:
     return 2 * batch.stage().num_tokens * row_bytes
 
 
+def given_rows(rows: Tensor) -> dict[str, Run]:
+    """Gathers that need not find their rows: our kernel's, and a plain one."""
+    rows = rows.int()
+    found: dict[str, Run] = {"cuda by int32 rows": lambda x: ops.downsample(x, keep_indices=rows)}
+    if DRY_RUN and len(rows) > 50:  # a minute for Triton's interpreter
+        return found
+    with contextlib.suppress(ImportError):  # without Triton
+        from plain_kernels import gather
+
+        def plain(x: Tensor) -> Tensor:
+            out = x.new_empty(len(rows), x.shape[1])
+            gather(out.view(torch.int64), x.view(torch.int64), rows)
+            return out
+
+        found["gather kernel"] = plain
+    return found
+
+
 def downsample(batch: Batch) -> Iterator[Case]:
     stage = batch.stage()
     rows = stage.keep_indices()
@@ -28,7 +47,7 @@ def downsample(batch: Batch) -> Iterator[Case]:
     def make() -> Tensor:
         return torch.randn(stage.num_tokens_in, batch.hidden, device=DEVICE, dtype=torch.bfloat16)
 
-    baselines = {"eager": lambda x: torch.index_select(x, 0, rows)}
+    baselines: dict[str, Run] = {"eager": lambda x: torch.index_select(x, 0, rows)}
     size = moved_bytes(batch, 2 * batch.hidden)
     yield Case(
         "downsample",
@@ -36,8 +55,9 @@ def downsample(batch: Batch) -> Iterator[Case]:
         size,
         make,
         lambda x: ops.downsample(x, stage),
-        baselines,
+        {**baselines, **given_rows(rows)},
         compiled=batch.compiled,
+        telling=batch.telling,
     )
     if batch.compiled:
         yield Case(
@@ -47,7 +67,6 @@ def downsample(batch: Batch) -> Iterator[Case]:
             make,
             lambda x: ops.downsample(x, keep_indices=rows),
             baselines,
-            compiled=False,  # as above
         )
 
 

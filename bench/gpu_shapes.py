@@ -31,6 +31,10 @@ class Batch:
         return f"batch {self.sequences}{kind}, hidden {self.hidden}"
 
     @property
+    def telling(self) -> bool:
+        return self in TELLING
+
+    @property
     def compiled(self) -> bool:
         return self == Batch(self.sequences) and self.sequences in COMPILED
 
@@ -55,9 +59,9 @@ class Batch:
 
 
 # Most telling first. Payloads from one prompt's to 61 MiB at 32, 123 MiB at 64, 245 MiB at 128.
+TELLING = [*(Batch(n) for n in (1, 8, 32, 128)), Batch(8, 5120)]
 BATCHES = [
-    *(Batch(n) for n in (1, 8, 32, 128)),
-    Batch(8, 5120),
+    *TELLING,
     Batch(32, ragged=True),
     Batch(8192, text=3, vision=16),
     Batch(8, 3584),

@@ -13,6 +13,10 @@ from graph_us. `share_of_copy` is the time of the fastest plain copy of as many 
 the contestant. Three copies are timed in the same run: memcpy in a graph, where a large one is
 slower than on a stream; memcpy on a stream; and a copy kernel in a graph.
 
+A bench has two parts, each a process of its own: the telling cases, without torch.compile, which
+takes seconds for each; and the rest, where those come again that are compiled too. A process that
+starts while another has the device imports what it needs and waits.
+
 ADSC_GPU_DRY_RUN=1 runs the same on CPU tensors with the wall clock: a check of these files whose
 numbers mean nothing.
 """
@@ -20,6 +24,7 @@ numbers mean nothing.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import itertools
 import json
@@ -57,9 +62,9 @@ class Case:
     """One op at one size.
 
     make: a new set of buffers with random contents. ours: on a set, under each backend. baselines:
-    other ways, by name; each is also run through torch.compile unless `compiled` is False.
-    tolerance: how far outputs may lie from the first baseline's; None where there is none, or where
-    the call changes its buffers.
+    other ways, by name; PyTorch's, called eager, also through torch.compile unless `compiled` is
+    False. telling: of the first part. tolerance: how far outputs may lie from the first baseline's;
+    None where there is none, or where the call changes its buffers.
     """
 
     op: str
@@ -68,7 +73,8 @@ class Case:
     make: Callable[[], Any]
     ours: Run
     baselines: dict[str, Run] = field(default_factory=dict)
-    compiled: bool = True
+    compiled: bool = False
+    telling: bool = False
     tolerance: float | None = 0.0
 
 
@@ -166,7 +172,7 @@ def copy_times(bytes_moved: int) -> dict[str, dict[str, float]]:
     ]
     ways: dict[str, Callable[[Tensor, Tensor], object]] = {"copy": Tensor.copy_}
     with contextlib.suppress(ImportError):  # without Triton
-        from copy_kernel import copy
+        from plain_kernels import copy
 
         ways["copy kernel"] = copy
     found = {}
@@ -206,23 +212,26 @@ def check(case: Case, run: Run, wanted: list[Tensor], buffers: Any) -> None:
         torch.testing.assert_close(mine, truth, rtol=case.tolerance, atol=case.tolerance)
 
 
-def measure(case: Case) -> dict[str, Any]:
+def contestants_of(case: Case, compiled: bool) -> dict[str, Run]:
+    found = {**dict.fromkeys(BACKENDS, case.ours), **case.baselines}
+    if compiled:
+        compiler = "aot_eager" if DRY_RUN else "inductor"
+        for name, run in case.baselines.items():
+            if name.startswith("eager"):
+                found[f"{name} compiled"] = torch.compile(run, fullgraph=True, backend=compiler)
+    return found
+
+
+def measure(case: Case, compiled: bool) -> dict[str, Any]:
     """Every contestant's times, in microseconds, and what they mean. A contestant that fails is
     reported as such, and the others go on."""
     torch.compiler.reset()
     sets = [case.make() for _ in range(number_of_sets(case.bytes_moved))]
-    contestants = {**dict.fromkeys(BACKENDS, case.ours), **case.baselines}
-    if case.compiled:
-        compiler = "aot_eager" if DRY_RUN else "inductor"
-        for name, run in case.baselines.items():
-            if not name.startswith("eager"):
-                continue
-            contestants[f"{name} compiled"] = torch.compile(run, fullgraph=True, backend=compiler)
     wanted = []
     if case.tolerance is not None:
         wanted = tensors(next(iter(case.baselines.values()))(sets[0]))
     found: dict[str, dict[str, Any]] = {}
-    for name, run in contestants.items():
+    for name, run in contestants_of(case, compiled).items():
         try:
             with adsc.backend(name if name in BACKENDS else "auto"):
                 if case.tolerance is not None:
@@ -248,20 +257,26 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def main(cases: Iterable[Case]) -> None:
-    """`python bench/gpu_NAME.py FILE SECONDS`: measures all, in this order, and writes JSON to the
-    file after each. No case begins after so many seconds."""
-    file, seconds = Path(sys.argv[1]), float(sys.argv[2])
-    begin = time.monotonic()
-    torch.manual_seed(0)
-    report: dict[str, Any] = {"ceilings": ceilings(), "cases": [], "left_out": []}
-    for case in cases:
-        if time.monotonic() - begin > seconds:
-            report["left_out"].append(f"{case.op} {case.name}")
-        else:
-            report["cases"].append(measure(case))
-            print(json.dumps(report["cases"][-1]), flush=True)
-            if not DRY_RUN:
-                torch.cuda.empty_cache()
+    """`python bench/gpu_NAME.py FILE telling|rest UNTIL`: measures a part, in this order, and
+    writes JSON to the file after each case. None begins when time.monotonic() is past UNTIL."""
+    file, part, until = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+    with file.with_name("device.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        torch.manual_seed(0)
+        report: dict[str, Any] = {"cases": [], "left_out": []}
+        if part == "telling":
+            report["ceilings"] = ceilings()
         file.write_text(json.dumps(report))
+        for case in cases:
+            if case.telling != (part == "telling") and not (case.compiled and part == "rest"):
+                continue
+            if time.monotonic() > until:
+                report["left_out"].append(f"{case.op} {case.name}")
+            else:
+                report["cases"].append(measure(case, compiled=case.compiled and part == "rest"))
+                print(json.dumps(report["cases"][-1]), flush=True)
+                if not DRY_RUN:
+                    torch.cuda.empty_cache()
+            file.write_text(json.dumps(report))
     failed = [c for c in report["cases"] for name in BACKENDS if "error" in c["times"][name]]
     sys.exit(1 if failed or report["left_out"] else 0)

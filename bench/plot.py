@@ -5,6 +5,8 @@ python bench/plot.py      (needs matplotlib; of the latest GPU bench in bench/re
 
 from __future__ import annotations
 
+import re
+
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from table import RESULTS, ROOT, read_results
@@ -31,8 +33,9 @@ PANELS = {  # of each op the cases that differ in size alone
 
 def is_one_of(case: Report, op: str) -> bool:
     words = case["case"].split(", ")
-    extra = {"layout", "keep_indices", "fp8"} & set(words)
-    return case["op"] == op and not extra and all(word in words for word in PANELS[op])
+    extra = {"layout", "keep_indices"} & set(words)
+    plain = any(re.fullmatch(r"batch \d+", word) for word in words)  # not ragged, and the like
+    return case["op"] == op and plain and not extra and all(word in words for word in PANELS[op])
 
 
 def times_of(case: Report) -> dict[str, float]:
@@ -50,7 +53,7 @@ def times_of(case: Report) -> dict[str, float]:
 
 
 def figure(bench: Report) -> Figure:
-    cases = cases_of(bench)
+    cases = cases_of(bench["jobs"])
     drawn = [op for op in PANELS if any(is_one_of(case, op) for case in cases)]
     page = Figure(figsize=(11, 5.6), dpi=100, layout="constrained")
     panels = page.subplots(2, 4, sharey=True).flatten()

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import reach
 import table_gpu
 from table_gpu import Report, Results, table
 
@@ -27,7 +28,8 @@ RESULTS = ROOT / "bench" / "results"
 
 def read_results(folder: Path) -> Results:
     """Of each target the reports of one commit, that of the latest, by date; that of
-    pytest-benchmark is `cpu-bench`. From this folder, and from those in it GPU reports."""
+    pytest-benchmark is `cpu-bench`, and `gpu-bench-of-all` has those of every commit. From this
+    folder, and from those in it GPU reports."""
     found: dict[str, list[Report]] = {}
     for file in [*sorted(folder.glob("*.json")), *sorted(folder.glob("*/gpu-*.json"))]:
         report = json.loads(file.read_text())
@@ -41,16 +43,28 @@ def read_results(folder: Path) -> Results:
         # What else was measured in that session lies beside it, without a stamp of its own.
         entry = {**report, "_date": stamp["date"], "_of": stamp["commit"], "_folder": file.parent}
         found.setdefault(report["target"], []).append(entry)
-    for target, reports in found.items():
+    for reports in found.values():
         reports.sort(key=lambda report: report["_date"])
-        found[target] = [r for r in reports if r["_of"] == reports[-1]["_of"]]
-    return found
+    latest = {
+        target: [r for r in reports if r["_of"] == reports[-1]["_of"]]
+        for target, reports in found.items()
+    }
+    return {**latest, "gpu-bench-of-all": found.get("gpu-bench", [])}
 
 
-def beside_the_bench(results: Results, name: str, section: Callable[[str], str]) -> str:
-    """A section of a file that lies beside the GPU bench's result."""
-    file = results["gpu-bench"][-1]["_folder"] / name if "gpu-bench" in results else Path(name)
-    return section(file.read_text()) if file.is_file() else "Unrun."
+def beside_a_bench(results: Results, name: str, section: Callable[[str], str]) -> str:
+    """A section of a file that lies beside a GPU bench's result, the latest that has one."""
+    for bench in reversed(results.get("gpu-bench-of-all", [])):
+        file = bench["_folder"] / name
+        if file.is_file():
+            return f"{table_gpu.machine(bench)}.\n\n{section(file.read_text())}"
+    return "Unrun."
+
+
+def reach_section(results: Results) -> str:
+    if "gpu-bench" not in results:
+        return table_gpu.UNRUN
+    return reach.summary(table_gpu.cases_of(results["gpu-bench"][-1]["jobs"]))
 
 
 # ---- CPU ----
@@ -126,11 +140,12 @@ PAGES: dict[str, Sections] = {
     "README.md": {"gpu-results": table_gpu.headline, "cpu-results": cpu_section},
     "docs/performance.md": {
         "gpu-cases": table_gpu.all_cases,
+        "gpu-reach": reach_section,
         "gpu-tests": table_gpu.tests,
-        "gpu-prefill": lambda results: beside_the_bench(
+        "gpu-prefill": lambda results: beside_a_bench(
             results, "e2e.json", lambda text: table_gpu.prefill(json.loads(text))
         ),
-        "gpu-decode": lambda results: beside_the_bench(
+        "gpu-decode": lambda results: beside_a_bench(
             results, "decode_profile.txt", table_gpu.decode
         ),
     },

@@ -31,7 +31,7 @@ HEADLINE = [
     ("compress_step", "batch 8, hidden 4096, 8 layers"),
 ]
 HEADING = [
-    "op", "case", "MiB moved", "µs", "GB/s", "of copy", "Triton", "PyTorch", "compiled", "µs from Python", "PyTorch from Python",
+    "op", "case", "MiB moved", "µs", "GB/s", "of copy", "Triton", "PyTorch", "compiled", "µs from Python", "PyTorch from Python", "host µs", "PyTorch, host",
 ]  # fmt: skip
 NO_COPY = ("rebuild_metadata",)  # what it moves is not what it does
 
@@ -41,13 +41,20 @@ def table(heading: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def commit_of(report: Report) -> str:
+    changed = " with changes" if report["stamp"]["changed_files"] else ""
+    return f"commit {(report['stamp']['commit'] or 'unknown')[:10]}{changed}"
+
+
+def machine(report: Report) -> str:
+    return f"{report['stamp']['device']}, {commit_of(report)}"
+
+
 def stamp_of(report: Report) -> str:
     stamp = report["stamp"]
-    changed = " with changes" if stamp["changed_files"] else ""
     return (
         f"{stamp['device']}, driver {stamp['driver']}, torch {stamp['torch']}, triton "
-        f"{stamp['triton']}, nvcc {stamp['nvcc']}, {stamp['date']}, commit "
-        f"{(stamp['commit'] or 'unknown')[:10]}{changed}"
+        f"{stamp['triton']}, nvcc {stamp['nvcc']}, {stamp['date']}, {commit_of(report)}"
     )
 
 
@@ -90,18 +97,24 @@ def row(case: Report) -> list[str]:
         ratio(case, pytorch(case, "graph_us"), "graph_us"),
         ratio(case, compiled, "graph_us"),
         ratio(case, pytorch(case, "eager_us"), "eager_us"),
+        ratio(case, pytorch(case, "host_us"), "host_us"),
     ]
-    triton, eager, fused, python = ("–" if r is None else f"{r:.2f}" for r in ratios)
+    triton, eager, fused, python, host = ("–" if r is None else f"{r:.2f}" for r in ratios)
     share = "–" if case["op"] in NO_COPY else f"{copy_us(case) / ours['graph_us']:.2f}"
     return [
         *start, f"{case['bytes_moved'] / 2**20:.2f}", f"{ours['graph_us']:.1f}",
         f"{case['bytes_moved'] / ours['graph_us'] / 1e3:.0f}", share, triton, eager, fused,
         f"{ours['eager_us']:.1f}", python,
+        f"{ours['host_us']:.1f}" if "host_us" in ours else "–", host,
     ]  # fmt: skip
 
 
-def cases_of(bench: Report) -> list[Report]:
-    return [case for job in bench["jobs"] for case in job.get("cases", [])]
+def cases_of(jobs: list[Report]) -> list[Report]:
+    """Each once, op by op: one measured again, with more beside it, counts as it was then."""
+    cases = [case for job in jobs for case in job.get("cases", [])]
+    ops = list(dict.fromkeys(case["op"] for case in cases))
+    latest = {(case["op"], case["case"]): case for case in cases}
+    return sorted(latest.values(), key=lambda case: ops.index(case["op"]))
 
 
 def losses(cases: list[Report]) -> str:
@@ -113,6 +126,7 @@ def losses(cases: list[Report]) -> str:
         ),
         "Triton in a graph": lambda c: ratio(c, "triton", "graph_us"),
         "PyTorch from Python": lambda c: ratio(c, pytorch(c, "eager_us"), "eager_us"),
+        "PyTorch on the host": lambda c: ratio(c, pytorch(c, "host_us"), "host_us"),
     }
     parts = []
     for rival, of in rivals.items():
@@ -132,7 +146,7 @@ EXPLAINED = (
     "µs and *of copy* (the time of the fastest plain copy of as many bytes over this "
     "one's) are the CUDA kernel's in a CUDA graph with a cold L2 cache, medians. The columns behind them say how many "
     "times as long others take: Triton, eager PyTorch with its indices on the device, `torch.compile` of that; below 1 "
-    "they are faster. *From Python* is without a graph"
+    "they are faster. *From Python* is without a graph, *host* the time until a call returns"
 )
 
 
@@ -141,10 +155,10 @@ def headline(results: Results) -> str:
     if "gpu-bench" not in results:
         return UNRUN
     bench = results["gpu-bench"][-1]
-    cases = cases_of(bench)
+    cases = cases_of(bench["jobs"])
     found = {(case["op"], case["case"]): case for case in cases}
     rows = [row(found[key]) for key in HEADLINE if key in found]
-    keep = [i for i, name in enumerate(HEADING) if name != "GB/s"]
+    keep = [i for i, name in enumerate(HEADING) if name not in ("GB/s", "PyTorch, host")]
     parts = [
         f"**GPU** ({stamp_of(bench)}): measured at that commit; kernels that changed since are unrun. {EXPLAINED}:",
         table([HEADING[i] for i in keep], [[cells[i] for i in keep] for cells in rows]),
@@ -159,19 +173,19 @@ def all_cases(results: Results) -> str:
     if "gpu-bench" not in results:
         return UNRUN
     bench = results["gpu-bench"][-1]
-    jobs = [job for job in bench["jobs"] if "ceilings" in job]
-    limits = [job["ceilings"] for job in jobs]
+    cases = cases_of(bench["jobs"])
+    limits = [job["ceilings"] for job in bench["jobs"] if "ceilings" in job]
     copy = max(limit["copy_gb_per_s"] for limit in limits)
     empty = min(limit["empty_kernel_graph_us"] for limit in limits)
     parts = [
         f"{stamp_of(bench)}. {EXPLAINED}. GB/s counts bytes read and written. A copy of 1 GiB in a graph moves {copy:.0f} GB/s, an empty kernel takes {empty:.2f} µs.",
-        table(HEADING, [row(case) for case in cases_of(bench)]),
-        losses(cases_of(bench)),
+        table(HEADING, [row(case) for case in cases]),
+        losses(cases),
     ]
-    left_out = [name for job in jobs for name in job["left_out"]]
+    left_out = [name for job in bench["jobs"] for name in job.get("left_out", [])]
     failed = [job["name"] for job in bench["jobs"] if "error" in job] + [
         f"{case['op']} {case['case']} ({name})"
-        for case in cases_of(bench)
+        for case in cases
         for name, times in case["times"].items()
         if "error" in times
     ]
@@ -233,8 +247,8 @@ def prefill(report: Report) -> str:
     device = table(["batch", "schedule", *kinds.values()], lines)
     synchronised = not all(found["sync_free"] for found in report["prefill"])
     return "\n\n".join([
-        f"Prefill, ms of wall time, and how many times as fast as dense ({report['device']}, torch {report['torch']}, "
-        f"transformers {report['transformers']}):",
+        f"Prefill, ms of wall time, and how many times as fast as dense (torch {report['torch']}, transformers "
+        f"{report['transformers']}):",
         wall,
         f"Something in it waits for the device: {'yes' if synchronised else 'no'} "
         "(`torch.cuda.set_sync_debug_mode(\"error\")`). Device time of the same, ms (launches):",

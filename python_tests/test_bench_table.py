@@ -13,7 +13,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
+import reach  # noqa: E402
 import table  # noqa: E402
+import table_gpu  # noqa: E402
 
 README = (
     "a\n<!-- gpu-results -->\nold\n<!-- /gpu-results -->\nb\n"
@@ -83,7 +85,7 @@ def test_no_results(tmp_path: Path) -> None:
     assert "**GPU**: unrun." in text and "`make gpu-all`" in text
     assert text.startswith("a\n<!-- gpu-results -->\n**GPU**") and text.endswith("-->\nc\n")
     page = gpu_page_of(tmp_path)
-    assert "old" not in page and page.lower().count("unrun") == 4
+    assert "old" not in page and page.lower().count("unrun") == 5
 
 
 def test_gpu_results(tmp_path: Path) -> None:
@@ -144,6 +146,58 @@ def test_the_ceiling_is_the_fastest_copy(tmp_path: Path) -> None:
     assert "| 3355 | 0.70 |" in gpu_page_of(written(tmp_path, a=faster))
 
 
+def test_a_case_measured_again_counts_as_it_was_then(tmp_path: Path) -> None:
+    twice = copy.deepcopy(BENCH)
+    times = {**CASE["times"], "cuda": {"graph_us": 8.0, "eager_us": 20.0}}
+    again = {"name": "downsample, rest", "cases": [{**CASE, "times": times}], "left_out": ["more"]}
+    twice["jobs"].append(again)
+    text = gpu_page_of(written(tmp_path, a=twice))
+    assert text.count("| `downsample` | batch 32, hidden 4096 |") == 1
+    assert "| 32.00 | 8.0 |" in text and "Left out for time: more." in text
+
+
+def bounds_of(op: str, case: str, **times: tuple[float, float]) -> dict[str, float]:
+    """By how much each bound is missed; times: in a graph and of the host."""
+    names = {name.replace("_", " "): t for name, t in times.items()}
+    found = {
+        name: {"graph_us": t[0], "eager_us": 99.0, "host_us": t[1]} for name, t in names.items()
+    }
+    of = {"op": op, "case": case, "bytes_moved": 1 << 28, "times": found}
+    return {bound.what: round(bound.over, 3) for bound in reach.bounds([of])}
+
+
+def test_bounds_are_held_against_what_was_measured() -> None:
+    rivals = {"eager": (12.0, 4.0), "triton": (8.0, 12.5), "copy_kernel": (9.6, 1.0)}
+    given = {"cuda_by_int32_rows": (11.0, 1.0), "gather_kernel": (10.0, 1.0)}
+    found = bounds_of("downsample", "batch 32, hidden 4096", cuda=(10.3, 5.0), **rivals, **given)
+    assert found == {
+        "at most 1.03 × a gather of given rows": 0.0,
+        "at most index_select": round(10.3 / 12 - 1, 3),
+        "at most Triton": round(10.3 / 8 - 1, 3),
+        "at least 0.96 of the copy": 0.03,
+        "host: at most index_select": 0.25,
+        "host: Triton at most 2.5 × CUDA": 0.0,
+    }
+    one = bounds_of("boundary_step", "batch 1, hidden 4096", cuda=(11.6, 50.0), copy=(10.0, 1.0))
+    assert one == {"at most 1.16 × the copy": 0.0, "host: at most 25 µs": 1.0}
+    caches = bounds_of("compact_kv_", "7B, batch 1, NHD", cuda=(20.0, 60.0), copy=(9.0, 1.0))
+    assert caches == {"at least 0.9 of the copy": 1.0, "host: at most 60 µs": 0.0}
+    layout = bounds_of("rebuild_metadata", "8192 sequences", cuda=(18.0, 1.0))
+    assert layout == {"at most 12.0 µs": 0.5}
+
+
+def test_a_step_is_held_to_its_two_ops() -> None:
+    cases = [
+        {"op": op, "case": "8", "bytes_moved": 1, "times": {"cuda": {"graph_us": t, "host_us": t}}}
+        for op, t in (("compress_step", 12.0), ("boundary_step, then compact_kv_", 10.0))
+    ]
+    for case in cases:
+        case["times"]["copy"] = {"graph_us": 1.0}
+    text = reach.summary(cases)
+    assert text.count("8: 12.0 µs, 20 % over") == 2  # on the device and on the host
+    assert "| `compress_step` | host: at most its two ops | 0 of 1 |" in text
+
+
 def test_reports_of_one_commit_stand_together(tmp_path: Path) -> None:
     """In a folder of their own, with what else was measured beside them."""
     folder = tmp_path / "h200-0123456789"
@@ -158,9 +212,15 @@ def test_reports_of_one_commit_stand_together(tmp_path: Path) -> None:
     (folder / "decode_profile.txt").write_text(
         "1 576 '' wall [3.0, 2.0] GPU ms 1.50 kernels 20\n  a line of a kernel\n"
     )
+    newer = copy.deepcopy(BENCH)
+    newer["stamp"].update(date="2026-12-02 10:00 UTC", commit="fedcba", device="another")
+    written(tmp_path, **{"gpu-bench": newer})
     text = gpu_page_of(tmp_path)
     assert text.count("3 passed, 0 failed") == 2
+    # Of a commit before the bench's, since only there it was measured.
+    assert "NVIDIA H200, commit 0123456789.\n\n| batch |" in text
     assert "| 1 | 576 | dense | 1.50 | 2 to 3 | 20 |" in text
+    assert "another, driver" in text
 
 
 def test_what_failed_is_said(tmp_path: Path) -> None:
@@ -188,8 +248,9 @@ def test_markers_must_be_there() -> None:
 
 def test_every_line_of_a_table_has_as_many_cells(tmp_path: Path) -> None:
     failed = copy.deepcopy(BENCH)
-    failed["jobs"][0]["cases"].append({**CASE, "times": {"cuda": {"error": "no"}}})
-    text = gpu_page_of(written(tmp_path, a=failed))
+    broken = {**CASE, "case": "another size", "times": {"cuda": {"error": "no"}}}
+    failed["jobs"][0]["cases"].append(broken)
+    text = table_gpu.all_cases(table.read_results(written(tmp_path, a=failed)))
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 4
     assert len({line.count("|") for line in lines}) == 1

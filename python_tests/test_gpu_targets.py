@@ -84,7 +84,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_every_gpu_test_is_in_one_job_of_each_backend(gpu: ModuleType, tmp_path: Path) -> None:
-    jobs = gpu.test_jobs(tmp_path, "")
+    jobs = gpu.test_jobs(tmp_path, "", 0)
     names = [job.name for job in jobs]
     assert len(set(names)) == len(names)
     backends = [name.rpartition(", ")[2] for name in names]

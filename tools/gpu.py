@@ -20,12 +20,10 @@ with nothing built: a check of the files, whose JSON says so and is no result of
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
-import importlib.metadata
+import importlib.util
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -39,15 +37,19 @@ from typing import Any
 from gpu_run import ROOT, Job, run_all
 from gpu_show import left_out, print_benches, print_sanitizers, print_tests
 
+sys.path.insert(0, str(ROOT))  # nothing is built or installed yet
+
 SECONDS = 560  # for everything: a call on a lent machine is cut off a little later
 # Of `all`: the seconds after which each target gives way to the next. What one leaves, it gets.
 ENDS = {"test": 190, "bench": 440, "sanitize": SECONDS}
 BACKENDS = ("cuda", "triton")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-# Seconds after which no case begins.
-BENCHES = {"downsample": 60, "boundary": 70, "compact": 65, "compress": 30}
+# Seconds that the telling cases of each family of ops take, and its other ones, once it has begun.
+BENCHES = {"downsample": (8, 20), "boundary": (14, 25), "compact": (8, 30), "compress": (6, 10)}
 # Files whose tests take long: a process for each test.
 SPLIT = ("parity", "compact", "compress_step", "llava", "compiled")
+FEW_THREADS = {"OMP_NUM_THREADS": "2"}  # of a process that shares the processors
+TRITON = importlib.util.find_spec("triton") is not None
 DRY_RUN = os.environ.get("ADSC_GPU_DRY_RUN") == "1"
 SLACK = 10 if DRY_RUN else 1  # times as long: a dry run may have half a processor, and no lease
 PREBUILT = ROOT / "adsc_kernels" / "libadsc_ops.sources"  # what the library was made from
@@ -66,18 +68,18 @@ def pytest_job(folder: Path, name: str, what: list[str], backend: str, **environ
         f"{name}, {backend}",
         python("-m", "pytest", "-q", "-p", "no:cacheprovider", "--junit-xml", xml, *what),
         lambda status, _: read_junit(status, xml),
-        {"ADSC_GPU_TEST_BACKEND": backend, **environment},
+        {"ADSC_GPU_TEST_BACKEND": backend, **FEW_THREADS, **environment},
     )
 
 
-def test_jobs(folder: Path, only: str) -> list[Job]:
+def test_jobs(folder: Path, only: str, deadline: float) -> list[Job]:
     """One for each test file, or test, and backend. A dry run takes all files in one, and, where
     Triton is, the calls that it must refuse under its interpreter."""
     files = [f for f in (ROOT / "python_tests" / "gpu").glob("test_*.py") if only in f.name]
     names = {file.stem.removeprefix("test_"): file for file in files}
     if DRY_RUN:
         jobs = [pytest_job(folder, "all files", [*map(str, files)], "cpu")]
-        if "bad_input" in names and version_of("triton"):
+        if "bad_input" in names and TRITON:
             what = [str(names["bad_input"])]
             jobs.append(pytest_job(folder, "bad_input", what, "triton", TRITON_INTERPRET="1"))
         return jobs
@@ -114,7 +116,7 @@ def read_junit(status: int, file: Path) -> dict[str, Any]:
     }
 
 
-def sanitize_jobs(_: Path, only: str) -> list[Job]:
+def sanitize_jobs(folder: Path, only: str, deadline: float) -> list[Job]:
     """The same small selection under each tool, every tensor in an allocation of its own."""
     script = python("python_tests/gpu/sanitized.py")
     jobs = []
@@ -127,7 +129,7 @@ def sanitize_jobs(_: Path, only: str) -> list[Job]:
                     f"{tool}, {backend}",
                     ([] if DRY_RUN else prefix) + [*script, backend],
                     read_sanitizer,
-                    {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+                    {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **FEW_THREADS},
                 )
             )
     return [job for job in jobs if only in job.name][: 1 if DRY_RUN else None]
@@ -151,21 +153,34 @@ def read_sanitizer(status: int, output: str) -> dict[str, Any]:
     }
 
 
-def bench_jobs(folder: Path, only: str) -> list[Job]:
-    """One for each family of ops, one after the other."""
+def bench_jobs(folder: Path, only: str, deadline: float) -> list[Job]:
+    """The telling cases of each family of ops, and then the rest of each. A job begins no case when
+    only what the later ones take is left."""
+    environment = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # no processes beside what is timed
+    if DRY_RUN and TRITON:
+        environment["TRITON_INTERPRET"] = "1"
+    wanted = [
+        (family, part, BENCHES[family][number])
+        for number, part in enumerate(("telling", "rest"))
+        for family in BENCHES
+        if only in f"{family}, {part}"
+    ]
+    later = sum(seconds for *_, seconds in wanted)
+    scale = min(1, (deadline - time.monotonic()) / later) if later else 1
     jobs = []
-    interpreted = {"TRITON_INTERPRET": "1"} if DRY_RUN and version_of("triton") else {}
-    for name, seconds in BENCHES.items():
-        file = folder / f"{name}.json"
+    for family, part, seconds in wanted:
+        later -= seconds
+        until = deadline - scale * later
+        file = folder / f"{family} {part}.json"
         jobs.append(
             Job(
-                name,
-                python(f"bench/gpu_{name}.py", file, SLACK * seconds),
+                f"{family}, {part}",
+                python(f"bench/gpu_{family}.py", file, part, until),
                 lambda status, _, file=file: {"ok": status == 0, **json.loads(file.read_text())},
-                interpreted,
+                environment,
             )
         )
-    return [job for job in jobs if only in job.name]
+    return jobs
 
 
 # ---- The machine ----
@@ -181,10 +196,12 @@ def missing_device() -> str:
 
 
 def sources() -> str:
-    """A hash of all that the native library is made from."""
-    files = [ROOT / "CMakeLists.txt", *(ROOT / "cmake").rglob("*"), *(ROOT / "csrc").rglob("*")]
+    """A hash of all that the native library is made from, and of nothing that lies beside it."""
+    files = [ROOT / "CMakeLists.txt", *(ROOT / "cmake").iterdir(), *(ROOT / "csrc").rglob("*")]
+    kinds = {".txt", ".cmake", ".in", ".h", ".cpp", ".cuh", ".cu"}
     found = hashlib.sha256()
-    for file in sorted(file for file in files if file.is_file()):
+    tests = ROOT / "csrc" / "tests"
+    for file in sorted(f for f in files if f.suffix in kinds and tests not in f.parents):
         found.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes() + b"\0")
     return found.hexdigest()
 
@@ -228,54 +245,16 @@ def build() -> None:
     compile_for(f"{major}{minor}" + ("a" if major == 9 else ""))
 
 
-def said_by(*command: str) -> str | None:
-    """What a program prints, or None where it isn't there or fails."""
-    if shutil.which(command[0]) is None:
-        return None
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def version_of(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def stamp() -> dict[str, Any]:
-    """What the results depend on."""
-    import torch
-
-    facts: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "dry_run": DRY_RUN,
-        "device": "cpu (dry run)",
-        "driver": None,
-        "commit": os.environ.get("ADSC_COMMIT") or said_by("git", "rev-parse", "HEAD"),
-        "changed_files": len((said_by("git", "status", "--porcelain", "-uno") or "").splitlines()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "nvcc": (re.findall(r"release (\S+),", said_by("nvcc", "--version") or "") or [None])[0],
-    }
-    for package in ("triton", "transformers"):
-        facts[package] = version_of(package)
-    if not DRY_RUN:
-        found = torch.cuda.get_device_properties(0)
-        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
-        facts.update(
-            device=found.name,
-            capability=f"{found.major}.{found.minor}",
-            multiprocessors=found.multi_processor_count,
-            l2_bytes=found.L2_cache_size,
-            memory_bytes=found.total_memory,
-            driver=said_by(*query),
-        )
-    return facts
-
-
 # ---- Running ----
+
+
+def sees_gpus() -> bool:
+    """Whether the driver lists any; the package may not be built, and is not asked."""
+    if shutil.which("nvidia-smi") is None:
+        return False
+    done = subprocess.run(("nvidia-smi", "-L"), capture_output=True, text=True)
+    return done.returncode == 0 and bool(done.stdout.strip())
+
 
 TARGETS = {
     "test": (test_jobs, print_tests),
@@ -291,12 +270,15 @@ def run_target(target: str, only: str, deadline: float, facts: dict[str, Any]) -
     out = Path(os.environ.get("ADSC_OUT") or ROOT / "out")
     out.mkdir(parents=True, exist_ok=True)
     file = out / f"{'dry-run-' if DRY_RUN else ''}{name}.json"
-    # Tests share the device, which is idle most of the time; what is timed has it for itself.
-    together = 1 if target == "bench" or DRY_RUN else min(os.cpu_count() or 1, 16)
+    # Tests share the device, which is idle most of the time. Of benches one has it, while the next
+    # one starts.
+    together = 2 if target == "bench" else min(len(os.sched_getaffinity(0)), 16)
+    if DRY_RUN:
+        together = 1
     results: list[dict[str, Any]] = []
     ok, seconds = False, 0.0
     with tempfile.TemporaryDirectory() as folder, file.with_suffix(".log").open("w") as log:
-        jobs = make_jobs(Path(folder), only)
+        jobs = make_jobs(Path(folder), only, deadline)
         waiting = [job.name for job in jobs]
         for job in run_all(jobs, deadline, together):
             log.write(f"==== {job.name}\n{job.output}\n")
@@ -333,11 +315,13 @@ def main() -> int:
         return 1
     if why:
         print(f"{name}: {why}; nothing was run and no test counts as passed")
-        return 1 if said_by("nvidia-smi", "-L") else 0  # a GPU that this torch can't use
+        return int(sees_gpus())  # 1: there is one, and this torch can't use it
     begin = time.monotonic()
     if not DRY_RUN:
         build()
-    facts = stamp()
+    from adsc_kernels.stamp import stamp  # not before: the library may have to be built
+
+    facts = stamp("cpu" if DRY_RUN else "cuda", dry_run=DRY_RUN)
     if options.target != "all":
         return not run_target(options.target, options.only, begin + options.seconds, facts)
     share = options.seconds / SECONDS  # of time, against what ENDS says

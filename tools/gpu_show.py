@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
+
+from gpu_run import ROOT
+
+sys.path.append(str(ROOT / "bench"))
+from reach import summary
+from table_gpu import cases_of
 
 
 def table(rows: list[list[object]]) -> str:
@@ -43,7 +50,8 @@ def print_benches(results: list[dict[str, Any]]) -> None:
     rows: list[list[object]] = [
         ["op", "case", "of copy", "µs in a graph (from Python, host alone)"]
     ]
-    for case in (case for job in results for case in job.get("cases", [])):
+    cases = cases_of(results)
+    for case in cases:
         times = [
             f"{name} {t['graph_us']:.1f} ({t['eager_us']:.1f}, {t['host_us']:.1f})"
             if "graph_us" in t
@@ -53,6 +61,7 @@ def print_benches(results: list[dict[str, Any]]) -> None:
         share = case["share_of_copy"].get("cuda") or case["share_of_copy"].get("cpu") or 0
         rows.append([case["op"], case["case"], f"{share:.2f}", "  ".join(times)])
     print(table(rows))
+    print(f"\n{summary(cases)}")
 
 
 def left_out(results: list[dict[str, Any]]) -> list[str]:

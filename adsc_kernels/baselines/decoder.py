@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import cast
 
@@ -51,7 +52,7 @@ class Rows:
         """Where each sequence begins, and the total."""
         return [0, *accumulate(self.seq_lens)]
 
-    @property
+    @cached_property  # an upload, which every layer asks for
     def cu_seqlens(self) -> Tensor:
         return torch.tensor(self.firsts, dtype=torch.int32, device=self.positions.device)
 
