@@ -131,7 +131,7 @@ def _triton_problem(kind: str, index: int) -> str:
 F = TypeVar("F", bound=Callable[..., object])
 
 
-def _constant_in_graphs(function: F) -> F:
+def constant_in_graphs(function: F) -> F:
     """torch.compiler.assume_constant_result, which imports Dynamo: twice the time of torch itself.
 
     The mark is all that it sets; a test compiles with it.
@@ -143,7 +143,7 @@ def _constant_in_graphs(function: F) -> F:
 _problems: dict[tuple[str, str, int], str] = {}
 
 
-@_constant_in_graphs
+@constant_in_graphs
 def _problem(name: str, kind: str, index: int) -> str:
     """Why a backend, not "auto", can't serve tensors on a device; empty when it can."""
     key = name, kind, index
@@ -166,7 +166,7 @@ _automatic_on_cpu: Final = "reference" if native_problem() else "cpu"
 _automatic_on_cuda: dict[int, str] = {}
 
 
-@_constant_in_graphs
+@constant_in_graphs
 def _for_cuda(index: int) -> str:
     """The first of the backends that serves CUDA device number `index`."""
     if index not in _automatic_on_cuda:

@@ -49,11 +49,24 @@ def _attention() -> dict[str, dict[str, Any]]:
     import torch
 
     from adsc_kernels.attention import available
+    from adsc_kernels.attention_backends import BACKENDS, ORDER, choose
 
     gpu = torch.cuda.is_available()
-    reasons = available("cuda" if gpu else "cpu", torch.bfloat16 if gpu else torch.float32)
+    kind = ("cuda" if gpu else "cpu", torch.bfloat16 if gpu else torch.float32)
+    chosen = {phase: choose(phase, torch.device(kind[0]), kind[1], 64)[0] for phase in ORDER}
     return {
-        name: {"works": reason is None, "reason": reason or ""} for name, reason in reasons.items()
+        name: {
+            "works": reason is None,
+            "reason": reason or "",
+            "chosen_for": [phase for phase, first in chosen.items() if first == name],
+            "phases": list(BACKENDS[name].phases),
+            "dtypes": BACKENDS[name].takes_dtypes,
+            "head_sizes": BACKENDS[name].takes_head_dims,
+            "capability": BACKENDS[name].takes_capability,
+            "cuda_graphs": BACKENDS[name].on_device,
+            "keys_in_shares": BACKENDS[name].shares,
+        }
+        for name, reason in available(*kind).items()
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adsc_kernels import CompressionSchedule, attention, make_plan
+from adsc_kernels import CompressionSchedule, attention, attention_backends, make_plan
 from adsc_kernels.attention import CachedKeys, varlen_attention
+from adsc_kernels.attention_backends import Backend
 from adsc_kernels.cache import KVCache, Phase, StageCache
 from adsc_kernels.errors import UnsupportedError
 
@@ -85,51 +87,162 @@ def test_keys_in_a_cache(q_lens, lens, capacities, kv_heads):
     assert keys.max_len == max(lens)
 
 
-def test_what_the_kernels_are_called_with(monkeypatch):
-    """Neither runs without a GPU: here they are stand-ins with the real signatures."""
-    calls = []
+class Stubs:
+    """Of kernels that don't run without a GPU, with the signatures that they are documented with.
 
-    def flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+    `calls`: the bounds on the longest that each was told.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, int]] = []
+
+    def flash_attn(
+        self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
         alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None,
     ):  # fmt: skip
-        calls.append((max_seqlen_q, max_seqlen_k))
+        self.calls.append((max_seqlen_q, max_seqlen_k))
         assert causal
         return plain(q, k, v, cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), softmax_scale)
 
+    def flash_attn_3(
+        self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None,
+        seqused_k=None, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None,
+        v_descale=None, window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1,
+        pack_gqa=None, deterministic=False, sm_margin=0, return_attn_probs=False,
+    ):  # fmt: skip
+        self.calls.append((max_seqlen_q, max_seqlen_k))
+        assert causal
+        assert num_splits == 0
+        return plain(q, k, v, cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), softmax_scale)
+
+    def flash_attn_4(
+        self, q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None,
+        max_seqlen_k=None, min_seqlen_k=None, seqused_q=None, seqused_k=None,
+        gather_kv_indices=None, page_table=None, softmax_scale=None, causal=False,
+        window_size=(None, None), learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None,
+        deterministic=False, score_mod=None, mask_mod=None, return_lse=False,
+    ):  # fmt: skip
+        self.calls.append((max_seqlen_q, max_seqlen_k))
+        assert causal
+        return plain(q, k, v, cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), softmax_scale), None
+
     def varlen_attn(
-        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+        self, query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
         window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
     ):  # fmt: skip
-        calls.append((max_q, max_k))
+        self.calls.append((max_q, max_k))
         assert window_size == (-1, 0)
         assert enable_gqa
         return plain(query, key, value, cu_seq_q.tolist(), cu_seq_k.tolist(), scale)
 
-    fakes = {"flash_attn": flash_attn_varlen_func, "torch.nn.attention.varlen": varlen_attn}
-    for name, function in fakes.items():
+    def ragged_wrapper(self, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False):
+        assert float_workspace_buffer.nbytes == 128 << 20
+        return Ragged()
+
+    def decode_attention(self, q, k, v, bounds, longest, scale, shares=0):
+        """Our own, which Triton's interpreter runs in interpreted/."""
+        cu = bounds.tolist()
+        spans = zip(cu[::2], cu[1::2], strict=False)
+        each = [one_sequence(q[b : b + 1], k[c:d], v[c:d], scale) for b, (c, d) in enumerate(spans)]
+        return torch.cat(each)
+
+
+class Ragged:
+    def plan(
+        self, qo_indptr, kv_indptr, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo=None,
+        custom_mask=None, packed_custom_mask=None, causal=False, sm_scale=None,
+        q_data_type="float16", kv_data_type=None,
+    ):  # fmt: skip
+        assert causal
+        assert q_data_type == kv_data_type == torch.float32
+        self.planned = (qo_indptr.tolist(), kv_indptr.tolist(), sm_scale)
+        self.shape = (num_qo_heads, num_kv_heads, head_dim_qk)
+
+    def run(self, q, k, v):
+        assert self.shape == (q.shape[1], k.shape[1], q.shape[2])
+        return plain(q, k, v, *self.planned)
+
+
+@pytest.fixture
+def stubs(monkeypatch):
+    made = Stubs()
+    modules = {
+        "flash_attn": {"flash_attn_varlen_func": made.flash_attn},
+        "flash_attn_interface": {"flash_attn_varlen_func": made.flash_attn_3},
+        "flash_attn.cute": {"flash_attn_varlen_func": made.flash_attn_4},
+        "torch.nn.attention.varlen": {"varlen_attn": made.varlen_attn},
+        "flashinfer": {"BatchPrefillWithRaggedKVCacheWrapper": made.ragged_wrapper},
+        "adsc_kernels.triton.decode_attention": {"decode_attention": made.decode_attention},
+    }
+    for name, functions in modules.items():
         module = ModuleType(name)
-        setattr(module, function.__name__, function)
+        vars(module).update(functions)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(attention, "_why_not", lambda *_, **__: None)
-    monkeypatch.setattr(attention, "_asks_for_groups", lambda: True)
-    for kv_heads in (4, 2):
-        q, k, v = tensors(1, 12, 4, kv_heads)
-        keys = CachedKeys.build((1, 0), (5, 3), (6, 6), torch.device("cpu"))
-        want = varlen_attention(q, k, v, rows(1, 0), keys=keys, backend="sdpa")
-        packed_q, packed_k, packed_v = tensors(5, 5, 4, kv_heads)
-        want_packed = varlen_attention(packed_q, packed_k, packed_v, rows(3, 2), backend="sdpa")
-        for backend in ("flash_attn", "torch_varlen", "auto"):
-            calls.clear()
-            got = varlen_attention(q, k, v, rows(1, 0), keys=keys, scale=8**-0.5, backend=backend)
-            torch.testing.assert_close(got, want)
-            got = varlen_attention(
-                packed_q, packed_k, packed_v, rows(3, 2), scale=8**-0.5, backend=backend
-            )
-            torch.testing.assert_close(got, want_packed)
-            # A bound of 1 would make flash-attn 2 take every sequence to have exactly one row.
-            assert calls == [(2, 5), (3, 3)]
+
+    def why_not(self, phase, *kind):
+        return None if phase in self.phases else "another phase"
+
+    monkeypatch.setattr(Backend, "why_not", why_not)
+    monkeypatch.setattr(attention_backends, "asks_for_groups", lambda: True)
+    return made
+
+
+VARLEN = ("flash_attn_3", "flash_attn_4", "flash_attn", "torch_varlen")
+
+
+@pytest.mark.parametrize("backend", [*VARLEN, "flashinfer", "auto"])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_what_the_kernels_are_called_with(stubs, backend, kv_heads):
+    q, k, v = tensors(1, 12, 4, kv_heads)
+    keys = CachedKeys.build((1, 0), (5, 3), (6, 6), torch.device("cpu"))
+    want = varlen_attention(q, k, v, rows(1, 0), keys=keys, backend="sdpa")
+    packed_q, packed_k, packed_v = tensors(5, 5, 4, kv_heads)
+    want_packed = varlen_attention(packed_q, packed_k, packed_v, rows(3, 2), backend="sdpa")
+    got = varlen_attention(q, k, v, rows(1, 0), keys=keys, scale=8**-0.5, backend=backend)
+    torch.testing.assert_close(got, want)
+    got = varlen_attention(packed_q, packed_k, packed_v, rows(3, 2), scale=8**-0.5, backend=backend)
+    torch.testing.assert_close(got, want_packed)
+    if backend != "flashinfer":
+        # A bound of 1 would make flash-attn 2 take every sequence to have exactly one row.
+        assert stubs.calls == [(2, 5), (3, 3)]
+
+
+@pytest.mark.parametrize("backend", [*VARLEN, "triton", "flashinfer", "auto"])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_a_step_of_decoding(stubs, backend, kv_heads):
+    wide, k, v = tensors(3, 18, 4 + 2 * kv_heads, kv_heads)
+    q, k = wide[:, :4], k[:, :kv_heads]  # as one GEMM makes them
+    keys = CachedKeys.build((1, 1, 1), (5, 3, 1), (6, 11, 1), torch.device("cpu"))
+    want = varlen_attention(q, k, v, rows(1, 1, 1), keys=keys, backend="sdpa")
+    got = varlen_attention(q, k, v, rows(1, 1, 1), keys=keys, scale=8**-0.5, backend=backend)
+    torch.testing.assert_close(got, want)
+    assert len(stubs.calls) == (backend in VARLEN)  # "auto" takes our own
+    got = varlen_attention(q, k, v, rows(1, 1, 1), keys=keys, backend="triton")
+    torch.testing.assert_close(got, want)  # it wants a number for the scale, and gets one
+
+
+def test_our_own_is_for_steps_only(stubs):
+    q, k, v = tensors(3, 3, 4, 4)
+    with pytest.raises(UnsupportedError, match="'triton': another phase"):
+        varlen_attention(q, k, v, rows(3), backend="triton")
+    keys = CachedKeys.build((1,) * 3, (1,) * 3, (1,) * 3, torch.device("cpu"))
+    odd = k.transpose(0, 1).contiguous().transpose(0, 1)
+    with pytest.raises(ValueError, match="k: expected rows contiguous"):
+        varlen_attention(q, odd, v, rows(1, 1, 1), keys=keys, backend="triton")
+
+
+def test_what_a_backend_does_not_take():
+    """Where its software is there and the call is none for it: it says what it takes."""
+    kernel = Backend(run=min, lacks=lambda device: None, phases=("decode",))
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert "is for decode, this is prefill" in kernel.why_not("prefill", gpu, torch.half, 64)
+    assert "takes float16, bfloat16" in kernel.why_not("decode", gpu, torch.float32, 64)
+    assert "up to 256 in steps of 8, got 60" in kernel.why_not("decode", gpu, torch.half, 60)
+    assert "runs on CUDA" in kernel.why_not("decode", cpu, torch.half, 64)
+    some = replace(kernel, head_dims=(64, 128), capability=None)
+    assert "takes head sizes 64, 128, got 256" in some.why_not("decode", gpu, torch.half, 256)
+    assert some.why_not("decode", cpu, torch.half, 128) is None
 
 
 @settings(max_examples=200, deadline=None)
@@ -155,7 +268,7 @@ def test_one_row_at_most_of_each_sequence(lens, heads, cached):
     q, k, v = tensors(total, sum(capacities) if cached else total, *heads)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "flash_attn", module)
-        patch.setattr(attention, "_why_not", lambda *_, **__: None)
+        patch.setattr(Backend, "why_not", lambda *_, **__: None)
         got = varlen_attention(q, k, v, rows(*lens), keys=keys, backend="flash_attn")
     want = varlen_attention(q, k, v, rows(*lens), keys=keys, backend="sdpa")
     torch.testing.assert_close(got, want)
@@ -171,9 +284,9 @@ def test_backends_say_why_they_do_not_run():
     reasons = attention.available("cpu", torch.float32)
     assert list(reasons) == list(attention.BACKENDS)
     assert reasons["sdpa"] is None
-    assert all(isinstance(reasons[name], str) for name in ("flash_attn", "torch_varlen"))
+    assert all(isinstance(reason, str) for name, reason in reasons.items() if name != "sdpa")
     q, k, v = tensors(3, 3, 4, 4)
-    for name in ("flash_attn", "torch_varlen"):
+    for name in (*VARLEN, "triton", "flashinfer"):
         with pytest.raises(UnsupportedError, match=name):
             varlen_attention(q, k, v, rows(3), backend=name)
     with pytest.raises(ValueError, match="backend"):
@@ -188,7 +301,7 @@ def test_torch_varlen_takes_what_it_is_called_with():
     q = torch.empty(3, 4, 64, device="meta", dtype=torch.bfloat16)
     k = torch.empty(9, 2, 64, device="meta", dtype=torch.bfloat16)
     cu = torch.empty(3, dtype=torch.int32, device="meta")
-    groups = {"enable_gqa": True} if attention._asks_for_groups() else {}
+    groups = {"enable_gqa": True} if attention_backends.asks_for_groups() else {}
     out = varlen.varlen_attn(q, k, k, cu, cu, 2, 5, scale=None, window_size=(-1, 0), **groups)
     assert out.shape == q.shape
 

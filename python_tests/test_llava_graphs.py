@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from adsc_kernels import attention, decode, graphs
+from adsc_kernels import attention_backends, decode, graphs
 from adsc_kernels.cache import KVCache, Phase, StageCache, passes_of
 from adsc_kernels.decode import DecodeState
 from adsc_kernels.llava import Llava
@@ -52,14 +52,13 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
     made = Captures()
 
     def run(q, k, v, stage, keys, scale):
-        cu_q, cu_k, _, longest = attention._varlen_arguments(stage, keys)
+        lengths = attention_backends._arguments(stage, keys)
+        cu_q, cu_k, _, longest = lengths.values()
         return varlen(q, k.contiguous(), v.contiguous(), cu_q, cu_k, longest)
 
-    why_not = attention._why_not
-    monkeypatch.setattr(
-        attention, "_why_not", lambda name, *a: None if name == "flash_attn" else why_not(name, *a)
-    )
-    monkeypatch.setitem(attention._RUN, "flash_attn", run)
+    anywhere = {"dtypes": None, "head_dims": None, "capability": None}
+    kernel = attention_backends.Backend(run, lambda device: None, **anywhere)
+    monkeypatch.setitem(attention_backends.BACKENDS, "flash_attn", kernel)
     monkeypatch.setattr(graphs, "capturable", lambda device: True)
     monkeypatch.setattr(graphs, "capture", made)
     monkeypatch.setattr(Inbox, "late", True)

@@ -22,7 +22,7 @@ from adsc_kernels.adapters import merge, read_schedule
 from adsc_kernels.cli import main
 from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.llava import Llava, load_image
-from adsc_kernels.llava.weights import Joined
+from adsc_kernels.weights import Joined
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("accelerate")

@@ -45,13 +45,29 @@ def _as_text(found: dict[str, Any]) -> str:
     lines.append(["bundled checkpoint", found["checkpoint"] or "missing"])
     width = max(len(name) for name, _ in lines)
     parts = ["\n".join(f"{name.ljust(width)}  {value}" for name, value in lines)]
-    for title, key in (("backend", "backends"), ("attention", "attention")):
-        rows = [
-            [name, "works" if state["works"] else "no", state["reason"]]
-            for name, state in found[key].items()
+    rows = [[name, _here(state), state["reason"]] for name, state in found["backends"].items()]
+    parts.append(table(["backend", "here", "why not"], rows, left=3))
+    rows = [
+        [
+            name,
+            ", ".join(state["chosen_for"]) or _here(state),
+            _one(state["phases"]),
+            state["dtypes"],
+            state["head_sizes"],
+            state["capability"],
+            "yes" if state["cuda_graphs"] else "no",
+            "yes" if state["keys_in_shares"] else "no",
+            state["reason"],
         ]
-        parts.append(table([title, "here", "why not"], rows, left=3))
+        for name, state in found["attention"].items()
+    ]
+    head = ["attention", "here", "for", "dtypes", "head sizes", "capability", "graphs", "shares"]
+    parts.append(table([*head, "why not"], rows, left=len(head) + 1))
     return "\n\n".join(parts)
+
+
+def _here(state: dict[str, Any]) -> str:
+    return "works" if state["works"] else "no"
 
 
 def _one(value: Any) -> str:

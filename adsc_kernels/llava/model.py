@@ -21,6 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from adsc_kernels import adapters, checks, ops
 from adsc_kernels.attention import reads_lengths_on_device, varlen_attention
+from adsc_kernels.attention_backends import DECODE, PREFILL
 from adsc_kernels.backend import current
 from adsc_kernels.cache import KVCache, Phase, StagePass, passes_of
 from adsc_kernels.decode import DecodeState
@@ -30,8 +31,8 @@ from adsc_kernels.hub import find_folder
 from adsc_kernels.llava.config import LlavaConfig
 from adsc_kernels.llava.generate import generate
 from adsc_kernels.llava.processor import Processor
-from adsc_kernels.llava.weights import DTYPES as WEIGHT_DTYPES
-from adsc_kernels.llava.weights import Joined, load_weights
+from adsc_kernels.weights import DTYPES as WEIGHT_DTYPES
+from adsc_kernels.weights import Joined, load_weights
 from adsc_kernels.plan import CompressionPlan
 from adsc_kernels.pointwise import Place, Rope, rotate, silu_mul
 from adsc_kernels.rows import Stage
@@ -275,7 +276,7 @@ class Llava(nn.Module):
         if cache is None:
             return run(x)
         short = phase is Phase.PREFILL and len(x) <= GRAPHED_ROWS
-        place = self._place(cache) if short else ()
+        place = self._place(PREFILL, cache) if short else ()
         x = self._graphed(place, plan.layout, passes, run, x)
         cache.advance(plan)
         return x
@@ -290,15 +291,16 @@ class Llava(nn.Module):
             return self.logits(self.language_model(x, state.passes(counters, bounds), state.cache))
 
         if state.place is None:  # nothing that it names moves from step to step
-            state.place = self._place(state.cache)
+            state.place = self._place(DECODE, state.cache)
         inputs = (tokens, state.counters, state.bounds)
         logits = self._graphed(state.place, "step", state.tables, run, *inputs)
         state.advance()
         return logits
 
-    def _place(self, cache: KVCache) -> tuple[Hashable, ...]:
+    def _place(self, phase: str, cache: KVCache) -> tuple[Hashable, ...]:
         """All memory that a graph over this cache reads by address; empty: there can be none."""
-        if not reads_lengths_on_device(cache.device, cache.dtype, self.config.head_dim):
+        head_dim = self.config.head_dim
+        if not reads_lengths_on_device(phase, cache.device, cache.dtype, head_dim):
             return ()
         weights = (*self.language_model.parameters(), self.head.weight)
         return (self.schedule, *(w.data_ptr() for w in weights), *cache.place)
