@@ -10,7 +10,7 @@ import torch
 
 from adsc_kernels.accounting import ModelShape
 from adsc_kernels.cli import main
-from adsc_kernels.cli.bench_e2e import largest
+from adsc_kernels.cli.bench_e2e import largest, ways
 from adsc_kernels.cli.bench_e2e.cases import SHAPES, WAYS, Case
 from adsc_kernels.cli.bench_e2e.device_time import kind_of
 from adsc_kernels.cli.bench_e2e.models import Models
@@ -77,8 +77,31 @@ def test_one_token_takes_no_step(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "e2e", *options]) == 0
     text = capsys.readouterr().out
     assert text.startswith("cpu, torch ") and "batch 1, 9 + 101 tokens, 1 new:" in text
-    ours, theirs = text.splitlines()[-2:]
+    ours, theirs, _ = text.splitlines()[-3:]
     assert ours.split()[:2] == ["192", "3.5"] and ours.split()[3] == theirs.split()[3] == "-"
+
+
+def test_the_other_cases_go_on_behind_one_that_fails(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the device has no memory for a batch."""
+    real = ways.Ours.prefill
+
+    def prefill(self: ways.Ours) -> torch.Tensor:
+        if self.case.batch == 2:
+            raise torch.OutOfMemoryError("no memory")
+        return real(self)
+
+    monkeypatch.setattr(ways.Ours, "prefill", prefill)
+    options = ["--vision", "36", "--new-tokens", "1", "--runs", "1", "--device", "cpu"]
+    options += ["--batch", "2", "1", "--ways", "dense"]
+    assert main(["bench", "e2e", "--json", *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["batch"] for row in found["rows"]] == [1]
+    (left,) = found["left_out"]
+    assert (left["batch"], left["way"], left["reason"]) == (2, "the rest", "no memory")
+    assert main(["bench", "e2e", *options, "--batch", "2"]) == 2
+    assert "nothing was measured: no memory" in capsys.readouterr().err
 
 
 def test_the_largest_batch(monkeypatch: pytest.MonkeyPatch) -> None:
