@@ -59,6 +59,7 @@ class Graphs:
                     known = capture(run, inputs), tables
                 except RuntimeError as error:
                     self.enabled = False
+                    _forget_capture(device)
                     warnings.warn(f"CUDA graphs are off from here on: {error}", stacklevel=2)
                     return run(*inputs)
             graph = known[0]
@@ -102,22 +103,31 @@ def caller(device: torch.device) -> Caller:
 
 
 def capture(run: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Graph:
-    """Captures run over copies of the inputs, without running it.
+    """Captures run over tensors like the inputs, without running it.
 
     Not by `torch.cuda.graph`, which waits for the device and gives all its free memory back.
     """
-    copies = tuple(x.clone() for x in inputs)
-    device = copies[0].device
+    device = inputs[0].device
     stream, pool = _lane(caller(device))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device), torch.cuda.stream(stream):
         # What other threads do meanwhile (pin memory, free it) is no fault of this one.
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
+            # From the graph's own memory too: what it keeps is then never in the way of a cache,
+            # which is to come to lie where it lay before.
+            copies = tuple(torch.empty_like(x) for x in inputs)
             output = run(*copies)
         finally:
             graph.capture_end()
     return Graph(copies, output, graph.replay)
+
+
+def _forget_capture(device: torch.device) -> None:
+    """A capture that failed leaves the device's random numbers waiting for its end."""
+    if device.type == "cuda":
+        generator = torch.cuda.default_generators[device.index or 0]
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 _lanes: dict[Caller, tuple[Any, Any, Any]] = {}

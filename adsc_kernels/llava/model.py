@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +31,12 @@ from adsc_kernels.hub import find_folder
 from adsc_kernels.llava.config import LlavaConfig
 from adsc_kernels.llava.generate import generate
 from adsc_kernels.llava.processor import Processor
-from adsc_kernels.weights import DTYPES as WEIGHT_DTYPES
-from adsc_kernels.weights import Joined, load_weights
 from adsc_kernels.plan import CompressionPlan
 from adsc_kernels.pointwise import Place, Rope, rotate, silu_mul
 from adsc_kernels.rows import Stage
 from adsc_kernels.schedule import CompressionSchedule
+from adsc_kernels.weights import DTYPES as WEIGHT_DTYPES
+from adsc_kernels.weights import Joined, load_weights
 
 KV = tuple[Tensor, Tensor]  # of a layer's cache
 GRAPHED_ROWS = 4096  # of a prefill: with more the device is behind the host anyway
@@ -236,6 +236,14 @@ class Llava(nn.Module):
         twin = copy.copy(self)  # shares the modules
         twin.schedule = schedule
         return twin
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Has the decoder compiled by `torch.compile`, which takes these.
+
+        It is compiled for the first layout that runs, then once more for any lengths, of a whole
+        prompt, of a chunk and of a step each. Models that share the weights share this.
+        """
+        self.language_model.compile(*args, **options)
 
     @property
     def device(self) -> torch.device:

@@ -68,9 +68,9 @@ def test_16_bits(folder: Path, dtype: torch.dtype) -> None:
         wanted = model.generate(PROMPTS, IMAGES, max_new_tokens=1)
     assert got.plan.stages[-1].seq_lens == wanted.plan.stages[-1].seq_lens
     caches = (got.conversation.cache, wanted.conversation.cache)
-    for mine, truth in zip(*(cache.stages[0].k for cache in caches), strict=True):
-        assert torch.equal(mine, truth)  # before the first boundary nothing differs
-    for mine, truth in zip(*(cache.stages[-1].k for cache in caches), strict=True):
+    mine, truth = (cache.stages[0].v[0] for cache in caches)
+    assert torch.equal(mine, truth)  # of the first layer's values all is moved and nothing rounded
+    for mine, truth in zip(*([*c.stages[0].k, *c.stages[-1].k] for c in caches), strict=True):
         assert (mine - truth).float().norm() <= 0.02 * truth.float().norm()
 
 
