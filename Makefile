@@ -85,9 +85,10 @@ test-cpp: venv  ## C++ tests of the keep rule and the planner
 bench: venv     ## benchmarks, against the plain copy of the same run
 	$(BIN)/python -m pytest -q bench --benchmark-enable --benchmark-only
 
-pages: venv     ## the tables of README.md and docs/performance.md and the plot, of bench/results
+pages: venv     ## the tables of README.md and docs/performance.md and the plots, of bench/results
 	$(BIN)/python bench/table.py
 	$(BIN)/python bench/plot.py
+	$(BIN)/python bench/plot_e2e.py
 
 # These take the Python, torch and nvcc that are here, and make no environment.
 gpu-test:       ## all GPU tests; JSON to the folder ADSC_OUT (out/)

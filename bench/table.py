@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import reach
+import table_e2e
 import table_gpu
 from table_gpu import Report, Results, table
 
@@ -28,8 +29,7 @@ RESULTS = ROOT / "bench" / "results"
 
 def read_results(folder: Path) -> Results:
     """Of each target the reports of one commit, that of the latest, by date; that of
-    pytest-benchmark is `cpu-bench`, and `gpu-bench-of-all` has those of every commit. From this
-    folder, and from those in it GPU reports."""
+    pytest-benchmark is `cpu-bench`. From this folder, and from those in it GPU reports."""
     found: dict[str, list[Report]] = {}
     for file in [*sorted(folder.glob("*.json")), *sorted(folder.glob("*/gpu-*.json"))]:
         report = json.loads(file.read_text())
@@ -40,25 +40,14 @@ def read_results(folder: Path) -> Results:
         stamp = report["stamp"]
         if stamp["dry_run"]:
             raise ValueError(f"{file.name}: expected a result of a GPU, got one of a dry run")
-        # What else was measured in that session lies beside it, without a stamp of its own.
-        entry = {**report, "_date": stamp["date"], "_of": stamp["commit"], "_folder": file.parent}
+        entry = {**report, "_date": stamp["date"], "_of": stamp["commit"]}
         found.setdefault(report["target"], []).append(entry)
     for reports in found.values():
         reports.sort(key=lambda report: report["_date"])
-    latest = {
+    return {
         target: [r for r in reports if r["_of"] == reports[-1]["_of"]]
         for target, reports in found.items()
     }
-    return {**latest, "gpu-bench-of-all": found.get("gpu-bench", [])}
-
-
-def beside_a_bench(results: Results, name: str, section: Callable[[str], str]) -> str:
-    """A section of a file that lies beside a GPU bench's result, the latest that has one."""
-    for bench in reversed(results.get("gpu-bench-of-all", [])):
-        file = bench["_folder"] / name
-        if file.is_file():
-            return f"{table_gpu.machine(bench)}.\n\n{section(file.read_text())}"
-    return "Unrun."
 
 
 def reach_section(results: Results) -> str:
@@ -137,17 +126,16 @@ def compact_rows(found: dict[str, dict[str, Any]]) -> list[list[str]]:
 
 Sections = dict[str, Callable[[Results], str]]
 PAGES: dict[str, Sections] = {
-    "README.md": {"gpu-results": table_gpu.headline, "cpu-results": cpu_section},
+    "README.md": {
+        "gpu-results": table_gpu.headline,
+        "e2e-results": table_e2e.headline,
+        "cpu-results": cpu_section,
+    },
     "docs/performance.md": {
         "gpu-cases": table_gpu.all_cases,
         "gpu-reach": reach_section,
         "gpu-tests": table_gpu.tests,
-        "gpu-prefill": lambda results: beside_a_bench(
-            results, "e2e.json", lambda text: table_gpu.prefill(json.loads(text))
-        ),
-        "gpu-decode": lambda results: beside_a_bench(
-            results, "decode_profile.txt", table_gpu.decode
-        ),
+        "e2e": table_e2e.all_rows,
     },
 }
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -44,10 +43,6 @@ def table(heading: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def commit_of(report: Report) -> str:
     changed = " with changes" if report["stamp"]["changed_files"] else ""
     return f"commit {(report['stamp']['commit'] or 'unknown')[:10]}{changed}"
-
-
-def machine(report: Report) -> str:
-    return f"{report['stamp']['device']}, {commit_of(report)}"
 
 
 def stamp_of(report: Report) -> str:
@@ -163,8 +158,7 @@ def headline(results: Results) -> str:
         f"**GPU** ({stamp_of(bench)}): measured at that commit; kernels that changed since are unrun. {EXPLAINED}:",
         table([HEADING[i] for i in keep], [[cells[i] for i in keep] for cells in rows]),
         losses(cases),
-        "All cases, what was left out, the GPU tests, prefill and decode of a 7B model: "
-        "[docs/performance.md](docs/performance.md).",
+        "All cases, what was left out, the GPU tests: [docs/performance.md](docs/performance.md).",
     ]
     return "\n\n".join(parts)
 
@@ -220,60 +214,3 @@ def tests(results: Results) -> str:
         ]
         parts.append(f"**`make gpu-sanitize`** ({stamp_of(report)}): " + "; ".join(said) + ".")
     return "\n\n".join(parts) or "GPU tests: unrun."
-
-
-# ---- The thin LLaVA, end to end ----
-
-
-def prefill(report: Report) -> str:
-    """Of e2e.json: wall time by batch and schedule, and device time by kind of kernel."""
-    names = [name for name in report["schedules"] if name != "dense"]
-    rows = []
-    for found in report["prefill"]:
-        batch, dense = found["batch"], found["dense"]
-        cells = [f"{found[name]:.1f} ({dense / found[name]:.2f} ×)" for name in names]
-        rows.append(
-            [batch, f"{dense:.1f}", *cells, f"{report['transformers sdpa'][str(batch)]:.1f}"]
-        )
-    heading = ["batch", "dense", *(f"{n} (`{report['schedules'][n]}`)" for n in names)]
-    wall = table([*heading, "transformers, sdpa, dense"], rows)
-    kinds = {"gemm": "GEMM", "attention": "attention", "adsc": "norms and ours", "other": "other"}
-    lines = []
-    for name, kernels in report["profile"].items():
-        batch, _, schedule = name.partition(" ")
-        lines.append([batch, schedule, *(
-            f"{kernels[kind]['ms']:.1f} ({kernels[kind]['kernels']})" for kind in kinds
-        )])  # fmt: skip
-    device = table(["batch", "schedule", *kinds.values()], lines)
-    synchronised = not all(found["sync_free"] for found in report["prefill"])
-    return "\n\n".join([
-        f"Prefill, ms of wall time, and how many times as fast as dense (torch {report['torch']}, transformers "
-        f"{report['transformers']}):",
-        wall,
-        f"Something in it waits for the device: {'yes' if synchronised else 'no'} "
-        "(`torch.cuda.set_sync_debug_mode(\"error\")`). Device time of the same, ms (launches):",
-        device,
-    ])  # fmt: skip
-
-
-def decode(profile: str) -> str:
-    """Of decode_profile.txt, whose lines are: batch, vision tokens, schedule, times of ten steps."""
-    line = re.compile(
-        r"^(\d+) (\d+) '(.*)' wall \[(.*)\] GPU ms (\S+) kernels (\d+)$", re.MULTILINE
-    )
-    rows = []
-    for batch, vision, schedule, wall, device, kernels in line.findall(profile):
-        steps = sorted(map(float, wall.split(",")))
-        span = f"{steps[0]:.0f} to {steps[-1]:.0f}"
-        rows.append(
-            [batch, vision, f"`{schedule}`" if schedule else "dense", device, span, kernels]
-        )
-    heading = [
-        "batch",
-        "vision tokens",
-        "schedule",
-        "ms of device time",
-        "ms of wall time",
-        "launches",
-    ]
-    return table(heading, rows)

@@ -19,6 +19,7 @@ import table_gpu  # noqa: E402
 
 README = (
     "a\n<!-- gpu-results -->\nold\n<!-- /gpu-results -->\nb\n"
+    "<!-- e2e-results -->\nold\n<!-- /e2e-results -->\n"
     "<!-- cpu-results -->\nold\n<!-- /cpu-results -->\nc\n"
 )
 STAMP = {
@@ -85,7 +86,7 @@ def test_no_results(tmp_path: Path) -> None:
     assert "**GPU**: unrun." in text and "`make gpu-all`" in text
     assert text.startswith("a\n<!-- gpu-results -->\n**GPU**") and text.endswith("-->\nc\n")
     page = gpu_page_of(tmp_path)
-    assert "old" not in page and page.lower().count("unrun") == 5
+    assert "old" not in page and page.lower().count("unrun") == 4
 
 
 def test_gpu_results(tmp_path: Path) -> None:
@@ -199,7 +200,7 @@ def test_a_step_is_held_to_its_two_ops() -> None:
 
 
 def test_reports_of_one_commit_stand_together(tmp_path: Path) -> None:
-    """In a folder of their own, with what else was measured beside them."""
+    """In a folder of their own."""
     folder = tmp_path / "h200-0123456789"
     folder.mkdir()
     for date, backend in (("2026-12-01 10:00 UTC", "cuda"), ("2026-12-01 11:00 UTC", "triton")):
@@ -209,17 +210,11 @@ def test_reports_of_one_commit_stand_together(tmp_path: Path) -> None:
             folder, **{f"gpu-test-{backend}": {"target": "gpu-test", "stamp": stamp, "jobs": jobs}}
         )
     written(folder, **{"gpu-bench": BENCH})
-    (folder / "decode_profile.txt").write_text(
-        "1 576 '' wall [3.0, 2.0] GPU ms 1.50 kernels 20\n  a line of a kernel\n"
-    )
     newer = copy.deepcopy(BENCH)
     newer["stamp"].update(date="2026-12-02 10:00 UTC", commit="fedcba", device="another")
     written(tmp_path, **{"gpu-bench": newer})
     text = gpu_page_of(tmp_path)
     assert text.count("3 passed, 0 failed") == 2
-    # Of a commit before the bench's, since only there it was measured.
-    assert "NVIDIA H200, commit 0123456789.\n\n| batch |" in text
-    assert "| 1 | 576 | dense | 1.50 | 2 to 3 | 20 |" in text
     assert "another, driver" in text
 
 

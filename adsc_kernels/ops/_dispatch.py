@@ -22,8 +22,10 @@ _libraries = {
 # Shapes are all that a meta tensor has, and any op that is registered gives them.
 _ON_META = "triton" if native_problem() else "cpu"
 
-# The native ops by name, in C alone: OpOverload's own __call__ is a function in Python.
-_native: dict[str, Callable[..., Any]] = {}
+# The native ops by name, in C alone (OpOverload's own __call__ is a function in Python): the one
+# that autograd passes by, whose kernel in Python takes longer than moving a small tensor does, and
+# the one that it sees. So one is told by whether a gradient is asked for.
+_native: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
 
 # Each is asked in each call, and takes longer to find than to answer.
 _is_compiling = torch.compiler.is_compiling
@@ -63,10 +65,8 @@ def register(
         torch.library.register_fake(f"{namespace}::{name}", _on_one_device(fake))
         op = getattr(getattr(torch.ops, namespace), name).default
         if namespace == "adsc_kernels":
-            overloads = getattr(torch.ops.adsc_kernels, name)
-            for overload in overloads.overloads():
-                full = name if overload == "default" else f"{name}.{overload}"
-                _native[full] = getattr(overloads, overload)._op
+            library.impl(f"{name}.raw", torch.library.fallthrough_kernel, "Autograd")
+            _native[name] = getattr(torch.ops.adsc_kernels, name).raw._op, op._op
         if backward is not None and setup is not None and composed is not None:
             setup_here = _with_namespace(setup, getattr(torch.ops, namespace))
             info = Info(backward, setup_here)
@@ -163,8 +163,9 @@ def choose(name: str, device: torch.device) -> Callable[..., Any]:
     return getattr(ops, name).default
 
 
-def native(name: str, like: Any) -> Callable[..., Any] | None:
-    """The native op for `like` and what goes with it, where nothing comes in between.
+def native(name: str, like: Any) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """The native op for `like` and what goes with it, where nothing comes in between, as a pair:
+    the one to call where no gradient is asked for, and the one where one is.
 
     It checks its arguments itself before it writes. So a public function hands them over as they
     are, and looks at them only when they are refused (`explain`). None where another backend
@@ -183,17 +184,6 @@ def native(name: str, like: Any) -> Callable[..., Any] | None:
     return _native[name]
 
 
-def run(op: Callable[..., Any], *arguments: Any, grad: bool) -> Any:
-    """Calls what `native` gave, past its autograd kernel where no gradient is asked for.
-
-    That kernel is Python, and takes longer than moving a small tensor does.
-    """
-    if grad and torch.is_grad_enabled():
-        return op(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
-
-
 def explain(check: Callable[..., Any], *arguments: Any) -> None:
     """Raises what check says of arguments that an op has refused, if it says anything."""
     try:
@@ -203,15 +193,22 @@ def explain(check: Callable[..., Any], *arguments: Any) -> None:
 
 
 def call(op: Callable[..., Any], *arguments: Any, grad: bool) -> Any:
-    """`run`, of what `choose` gave: under torch.compile and transforms op is called as it is."""
-    if _is_compiling() or forward_ad._current_level >= 0 or _transforms_are_active():
+    """Calls what `choose` gave, past its autograd kernel where no gradient is asked for; under
+    torch.compile and transforms as it is."""
+    if (
+        _is_compiling()
+        or forward_ad._current_level >= 0
+        or _transforms_are_active()
+        or (grad and torch.is_grad_enabled())
+    ):
         return op(*arguments)
-    return run(op, *arguments, grad=grad)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
 
 
 def call_in_place(op: Callable[..., Any], *arguments: Any, written: list[Tensor]) -> Any:
-    """Calls op, whose arguments `check_writable` has passed, and does for autograd what op's kernel
-    in Python (`_writing`) would, in less time."""
+    """Calls what `choose` gave, whose arguments `check_writable` has passed, and does for autograd
+    what op's kernel in Python (`_writing`) would, in less time."""
     if _is_compiling():
         return op(*arguments)
     with torch._C._AutoDispatchBelowADInplaceOrView():

@@ -16,7 +16,6 @@ from adsc_kernels.ops._dispatch import (
     explain,
     native,
     register,
-    run,
 )
 from adsc_kernels.ops.downsample import upsample_grad
 from adsc_kernels.ops.downsample_add_rms_norm import (
@@ -116,7 +115,7 @@ def boundary_step(
     else:
         try:
             grad = needs_grad(hidden, residual, weight, others)
-            outputs = run(op, *boundary_arguments(*given), grad=grad)
+            outputs = op[grad and torch.is_grad_enabled()](*boundary_arguments(*given))
         except Exception:
             explain(check_boundary, *given)
             raise

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from adsc_kernels import fakes
 from adsc_kernels.kv.cache import (
@@ -142,14 +143,15 @@ def _compact(
     op = native(name, cache.first())
     if op is None:
         call = check(cache, cache.stage)
-        op = choose(name, call.device)
-        return call.result(*call_in_place(op, *call.arguments, written=call.caches.tensors))
+        chosen = choose(name, call.device)
+        return call.result(*call_in_place(chosen, *call.arguments, written=call.caches.tensors))
     try:
         call = check(cache, cache.stage, native=True)
-        results = call_in_place(op, *call.arguments, written=call.caches.tensors)
+        results = op[False](*call.arguments)
     except Exception:
         explain(check, cache, cache.stage)
         raise
+    increment_version(call.caches.tensors)
     return call.result(*results)
 
 

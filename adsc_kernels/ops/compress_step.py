@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from adsc_kernels import fakes
 from adsc_kernels.errors import UnsupportedError
@@ -69,21 +70,21 @@ def compress_step(
     """
     others = list_of(others, "others")
     given = (hidden, cache, stage, residual, weight, eps, others, keep_indices, layout)
-    op = native("compress_step.new", hidden) if is_usual_eps(eps) else None
+    op = native("compress_step", hidden) if is_usual_eps(eps) else None
     if op is None:
         arguments, compaction = _check(*given)
         outputs = fakes.boundary_step(*arguments)
-        op = choose("compress_step", hidden.device)
+        chosen = choose("compress_step", hidden.device)
         both = (*arguments, *_op_arguments(compaction), outputs)
-        results = call_in_place(op, *both, written=compaction.caches.tensors)
+        results = call_in_place(chosen, *both, written=compaction.caches.tensors)
     else:
         try:
             arguments, compaction = _usual_arguments(*given)
-            both = (*arguments, *_op_arguments(compaction))
-            outputs, results = call_in_place(op, *both, written=compaction.caches.tensors)
+            outputs, results = op[False](*arguments, *_op_arguments(compaction))
         except Exception:
             explain(_check, *given)
             raise
+        increment_version(compaction.caches.tensors)
     return CompressStep(
         step_of(outputs, residual is not None, len(others)),
         compaction.result(*(results if compaction.paged else results[:2])),

@@ -14,7 +14,6 @@ from adsc_kernels.ops._dispatch import (
     explain,
     native,
     register,
-    run,
 )
 from adsc_kernels.rows import Stage, check_rows, list_of, movement, row_source
 
@@ -41,7 +40,8 @@ def downsample(
         arguments = _check(x, stage, keep_indices)
         return call(choose("downsample", x.device), *arguments, grad=x.requires_grad)
     try:
-        return run(op, x, *movement(stage, keep_indices, x.shape[0]), grad=x.requires_grad)
+        moved = movement(stage, keep_indices, x.shape[0])
+        return op[x.requires_grad and torch.is_grad_enabled()](x, *moved)
     except Exception:
         explain(_check, x, stage, keep_indices)
         raise
@@ -70,8 +70,8 @@ def downsample_many(
         grad = True in [x.requires_grad for x in xs]
         return call(choose("downsample_many", xs[0].device), *arguments, grad=grad)
     try:
-        grad = True in [x.requires_grad for x in xs]
-        return run(op, xs, *movement(stage, keep_indices, xs[0].shape[0]), grad=grad)
+        grad = True in [x.requires_grad for x in xs] and torch.is_grad_enabled()
+        return op[grad](xs, *movement(stage, keep_indices, xs[0].shape[0]))
     except Exception:
         explain(_check_many, xs, stage, keep_indices)
         raise

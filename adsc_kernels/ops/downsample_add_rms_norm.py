@@ -7,7 +7,7 @@ from torch import Tensor
 
 from adsc_kernels import checks, fakes
 from adsc_kernels.ops import _composed
-from adsc_kernels.ops._dispatch import call, choose, explain, native, register, run
+from adsc_kernels.ops._dispatch import call, choose, explain, native, register
 from adsc_kernels.ops.downsample import upsample_grad
 from adsc_kernels.rows import Stage, check_plain, check_rows, movement, row_source
 
@@ -46,7 +46,7 @@ def downsample_add_rms_norm(
     try:
         moved = movement(stage, keep_indices, x.shape[0])
         grad = x.requires_grad or residual.requires_grad or weight.requires_grad
-        return run(op, x, residual, weight, *moved, eps, grad=grad)
+        return op[grad and torch.is_grad_enabled()](x, residual, weight, *moved, eps)
     except Exception:
         explain(_check, x, residual, weight, stage, eps, keep_indices)
         raise

@@ -75,7 +75,7 @@ def rebuild_metadata(
         op = choose("rebuild_metadata", cu_seqlens.device)
         return Metadata(*op(cu_seqlens, spans, as_ints(fractions), pattern, max_height or 0))
     try:
-        return Metadata(*op(cu_seqlens, spans, _ints_of(keep), pattern, 0))
+        return Metadata(*op[False](cu_seqlens, spans, _ints_of(keep), pattern, 0))
     except Exception:
         explain(check_layout, *given)
         raise

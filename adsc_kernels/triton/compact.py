@@ -24,7 +24,7 @@ from adsc_kernels.triton.compaction import (
     place_in_cache,
     sequence_rows,
 )
-from adsc_kernels.triton.launch import pointer, start, unit_of
+from adsc_kernels.triton.launch import Pointer, start, unit_of
 
 MAX_TENSORS = 64  # of a launch
 _STRIP_WORDS = 64  # of a line, moved by one program: 512 bytes
@@ -253,7 +253,7 @@ def _move(caches: list[Tensor], num_layers: int, cache_layout: str, call: Call) 
             offsets = [(x.data_ptr() - base.data_ptr()) // unit.size for x, _ in some]
             layers = [layer for _, layer in some]
             fill = [0] * (-len(some) % 8)  # a few sizes of tuples, so that few kernels are compiled
-            tensors = (pointer(base, unit.dtype), tuple(offsets + fill), tuple(layers + fill))
+            tensors = (Pointer(base, unit.dtype), tuple(offsets + fill), tuple(layers + fill))
             start(
                 compact_kernel,
                 len(some) * lines.num_lines * triton.cdiv(width, strip) * batch,

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from adsc_kernels import fakes
-from adsc_kernels.triton.launch import launch, pointer, row_layout, row_map, unit_of
+from adsc_kernels.triton.launch import Pointer, launch, row_layout, row_map, unit_of
 from adsc_kernels.triton.segment import ROW_MAP, RowMap, source_rows
 
 
@@ -106,7 +106,7 @@ def moves_of(
         unit = unit_of(x.data_ptr(), out.data_ptr(), size, stride)
         width = size // unit.size
         rows, columns = tile_of(width * unit.words, most_rows)
-        moves.append((pointer(x, unit.dtype), pointer(out, unit.dtype), stride // unit.size))
+        moves.append((Pointer(x, unit.dtype), Pointer(out, unit.dtype), stride // unit.size))
         tiles.append((unit.words, width, rows, columns))
         programs += triton.cdiv(len(out), rows) * triton.cdiv(width * unit.words, columns)
     if programs == 0:

@@ -63,7 +63,16 @@ BoundaryCall boundary_call(const BoundaryArguments& a) {
   BoundaryCall call;
   set_map(a, num_rows, call);
 
-  std::vector<Tensor> moved = a.others;
+  constexpr size_t kOfNorm = 2, kOfMetadata = 6;
+  call.outputs.reserve(a.others.size() + kOfNorm + kOfMetadata);
+  call.copies.reserve(a.others.size() + 1);
+  const auto move = [&](const Tensor& x) {
+    const RowShape shape = row_shape(x, "others");
+    check(shape.num_rows == num_rows, "others: expected the rows of hidden, ", num_rows, ", got ",
+          shape.num_rows);
+    call.outputs.push_back({.like = x, .sizes = sizes_with_rows(x, a.num_tokens)});
+    call.copies.push_back(row_copy(x, shape));
+  };
   if (a.residual.has_value()) {
     call.norm = row_norm({.x = hidden,
                           .x_name = "hidden",
@@ -71,18 +80,12 @@ BoundaryCall boundary_call(const BoundaryArguments& a) {
                           .weight = *a.weight,
                           .eps = a.eps});
     const Output rows{.like = hidden, .sizes = sizes_with_rows(hidden, a.num_tokens)};
-    call.outputs = {rows, rows};
+    call.outputs.insert(call.outputs.end(), {rows, rows});
   } else {
-    moved.insert(moved.begin(), hidden);
+    move(hidden);
   }
-  for (const Tensor& x : moved) {
-    const RowShape shape = row_shape(x, "others");
-    check_device(x, "others", hidden, "hidden");
-    check(shape.num_rows == num_rows, "others: expected the rows of hidden, ", num_rows, ", got ",
-          shape.num_rows);
-    call.outputs.push_back({.like = x, .sizes = sizes_with_rows(x, a.num_tokens)});
-    call.copies.push_back(row_copy(x, shape));
-  }
+  check_devices(a.others, "others", hidden, "hidden");
+  for (const Tensor& x : a.others) move(x);
   if (call.metadata.has_value()) {
     const std::vector<Output>& more = call.metadata->outputs;
     call.outputs.insert(call.outputs.end(), more.begin(), more.end());

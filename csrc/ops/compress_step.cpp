@@ -167,8 +167,8 @@ void compress_step(StableIValue* stack, uint64_t, uint64_t num_results) {
   for (size_t i = 0; i < num_results; ++i) stack[i] = from(results[i]);
 }
 
-// Into new tensors: a call from Python without them takes the half of the time.
-void compress_step_new(StableIValue* stack, uint64_t, uint64_t) {
+// Into new tensors, which takes a call from Python much less time.
+void compress_step_raw(StableIValue* stack, uint64_t, uint64_t) {
   const StepArguments a = arguments_of(stack);
   BoundaryCall boundary = boundary_of(a);
   const std::vector<Tensor> outs = allocate(boundary.outputs);
@@ -188,7 +188,7 @@ void compress_step_new(StableIValue* stack, uint64_t, uint64_t) {
 ADSC_BOXED_OP("compress_step", compress_step,
               "(" ADSC_STEP ", Tensor(b!)[] outs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 // outs, and what a compaction returns
-ADSC_BOXED_OP("compress_step.new", compress_step_new, "(" ADSC_STEP ") -> (Tensor[], Tensor[])")
+ADSC_BOXED_OP("compress_step.raw", compress_step_raw, "(" ADSC_STEP ") -> (Tensor[], Tensor[])")
 
 }  // namespace
 }  // namespace adsc::ops

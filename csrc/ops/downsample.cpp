@@ -20,16 +20,18 @@ std::vector<Tensor> move_rows(const std::vector<Tensor>& xs, const char* name,
                               int64_t num_tokens) {
   check(!xs.empty(), name, ": expected at least one tensor, got none");
   const int64_t num_rows = row_shape(xs[0], name).num_rows;
+  check_devices(xs, name, xs[0], "the first");
   std::vector<RowCopy> copies;
+  copies.reserve(xs.size());
   for (const Tensor& x : xs) {
     const RowShape shape = row_shape(x, name);
-    check_device(x, name, xs[0], "the first");
     check(shape.num_rows == num_rows, name, ": expected the same number of rows in all, got ",
           num_rows, " and ", shape.num_rows);
     copies.push_back(row_copy(x, shape));
   }
   const RowMap map = row_map(segments, keep_indices, num_tokens, num_rows, xs[0], name);
   std::vector<Tensor> outs;
+  outs.reserve(xs.size());
   for (size_t i = 0; i < xs.size(); ++i) {
     outs.push_back(empty_rows(xs[i], num_tokens));
     copies[i].out = mutable_bytes(outs[i]);

@@ -1,11 +1,14 @@
 #include "ops/outputs.h"
 
 #include <algorithm>
+#include <array>
 
 namespace adsc::ops {
 
 Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, std::optional<int32_t> dtype) {
-  std::vector<int64_t> strides(sizes.size());
+  std::array<int64_t, 8> few;  // in place of an allocation in nearly every call
+  std::vector<int64_t> many(sizes.size() > few.size() ? sizes.size() : 0);
+  int64_t* strides = many.empty() ? few.data() : many.data();
   int64_t stride = 1;
   for (size_t d = sizes.size(); d-- > 0;) {
     strides[d] = stride;
@@ -13,8 +16,8 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, std::optiona
   }
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-      dtype.value_or(dtype_of(like)), device_type_of(like), like.get_device_index(), &handle));
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides, dtype.value_or(dtype_of(like)),
+      device_type_of(like), like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
@@ -30,6 +33,7 @@ Tensor empty_rows(const Tensor& like, int64_t num_rows) {
 
 std::vector<Tensor> allocate(const std::vector<Output>& outputs) {
   std::vector<Tensor> tensors;
+  tensors.reserve(outputs.size());
   for (const Output& output : outputs) tensors.push_back(empty(output.like, output.sizes));
   return tensors;
 }

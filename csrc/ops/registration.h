@@ -24,5 +24,7 @@
   STABLE_TORCH_LIBRARY_IMPL(ADSC_NAMESPACE, CPU, m) { m.impl(name, boxed); } \
   ADSC_OP_ON_CUDA(name, boxed)
 
-// The same of the function `name`.
-#define ADSC_OP(name, schema) ADSC_BOXED_OP(#name, TORCH_BOX(&name), schema)
+// The function `name` as an op, and as its overload `raw`, which autograd passes by.
+#define ADSC_OP(name, schema)                    \
+  ADSC_BOXED_OP(#name, TORCH_BOX(&name), schema) \
+  ADSC_BOXED_OP(#name ".raw", TORCH_BOX(&name), schema)

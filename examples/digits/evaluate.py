@@ -3,6 +3,7 @@
 python evaluate.py --pictures 40                                    # with transformers, dense
 python evaluate.py --pictures 40 --schedule 4:1/4,8:1/4,12:1/4      # with adsc_kernels.llava
 python evaluate.py --schedule 4:1/4,8:1/4,12:1/4 --patched          # with transformers, patched
+python evaluate.py --schedule 4:1/4,8:1/4,12:1/4 --agree            # how often both say the same
 """
 
 from __future__ import annotations
@@ -70,23 +71,44 @@ def adsc_answer(model: Path, device: str, dtype: torch.dtype, schedule: str) -> 
     return answer
 
 
-def evaluate(answer: Answer, pictures: int, seed: int, batch: int = 16) -> dict[str, object]:
-    """Exact match by kind and over all questions."""
+def ask(
+    answer: Answer, pictures: int, seed: int, batch: int = 16
+) -> Iterator[tuple[Question, str]]:
+    """All questions about the pictures, with what is answered."""
     asked = [(image, q) for image, questions in held_out(pictures, seed) for q in questions]
-    right = dict.fromkeys(KINDS, 0)
-    total = dict.fromkeys(KINDS, 0)
-    start = time.perf_counter()
     for i in range(0, len(asked), batch):
         part = asked[i : i + batch]
         given = answer([prompt(q.text) for _, q in part], [image for image, _ in part])
-        for (_, question), text in zip(part, given, strict=True):
-            right[question.kind] += text == question.answer
-            total[question.kind] += 1
+        yield from zip((q for _, q in part), given, strict=True)
+
+
+def agreement(one: Answer, other: Answer, pictures: int, seed: int) -> dict[str, object]:
+    """How many answers are the same, and those that aren't."""
+    pairs = list(zip(ask(one, pictures, seed), ask(other, pictures, seed), strict=True))
+    differing = [(q.text, a, b) for (q, a), (_, b) in pairs if a != b]
     return {
         "pictures": pictures,
         "seed": seed,
-        "questions": len(asked),
-        "accuracy": sum(right.values()) / len(asked),
+        "questions": len(pairs),
+        "same": len(pairs) - len(differing),
+        "differing": differing,
+    }
+
+
+def evaluate(answer: Answer, pictures: int, seed: int) -> dict[str, object]:
+    """Exact match by kind and over all questions."""
+    right = dict.fromkeys(KINDS, 0)
+    total = dict.fromkeys(KINDS, 0)
+    start = time.perf_counter()
+    for question, text in ask(answer, pictures, seed):
+        right[question.kind] += text == question.answer
+        total[question.kind] += 1
+    count = sum(total.values())
+    return {
+        "pictures": pictures,
+        "seed": seed,
+        "questions": count,
+        "accuracy": sum(right.values()) / count,
         "by_kind": {k: {"right": right[k], "asked": total[k]} for k in KINDS if total[k]},
         "seconds": round(time.perf_counter() - start, 2),
     }
@@ -106,17 +128,24 @@ def main() -> None:
     parser.add_argument(
         "--patched", action="store_true", help="answer with transformers under the schedule"
     )
+    parser.add_argument(
+        "--agree", action="store_true", help="count answers that transformers patched gives too"
+    )
     parser.add_argument("--json", type=Path, help="write the result here too")
     args = parser.parse_args()
-    dtype = getattr(torch, args.dtype)
-    if args.schedule is None or args.patched:
-        answer = transformers_answer(args.model, args.device, dtype, args.schedule)
+    makers = [transformers_answer, adsc_answer]
+    if not args.agree:
+        makers = makers[:1] if args.schedule is None or args.patched else makers[1:]
+    given = args.model, args.device, getattr(torch, args.dtype), args.schedule
+    answers = [make(*given) for make in makers]
+    if args.agree:
+        result = agreement(*answers, args.pictures, args.seed)
+        print(f"{result['same']} of {result['questions']} answers are the same")
     else:
-        answer = adsc_answer(args.model, args.device, dtype, args.schedule)
-    result = evaluate(answer, args.pictures, args.seed)
-    for kind, n in result["by_kind"].items():
-        print(f"{kind:8} {n['right'] / n['asked']:7.2%}  {n['right']}/{n['asked']}")
-    print(f"{'overall':8} {result['accuracy']:7.2%}  {result['questions']} questions")
+        result = evaluate(*answers, args.pictures, args.seed)
+        for kind, n in result["by_kind"].items():
+            print(f"{kind:8} {n['right'] / n['asked']:7.2%}  {n['right']}/{n['asked']}")
+        print(f"{'overall':8} {result['accuracy']:7.2%}  {result['questions']} questions")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -35,26 +35,27 @@ def wide(attention: str) -> Any:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("schedule", ["1:1", SCHEDULE, "0:1/2,2:1/3@renumber"])
-def test_compiled_steps_of_a_static_cache_give_the_same_tokens(schedule):
-    model, inputs = MADE.model(), MADE.inputs(MADE.rows())
-    with apply_adsc(model, schedule):
-        want = model.generate(**inputs, **GREEDY)
-        for _ in range(2):  # recorded, then replayed
-            got = model.generate(**inputs, **GREEDY, cache_implementation="static")
-            assert torch.equal(got, want)
+def test_waits_for_the_device_are_those_of_the_model_and_one_for_pictures():
+    model, inputs = MADE.model(), MADE.inputs(MADE.rows()[:1])
+    step = {"input_ids": torch.tensor([[9]])}
 
+    def waits(schedule: str | None) -> list[int]:
+        if schedule is not None:
+            apply_adsc(model, schedule)
+        found = []
+        for call in (inputs, step):
+            cache = model(**inputs).get(CACHE) if call is step else None
+            torch.cuda.synchronize()
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                model(**call, **{CACHE: cache})
+                torch.cuda.set_sync_debug_mode("default")
+            found.append(sum("synchroniz" in str(w.message) for w in seen))
+        return found
 
-@torch.no_grad()
-def test_compiled_flex_attention_agrees():
-    inputs = MADE.inputs(MADE.rows())
-    plain, flex = wide("sdpa"), wide("flex_attention")
-    with apply_adsc(plain, SCHEDULE) as applied, apply_adsc(flex, SCHEDULE):
-        want, got = (model(**inputs).logits for model in (plain, flex))
-        real = applied.columns.cuda() >= 0
-        assert torch.allclose(got[real], want[real], atol=1e-2 * float(want[real].abs().max()))
-        tokens = [model.generate(**inputs, **GREEDY) for model in (plain, flex)]
-    assert torch.equal(*tokens)
+    prefill, decode = waits(None)
+    assert waits(SCHEDULE) == [prefill + 1, decode]
 
 
 @torch.no_grad()
@@ -79,24 +80,23 @@ def test_bfloat16_is_as_near_as_without_a_schedule(name):
 
 
 @torch.no_grad()
-def test_waits_for_the_device_are_those_of_the_model_and_one_for_pictures():
-    model, inputs = MADE.model(), MADE.inputs(MADE.rows()[:1])
-    step = {"input_ids": torch.tensor([[9]])}
+@pytest.mark.parametrize("schedule", [SCHEDULE, "0:1/2,2:1/3@renumber"])
+def test_compiled_steps_of_a_static_cache_give_the_same_tokens(schedule):
+    model, inputs = MADE.model(), MADE.inputs(MADE.rows())
+    with apply_adsc(model, schedule):
+        want = model.generate(**inputs, **GREEDY)
+        for _ in range(2):  # recorded, then replayed
+            got = model.generate(**inputs, **GREEDY, cache_implementation="static")
+            assert torch.equal(got, want)
 
-    def waits(schedule: str | None) -> list[int]:
-        if schedule is not None:
-            apply_adsc(model, schedule)
-        found = []
-        for call in (inputs, step):
-            cache = model(**inputs).get(CACHE) if call is step else None
-            torch.cuda.synchronize()
-            with warnings.catch_warnings(record=True) as seen:
-                warnings.simplefilter("always")
-                torch.cuda.set_sync_debug_mode("warn")
-                model(**call, **{CACHE: cache})
-                torch.cuda.set_sync_debug_mode("default")
-            found.append(sum("synchroniz" in str(w.message) for w in seen))
-        return found
 
-    prefill, decode = waits(None)
-    assert waits(SCHEDULE) == [prefill + 1, decode]
+@torch.no_grad()
+def test_compiled_flex_attention_agrees():
+    inputs = MADE.inputs(MADE.rows())
+    plain, flex = wide("sdpa"), wide("flex_attention")
+    with apply_adsc(plain, SCHEDULE) as applied, apply_adsc(flex, SCHEDULE):
+        want, got = (model(**inputs).logits for model in (plain, flex))
+        real = applied.columns.cuda() >= 0
+        assert torch.allclose(got[real], want[real], atol=1e-2 * float(want[real].abs().max()))
+        tokens = [model.generate(**inputs, **GREEDY) for model in (plain, flex)]
+    assert torch.equal(*tokens)

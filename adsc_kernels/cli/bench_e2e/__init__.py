@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,13 +54,15 @@ def execute(args: argparse.Namespace) -> None:
     if not args.json:
         facts = found["stamp"]
         print(f"{facts['device']}, torch {facts['torch']}: {found['model']}, {found['dtype']}")
+    begin = time.perf_counter()
     for case in cases:
         rows = run_case(models, case, args.runs, found["left_out"])
         found["rows"] += rows
+        found["seconds"] = round(time.perf_counter() - begin, 1)
         if file is not None:
             write(found, file)
         if rows and not args.json:
-            print(f"\n{text_of(rows)}", flush=True)
+            print(f"\n{text_of(rows)}\n({found['seconds']:.0f} s)", flush=True)
     if not found["rows"]:
         raise ValueError(f"nothing was measured: {found['left_out'][0]['reason']}")
     if args.json:

@@ -18,15 +18,16 @@ from adsc_kernels.cli.bench_e2e.ways import Way, make_way
 from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.schedule import CompressionSchedule
 
-WARM = 2  # answers: graphs are captured in the second
-PROFILED = 4  # steps of decode
+WARM_STEPS = 3  # a step is run, then captured, then replayed
+DECODED = 3  # answers, the last ones: a step is timed by many as it is
+PROFILED = 2  # steps of decode
 
 
 class Answer(NamedTuple):
-    """Milliseconds to the first tokens, and for each step after it."""
+    """Milliseconds to the first tokens, and for each step after it where there are any."""
 
     first: float
-    step: float
+    step: float | None
 
 
 def ways_of(models: Models, case: Case) -> tuple[dict[str, Way], dict[str, str]]:
@@ -47,15 +48,15 @@ def measure(models: Models, case: Case, runs: int) -> tuple[list[dict[str, Any]]
     ways, refused = ways_of(models, case)
     peaks: dict[str, int | None] = {}
     for name, way in ways.items():
-        peak = peak_since(device)
-        answer(way, case, device)
+        steps, peak = steps_of(way, case), peak_since(device)
+        for _ in range(2):  # a prompt is run, then captured
+            answer(way, min(steps, WARM_STEPS), device)
         peaks[name] = None if peak is None else peak() + way.weight_bytes
     answers: dict[str, list[Answer]] = {name: [] for name in ways}
-    for turn in options.progress(range(WARM - 1 + runs), "runs"):
+    for turn in options.progress(range(runs), "runs"):
         for name, way in ways.items():
-            found = answer(way, case, device)
-            if turn >= WARM - 1:
-                answers[name].append(found)
+            steps = steps_of(way, case) if turn >= runs - DECODED else 0
+            answers[name].append(answer(way, steps, device))
     rows = []
     for name, way in ways.items():
         row = {"way": name, **_timed(way, case, answers[name]), "peak_bytes": peaks[name]}
@@ -85,16 +86,20 @@ def layer_macs(shape: ModelShape, tokens: Sequence[int]) -> int:
     return sum(cost[count] for count in tokens)
 
 
-def answer(way: Way, case: Case, device: torch.device) -> Answer:
+def steps_of(way: Way, case: Case) -> int:
+    """Of decode: the first token is the prompt's."""
+    return case.new_tokens - 1 if way.decodes else 0
+
+
+def answer(way: Way, steps: int, device: torch.device) -> Answer:
     """One, timed."""
-    steps = case.new_tokens - 1 if way.decodes else 0
     begin = now(device)
     tokens = way.prefill()
     first = now(device)
-    if steps:
-        way.decode(tokens, steps)
-    end = now(device)
-    return Answer((first - begin) * 1e3, (end - first) * 1e3 / max(steps, 1))
+    if steps == 0:
+        return Answer((first - begin) * 1e3, None)
+    way.decode(tokens, steps)
+    return Answer((first - begin) * 1e3, (now(device) - first) * 1e3 / steps)
 
 
 def now(device: torch.device) -> float:
@@ -114,9 +119,10 @@ def _timed(way: Way, case: Case, answers: list[Answer]) -> dict[str, Any]:
         "cache_bytes": way.cache_bytes,
     }
     if way.decodes:
-        step = statistics.median(answer.step for answer in answers)
+        times = [answer.step for answer in answers if answer.step is not None]
+        step = statistics.median(times) if times else 0.0
         seconds = (first + step * (case.new_tokens - 1)) / 1e3
-        found["ms_per_token"] = round(step, 3) if case.new_tokens > 1 else None
+        found["ms_per_token"] = round(step, 3) if times else None
         found["tokens_per_second"] = round(case.batch * case.new_tokens / seconds, 1)
     return found
 
@@ -125,7 +131,7 @@ def _on_device(way: Way, case: Case, device: torch.device) -> dict[str, Any]:
     """Where the time of a prompt and of a step goes."""
     prompt = device_time(way.prefill, device)
     found: dict[str, Any] = {"prefill": prompt, "share_outside": share_outside(prompt)}
-    steps = min(PROFILED, case.new_tokens - 1) if way.decodes else 0
+    steps = min(PROFILED, steps_of(way, case))
     tokens = torch.zeros(case.batch, dtype=torch.int64, device=device)
     found["step"] = device_time(lambda: way.decode(tokens, steps), device, steps) if steps else {}
     return found

@@ -32,6 +32,16 @@ class Way(ABC):
     weight_bytes: int
     decodes = True
 
+    def __init__(self, models: Models, case: Case) -> None:
+        self.models, self.case = models, case
+
+    @cached_property
+    def x(self) -> Tensor:
+        """The prompts' rows, random, [B * length, hidden]."""
+        weight = self.models.ours.language_model.embed_tokens.weight
+        shape = (self.case.batch * self.case.length, weight.shape[1])
+        return torch.randn(shape, dtype=weight.dtype, device=weight.device) * 0.02
+
     @abstractmethod
     def prefill(self) -> Tensor:
         """The first token of each answer, int64 [B]."""
@@ -52,18 +62,14 @@ class Ours(Way):
     def __init__(
         self, models: Models, case: Case, schedule: CompressionSchedule, vision: int | None = None
     ) -> None:
-        self.case = case if vision is None else dataclasses.replace(case, vision=vision)
+        super().__init__(
+            models, case if vision is None else dataclasses.replace(case, vision=vision)
+        )
         self.model = models.ours.with_schedule(schedule)
         self.model.graphs = Graphs()
         self.tokens = tokens_by_layer(schedule, self.case.vision)
         self.weight_bytes = _bytes_of(models.ours.language_model) + models.ours.head.weight.nbytes
         self.cache = self.model.new_cache(case.batch)
-        self.models = models
-
-    @cached_property
-    def x(self) -> Tensor:
-        """The prompts' rows."""
-        return _rows(self.models, self.case)
 
     def fill(self) -> None:
         """The cache as prompts leave it, with other values in it: to decode behind."""
@@ -108,12 +114,12 @@ class Theirs(Way):
     """transformers' own decoder, dense."""
 
     def __init__(self, models: Models, case: Case) -> None:
-        self.model, self.case = models.theirs, case
+        super().__init__(models, case)
+        self.model = models.theirs
         self.tokens = [case.vision] * models.shape.num_layers
         self.weight_bytes = _bytes_of(self.model)
         known = inspect.signature(type(self.model).forward).parameters
         self.named = "cache" if "cache" in known else "past_key_values"  # 5.24 renamed it
-        self.x = _rows(models, case).view(case.batch, case.length, -1)
 
     def _run(self, **inputs: Tensor) -> Tensor:
         cache = {self.named: self.cache}
@@ -125,7 +131,7 @@ class Theirs(Way):
         from transformers import DynamicCache
 
         self.cache = DynamicCache()
-        return self._run(inputs_embeds=self.x)
+        return self._run(inputs_embeds=self.x.view(self.case.batch, self.case.length, -1))
 
     def decode(self, tokens: Tensor, steps: int) -> None:
         """As `Way.decode`."""
@@ -147,12 +153,12 @@ class InLayers(Way):
 
     def __init__(self, models: Models, case: Case, name: str, budget: int) -> None:
         """Raises UnsupportedError where the method can't go as low."""
-        self.model, self.case = models.ours, case
+        super().__init__(models, case)
+        self.model = models.ours
         config = dataclasses.replace(self.model.config, tokens_per_image=case.vision)
         self.method: Method = make_method(name, config, budget=budget)
         self.tokens = self.method.tokens
         self.weight_bytes = _bytes_of(models.ours.language_model) + models.ours.head.weight.nbytes
-        self.x = _rows(models, case)
 
     @cached_property
     def rows(self) -> Rows:
@@ -194,13 +200,6 @@ def make_way(name: str, models: Models, case: Case) -> Way:
         vision = budget if name == "smaller" else None
         return Ours(models, case, CompressionSchedule.dense(depth), vision)
     return Theirs(models, case) if name == "transformers" else InLayers(models, case, name, budget)
-
-
-def _rows(models: Models, case: Case) -> Tensor:
-    """Of all prompts, random, [B * length, hidden]."""
-    weight = models.ours.language_model.embed_tokens.weight
-    shape = (case.batch * case.length, weight.shape[1])
-    return torch.randn(shape, dtype=weight.dtype, device=weight.device) * 0.02
 
 
 def _bytes_of(module: torch.nn.Module) -> int:

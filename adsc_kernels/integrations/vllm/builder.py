@@ -135,10 +135,9 @@ class StageBuilder:
     def _write_slots(self, slots: torch.Tensor, block_table: torch.Tensor, rows: StageRows) -> None:
         """Where each row's key goes; none for padding and for a masked row. The attention layer
         reads its group's buffer, so they are written there."""
-        block = self.kv_cache_spec.block_size
-        blocks = block_table[rows.request_of_row, rows.positions // block]
-        own = slots[: rows.num_tokens]
-        own.copy_(blocks * block + rows.positions % block)
+        block, own = self.kv_cache_spec.block_size, slots[: rows.num_tokens]
+        index, offset = rows.places(block)
+        torch.add(offset, block_table[rows.request_of_row, index], alpha=block, out=own)
         if rows.masked is not None:
             own.masked_fill_(rows.masked, -1)
         slots[rows.num_tokens :].fill_(-1)

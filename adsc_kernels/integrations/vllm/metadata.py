@@ -9,7 +9,7 @@ lengths that vLLM knows only on the device stay there.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,14 @@ class StageRows:
     positions: Tensor
     request_of_row: Tensor
     masked: Tensor | None
+    _places: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def places(self, block: int) -> tuple[Tensor, Tensor]:
+        """Of each row, its block among its request's and its place in it; made once for all of a
+        stage's groups, since each costs a step some launches."""
+        if block not in self._places:
+            self._places[block] = (self.positions // block, self.positions % block)
+        return self._places[block]
 
 
 class Step:
