@@ -11,7 +11,8 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class Graph:
     inputs: tuple[Tensor, ...]  # read anew by each replay
     output: Tensor  # written anew
     replay: Callable[[], None]
+    lane: object = None  # where it was captured
 
 
 class Graphs:
@@ -108,11 +110,12 @@ def capture(run: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Graph:
     Not by `torch.cuda.graph`, which waits for the device and gives all its free memory back.
     """
     device = inputs[0].device
-    stream, pool = _lane(caller(device))
+    of = caller(device)
+    lane = _lanes.get(of) or _Lane(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.stream(stream):
+    with torch.cuda.device(device), torch.cuda.stream(lane.stream):
         # What other threads do meanwhile (pin memory, free it) is no fault of this one.
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        graph.capture_begin(pool=lane.pool, capture_error_mode="thread_local")
         try:
             # From the graph's own memory too: what it keeps is then never in the way of a cache,
             # which is to come to lie where it lay before.
@@ -120,7 +123,8 @@ def capture(run: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Graph:
             output = run(*copies)
         finally:
             graph.capture_end()
-    return Graph(copies, output, graph.replay)
+    _lanes[of] = lane  # which the graph keeps, and nothing else
+    return Graph(copies, output, graph.replay, lane)
 
 
 def _forget_capture(device: torch.device) -> None:
@@ -130,21 +134,14 @@ def _forget_capture(device: torch.device) -> None:
         generator.graphsafe_set_state(generator.clone_state())
 
 
-_lanes: dict[Caller, tuple[Any, Any, Any]] = {}
+class _Lane:
+    """A stream to capture on, and so a workspace for cuBLAS; and memory. The graphs of one caller
+    share it, since they don't run at once, and it goes with the last of them: the allocator takes
+    no pool again whose graphs are all gone."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
 
 
-def _lane(of: Caller) -> tuple[Any, Any]:
-    """A stream to capture on, and so a workspace for cuBLAS; and memory. Shared by the graphs of
-    one caller, which don't run at once."""
-    if of not in _lanes:
-        stream, pool = torch.cuda.Stream(of.device), torch.cuda.graph_pool_handle()
-        # The allocator takes no pool again whose graphs are all gone, so one of next to nothing
-        # stays.
-        keeper = torch.cuda.CUDAGraph()
-        with torch.cuda.device(of.device), torch.cuda.stream(stream):
-            torch.zeros(1, device=of.device)  # its kernel is loaded outside the capture
-            keeper.capture_begin(pool=pool, capture_error_mode="thread_local")
-            torch.zeros(1, device=of.device)
-            keeper.capture_end()
-        _lanes[of] = stream, pool, keeper
-    return _lanes[of][:2]
+_lanes: WeakValueDictionary[Caller, _Lane] = WeakValueDictionary()
