@@ -114,7 +114,8 @@ def varlen_attention(
     checks.choice("backend", backend, ("auto", *BACKENDS))
     if scale is not None:
         checks.number("scale", scale)
-    _check(q, k, v, stage, keys)
+    if not torch.compiler.is_compiling():  # a compiled program would be of these lengths only
+        _check(q, k, v, stage, keys)
     one_row_each = stage.max_seqlen == 1 and stage.num_tokens == len(stage.seq_lens)
     phase = PREFILL if keys is None or not one_row_each else DECODE
     kind = (phase, q.device, q.dtype, q.shape[2])
@@ -143,9 +144,10 @@ def reads_lengths_on_device(
     phase: str, device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> bool:
     """Whether "auto" takes a backend that a graph may be captured of: one that the host tells no
-    lengths, but an upper bound. Where a GPU has none, a warning says why."""
+    lengths, but an upper bound. Where a GPU has none for 16 bits, a warning says why."""
     name, reasons = choose(phase, device, dtype, head_dim)
-    if not BACKENDS[name].on_device and device.type == "cuda":  # Python shows it once
+    narrow = device.type == "cuda" and dtype.itemsize == 2
+    if narrow and not BACKENDS[name].on_device:  # Python shows it once
         why = "; ".join(f"{other} {reason}" for other, reason in reasons.items())
         warnings.warn(f"{phase} by {name}, and so without CUDA graphs: {why}", stacklevel=2)
     return BACKENDS[name].on_device

@@ -11,7 +11,8 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class Graph:
     inputs: tuple[Tensor, ...]  # read anew by each replay
     output: Tensor  # written anew
     replay: Callable[[], None]
+    lane: object = None  # where it was captured
 
 
 class Graphs:
@@ -59,6 +61,7 @@ class Graphs:
                     known = capture(run, inputs), tables
                 except RuntimeError as error:
                     self.enabled = False
+                    _forget_capture(device)
                     warnings.warn(f"CUDA graphs are off from here on: {error}", stacklevel=2)
                     return run(*inputs)
             graph = known[0]
@@ -102,39 +105,43 @@ def caller(device: torch.device) -> Caller:
 
 
 def capture(run: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Graph:
-    """Captures run over copies of the inputs, without running it.
+    """Captures run over tensors like the inputs, without running it.
 
     Not by `torch.cuda.graph`, which waits for the device and gives all its free memory back.
     """
-    copies = tuple(x.clone() for x in inputs)
-    device = copies[0].device
-    stream, pool = _lane(caller(device))
+    device = inputs[0].device
+    of = caller(device)
+    lane = _lanes.get(of) or _Lane(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.stream(stream):
+    with torch.cuda.device(device), torch.cuda.stream(lane.stream):
         # What other threads do meanwhile (pin memory, free it) is no fault of this one.
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        graph.capture_begin(pool=lane.pool, capture_error_mode="thread_local")
         try:
+            # From the graph's own memory too: what it keeps is then never in the way of a cache,
+            # which is to come to lie where it lay before.
+            copies = tuple(torch.empty_like(x) for x in inputs)
             output = run(*copies)
         finally:
             graph.capture_end()
-    return Graph(copies, output, graph.replay)
+    _lanes[of] = lane  # which the graph keeps, and nothing else
+    return Graph(copies, output, graph.replay, lane)
 
 
-_lanes: dict[Caller, tuple[Any, Any, Any]] = {}
+def _forget_capture(device: torch.device) -> None:
+    """A capture that failed leaves the device's random numbers waiting for its end."""
+    if device.type == "cuda":
+        generator = torch.cuda.default_generators[device.index or 0]
+        generator.graphsafe_set_state(generator.clone_state())
 
 
-def _lane(of: Caller) -> tuple[Any, Any]:
-    """A stream to capture on, and so a workspace for cuBLAS; and memory. Shared by the graphs of
-    one caller, which don't run at once."""
-    if of not in _lanes:
-        stream, pool = torch.cuda.Stream(of.device), torch.cuda.graph_pool_handle()
-        # The allocator takes no pool again whose graphs are all gone, so one of next to nothing
-        # stays.
-        keeper = torch.cuda.CUDAGraph()
-        with torch.cuda.device(of.device), torch.cuda.stream(stream):
-            torch.zeros(1, device=of.device)  # its kernel is loaded outside the capture
-            keeper.capture_begin(pool=pool, capture_error_mode="thread_local")
-            torch.zeros(1, device=of.device)
-            keeper.capture_end()
-        _lanes[of] = stream, pool, keeper
-    return _lanes[of][:2]
+class _Lane:
+    """A stream to capture on, and so a workspace for cuBLAS; and memory. The graphs of one caller
+    share it, since they don't run at once, and it goes with the last of them: the allocator takes
+    no pool again whose graphs are all gone."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+
+_lanes: WeakValueDictionary[Caller, _Lane] = WeakValueDictionary()

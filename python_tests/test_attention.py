@@ -254,10 +254,13 @@ def test_what_a_backend_does_not_take():
 def test_one_row_at_most_of_each_sequence(lens, heads, cached):
     """flash-attn 2 at max_seqlen_q = 1 with grouped heads takes each sequence to have one row."""
 
-    def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, **options):
-        if max_q == 1 and q.shape[1] != k.shape[1]:
-            cu_q = torch.arange(len(cu_q))
-        return plain(q, k, v, cu_q.tolist(), cu_k.tolist(), options["softmax_scale"] or 8**-0.5)
+    def flash_attn_varlen_func(
+        q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, **_
+    ):
+        cu = [cu_seqlens_q, cu_seqlens_k]
+        if max_seqlen_q == 1 and q.shape[1] != k.shape[1]:
+            cu[0] = torch.arange(len(cu_seqlens_q))
+        return plain(q, k, v, *(x.tolist() for x in cu), softmax_scale or 8**-0.5)
 
     module = ModuleType("flash_attn")
     module.flash_attn_varlen_func = flash_attn_varlen_func

@@ -14,6 +14,7 @@ from triton_ahead import Kernel, ahead_of_time
 from adsc_kernels.pointwise import Place, Rope
 from adsc_kernels.triton import (
     boundary_step,
+    decode_attention,
     downsample,
     downsample_add_rms_norm,
     launch,
@@ -173,3 +174,23 @@ def test_pointwise(arch: int) -> None:
             "silu_mul": (lambda: pointwise.silu_mul(gate_up), 128),
         },
     )
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(32, 32), (28, 4)])
+def test_decode_attention(arch: int, dtype: torch.dtype, heads: int, kv_heads: int) -> None:
+    q = torch.zeros(2, heads + 2 * kv_heads, 128, dtype=dtype)[:, :heads]
+    k = torch.zeros(64, kv_heads, 128, dtype=dtype)
+    bounds = torch.zeros(5, dtype=torch.int32)
+    with ahead_of_time(arch) as kernels:
+        decode_attention.decode_attention(q, k, k, bounds, 3000, 0.1, shares=8)
+    shares, merge = kernels
+    check(merge, 0)
+    if dtype is torch.bfloat16:  # float32 has no matrix units, and may want for registers
+        check(shares, 0)
+    assert 128 in shares.widths("ld")
+    assert 128 in shares.widths("st")
+    assert "LDGSTS.E" in shares.sass  # keys and values go to shared memory while others are used
+    assert shares.shared <= 99 * 1024  # as much as a block has on GPUs of 8.6 and 8.9
+    assert ("HMMA" in shares.sass) == (dtype is torch.bfloat16)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -236,6 +236,14 @@ class Llava(nn.Module):
         twin = copy.copy(self)  # shares the modules
         twin.schedule = schedule
         return twin
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Has the decoder compiled by `torch.compile`, which takes these.
+
+        It is compiled for the first layout that runs, then once more for any lengths, of a whole
+        prompt, of a chunk and of a step each. Models that share the weights share this.
+        """
+        self.language_model.compile(*args, **options)
 
     @property
     def device(self) -> torch.device:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from adsc_kernels.triton.launch import start
 
-_BLOCK = 64  # keys at once
+_BLOCK = 64  # keys at once, at most
+_TILE = 1 << 14  # bytes of keys at once, of which three tiles, and of values, fit any GPU's share
 _LEAST = 128  # keys of a share, so that it is worth its merging
 _MOST = 64  # shares
 _WAVES = 2  # programs for each multiprocessor, at least, while shares are long enough
@@ -24,7 +25,7 @@ _TWO_LOG = 1.4426950408889634  # exponentials are of base 2
 
 
 @triton.jit
-def shares_kernel(
+def attention_shares_kernel(
     q, k, v, bounds, out, sums, scale, q_stride, k_stride, v_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, SHARES: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
@@ -76,7 +77,9 @@ def shares_kernel(
 
 
 @triton.jit
-def merge_kernel(parts, sums, out, SIZE: tl.constexpr, SHARES: tl.constexpr, COLUMNS: tl.constexpr):
+def attention_merge_kernel(
+    parts, sums, out, SIZE: tl.constexpr, SHARES: tl.constexpr, COLUMNS: tl.constexpr
+):
     """One program: one head of a query row, from its shares."""
     head = tl.program_id(0).to(tl.int64)
     share = tl.arange(0, SHARES)
@@ -108,7 +111,7 @@ def decode_attention(
         sums = q.new_empty((num_sequences, heads, shares), dtype=torch.float32)
     strides = (q.stride(0), k.stride(0), v.stride(0))
     start(
-        shares_kernel,
+        attention_shares_kernel,
         num_sequences * kv_heads * shares,
         q.device,
         (q, k, v, bounds, parts, sums, scale * _TWO_LOG, *strides),
@@ -118,14 +121,16 @@ def decode_attention(
         SHARES=shares,
         ROWS=max(16, triton.next_power_of_2(group)),  # the least of a matrix unit
         COLUMNS=columns,
-        BLOCK=_BLOCK,
+        BLOCK=min(_BLOCK, _TILE // (columns * q.element_size())),
         EXACT=q.dtype is torch.float32,
         num_warps=4,
-        num_stages=2 if q.dtype is torch.float32 else 3,  # as much as the smallest GPUs share
+        num_stages=3,
     )
     if shares > 1:
         options = {"SIZE": size, "SHARES": shares, "COLUMNS": columns}
-        start(merge_kernel, num_sequences * heads, q.device, (parts, sums, out), **options)
+        start(
+            attention_merge_kernel, num_sequences * heads, q.device, (parts, sums, out), **options
+        )
     return out
 
 

@@ -22,8 +22,6 @@ from adsc_kernels.llava.generate import run
 from adsc_kernels.plan import make_plan
 from adsc_kernels.sampling import Inbox, choose
 
-# In float32 no kernel reads lengths on the device, which is said.
-pytestmark = pytest.mark.filterwarnings("ignore:attention by SDPA:UserWarning")
 SCHEDULES = ["", "1:1/2,3:1/3", "0:1/2", "2:1/2x1/2@grid", "1:1/3@center@renumber"]
 
 
