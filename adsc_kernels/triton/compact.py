@@ -5,6 +5,7 @@ One launch for all tensors of one geometry, up to 64, and one for the lengths an
 them, where something is to be checked, those of check.py.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import triton
@@ -234,24 +235,31 @@ def lines_of(x: Tensor, rank: int, cache_layout: str, by_head: bool) -> Lines:
 def _move(caches: list[Tensor], num_layers: int, cache_layout: str, call: Call) -> None:
     rank, device = caches[0].dim(), caches[0].device
     *_, size, batch = call.counts
-    groups: dict[Any, list[tuple[Tensor, int]]] = {}
+    groups: dict[Any, list[tuple[Tensor, int, int]]] = {}  # with address and layer
+    form: Any = None  # of the last tensor: mostly the next one's too
     for i, x in enumerate(caches):
-        if x.numel():
+        own = (x.shape, x.stride(), x.dtype)
+        if own != form:
+            form, is_empty = own, x.numel() == 0
             lines = lines_of(x, rank, cache_layout, call.mode.INDEX_HEADS > 1)
             if rank == 3 and call.lists.table is not None:  # blocks of slots
                 lines = lines._replace(block_stride=size * lines.token_stride)
-            unit = unit_of(x.data_ptr(), *lines[:3], lines.line_bytes)
-            groups.setdefault((lines, unit), []).append((x, i % num_layers))
-    for (lines, unit), members in groups.items():
+            unit_size = unit_of(*lines[:3], lines.line_bytes).size
+        if not is_empty:
+            address = x.data_ptr()
+            key = (lines, math.gcd(unit_size, address))
+            groups.setdefault(key, []).append((x, address, i % num_layers))
+    for (lines, unit_size), members in groups.items():
+        unit = unit_of(unit_size)
         width = lines.line_bytes // unit.size * unit.words
         strip = min(triton.next_power_of_2(width), _STRIP_WORDS)
         rows = min(_TILE_WORDS // strip, _TILE_ROWS)
         strides = tuple(stride // unit.size for stride in lines[:3])
         for first in range(0, len(members), MAX_TENSORS):
             some = members[first : first + MAX_TENSORS]
-            base = some[0][0]
-            offsets = [(x.data_ptr() - base.data_ptr()) // unit.size for x, _ in some]
-            layers = [layer for _, layer in some]
+            base, origin, _ = some[0]
+            offsets = [(address - origin) // unit.size for _, address, _ in some]
+            layers = [layer for *_, layer in some]
             fill = [0] * (-len(some) % 8)  # a few sizes of tuples, so that few kernels are compiled
             tensors = (Pointer(base, unit.dtype), tuple(offsets + fill), tuple(layers + fill))
             start(

@@ -68,7 +68,12 @@ def drawing() -> bool:
 @pytest.fixture(autouse=True)
 def as_on_the_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A strategy draws CPU tensors, which the device's backend refuses; so a dry run does too."""
-    resolve = _dispatch.resolve
+    resolve, native_for = _dispatch.resolve, _dispatch.native_for
+
+    def native_outside_of_strategies(x: torch.Tensor) -> bool:
+        if drawing():
+            resolve_outside_of_strategies(x.device)
+        return native_for(x)
 
     def resolve_outside_of_strategies(device: torch.device) -> str:
         found = resolve(device)
@@ -78,3 +83,4 @@ def as_on_the_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 
     if DRY_RUN and getattr(request.function, "is_hypothesis_test", False):
         monkeypatch.setattr(_dispatch, "resolve", resolve_outside_of_strategies)
+        monkeypatch.setattr(_dispatch, "native_for", native_outside_of_strategies)
