@@ -12,6 +12,10 @@ from dataclasses import dataclass
 
 from adsc_kernels.schedule import CompressionSchedule
 
+# What a group costs the host, in shares of the dense model's bytes: the metadata of 32 groups took
+# 8 ms of a step in which an H200 decodes a 7B model in less.
+_PRICE = 0.004
+
 
 @dataclass(frozen=True)
 class Grouping:
@@ -45,11 +49,11 @@ def group_size(buckets: Sequence[int]) -> int:
 
 
 def choose_grouping(schedule: CompressionSchedule, lengths: Sequence[int], block: int) -> Grouping:
-    """The grouping that takes the fewest bytes for a sequence with these lengths in the stages;
-    among equals, the one with the fewest groups."""
+    """The grouping that takes the fewest bytes for a sequence with these lengths in the stages,
+    where each group counts too: metadata in every step, and a block table for each request."""
     layers = [len(schedule.layers_of_stage(s)) for s in range(schedule.num_stages)]
     best: Grouping | None = None
-    cost = (0.0, 0)
+    cost = 0.0
     # Stage 0 keeps vLLM's own spec, which knows no buckets.
     cuts = [(s, n) for s in range(1, schedule.num_stages) for n in range(1, layers[s])]
     for stage, part in [(0, layers[0]), *cuts]:
@@ -58,7 +62,7 @@ def choose_grouping(schedule: CompressionSchedule, lengths: Sequence[int], block
         size = group_size([n for some in buckets for n in some if n])
         groups = tuple(sum(-(-n // size) for n in some) for some in buckets)
         grouping = Grouping(first, size, groups)
-        new_cost = (grouping.fraction(schedule, lengths, block), sum(groups))
+        new_cost = grouping.fraction(schedule, lengths, block) + _PRICE * sum(groups)
         if best is None or new_cost < cost:
             best, cost = grouping, new_cost
     assert best is not None

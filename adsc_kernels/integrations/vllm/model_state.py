@@ -1,4 +1,4 @@
-"""The model state of Model Runner V2. Written from vLLM's sources; not run: that needs a GPU."""
+"""The model state of Model Runner V2, that of a GPU."""
 
 from __future__ import annotations
 
