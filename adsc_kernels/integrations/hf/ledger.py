@@ -150,7 +150,7 @@ class StagedCache(Cache):
             tokens_to_remove -= seen
             if tokens_to_remove >= 0:
                 return
-        if seen + tokens_to_remove >= ledger.length:
+        if not ledger.length or seen + tokens_to_remove >= ledger.length:
             super().crop(tokens_to_remove)
             return
         behind = seen - ledger.length

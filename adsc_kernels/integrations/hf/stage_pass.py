@@ -85,6 +85,8 @@ class StagePass:
         self.schedule, self.runs = schedule, runs
         self.config = decoder.config
         self.rotary = decoder.rotary_emb if schedule.positions == "renumber" else None
+        # Whether it turns layers of other types by other angles.
+        self.by_type = "layer_type" in known_parameters(type(decoder.rotary_emb).forward)
         self.deepstack: Deepstack | None = None
         self.after: tuple[StagedCache, Ledger] | None = None  # the cache's, once layers write to it
 
@@ -133,8 +135,7 @@ class StagePass:
                 raise UnsupportedError("positions: expected layers that are given position_ids")
             if run.shift is not None:
                 ids = ids - run.shift.to(x.device)
-            names = known_parameters(type(self.rotary).forward)
-            kinds = {"layer_type": kind} if "layer_type" in names else {}
+            kinds = {"layer_type": kind} if self.by_type else {}
             rope = self.rotary(x, position_ids=ids, **kinds)
         return ids, rope
 
