@@ -55,7 +55,9 @@ class Inbox:
 
     def __init__(self, steps: int, like: Tensor) -> None:
         self.cuda = like.is_cuda
-        self._host = torch.empty((steps, len(like)), dtype=like.dtype, pin_memory=self.cuda)
+        self._host = torch.empty(
+            (steps, len(like)), dtype=like.dtype, device="cpu", pin_memory=self.cuda
+        )
         self._sent: dict[int, torch.cuda.Event] = {}
 
     @property

@@ -84,13 +84,15 @@ class Ways:
     """One model dense, with the hooks alone, and compressed."""
 
     def __init__(
-        self, shape: Shape, schedule: CompressionSchedule, tokens: int, batch: int = 1
+        self, device: str, shape: Shape, schedule: CompressionSchedule, tokens: int, batch: int = 1
     ) -> None:
-        self.model = model_of(shape, schedule.num_layers, tokens)
+        with torch.device(device):
+            self.model = model_of(shape, schedule.num_layers, tokens)
         half = torch.full((batch, TEXT_TOKENS // 2), 5)
         ids = torch.cat([half, torch.full((batch, tokens), 3), half], 1)
         side = 4 * round(tokens**0.5)
-        self.inputs = {"input_ids": ids, "pixel_values": torch.randn(batch, 3, side, side)}
+        pixels = torch.randn(batch, 3, side, side)
+        self.inputs = {"input_ids": ids.to(device), "pixel_values": pixels.to(device)}
         keep_all = ",".join(f"{b.layer}:1" for b in schedule.boundaries)
         self.schedules = {"dense": None, "hooks alone": keep_all, "compressed": schedule}
 
@@ -108,7 +110,7 @@ class Ways:
         for turn in range(-1, rounds):
             for way in order:
                 with self.applied(way):
-                    one = timed(call)
+                    one = timed(call, self.model.device.type)
                 if turn >= 0:
                     took[way].append(one)
             order.append(order.pop(0))
@@ -137,9 +139,9 @@ class Ways:
         return calls, dispatches.count
 
 
-def timed(call: Callable[[], Any]) -> float:
+def timed(call: Callable[[], Any], device: str) -> float:
     """CPU seconds of this process, or seconds between two events on the GPU."""
-    if torch.get_default_device().type == "cpu":
+    if device == "cpu":
         start = time.process_time()
         call()
         return time.process_time() - start
@@ -181,9 +183,9 @@ def spread(values: list[float], scale: float = 1) -> str:
     return f"{middle * scale:8.3f} [{low * scale:.3f}, {high * scale:.3f}]"
 
 
-def show_narrow(schedule: CompressionSchedule, tokens: int, rounds: int) -> float:
+def show_narrow(device: str, schedule: CompressionSchedule, tokens: int, rounds: int) -> float:
     """Prints what the hooks do; returns their seconds."""
-    ways = Ways(NARROW, schedule, tokens)
+    ways = Ways(device, NARROW, schedule, tokens)
     took = ways.seconds(rounds, ways.call)
     print("narrow decoder: ms a call, Python calls, torch ops")
     for way in took:
@@ -218,13 +220,12 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     torch.set_num_threads(1)
-    torch.set_default_device(args.device)
     torch.set_default_dtype(getattr(torch, args.dtype))
     schedule = CompressionSchedule.parse(args.schedule, args.layers)
-    extra = show_narrow(schedule, args.tokens, 4 * args.rounds)
+    extra = show_narrow(args.device, schedule, args.tokens, 4 * args.rounds)
 
     shape = SHAPES[args.shape]
-    ways = Ways(shape, schedule, args.tokens, args.batch)
+    ways = Ways(args.device, shape, schedule, args.tokens, args.batch)
     took = ways.seconds(args.rounds, ways.call)
     print(f"{args.shape}, {args.layers} layers, batch {args.batch}: seconds and share of dense")
     show(took)

@@ -177,6 +177,28 @@ def test_generation_with_a_cache_is_that_without(model, patched, options):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("drafts", ["dense", "compressed"])
+def test_what_an_assistant_drafts_changes_no_token(model, patched, drafts):
+    """transformers hands it no pictures: its drafts are refused, and both caches cropped again and
+    again, its own with no picture in it."""
+    assistant = MADE.model()
+    assistant.generation_config.assistant_confidence_threshold = 0
+    if drafts == "compressed":
+        apply_adsc(assistant, patched.schedule)
+    inputs = MADE.inputs(MADE.rows()[:1])
+    options = {**GREEDY, "max_new_tokens": 12, "min_new_tokens": 12}
+    options["return_dict_in_generate"] = True
+    want = model.generate(**inputs, **options)
+    calls: list[int] = []
+    handle = model.register_forward_pre_hook(lambda *_: calls.append(1))
+    got = model.generate(**inputs, **options, assistant_model=assistant)
+    handle.remove()
+    assert torch.equal(got.sequences, want.sequences)
+    assert lengths(got.past_key_values) == lengths(want.past_key_values)
+    assert len(calls) > 3
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("left", [56, 50, 29, 12, 3])
 def test_a_cropped_cache_is_that_of_the_shorter_prompt(model, patched, left):
     """Cropped behind the pictures, inside one, between and before them; then text is added."""
@@ -231,6 +253,21 @@ def test_rows_of_a_cache_can_be_chosen_and_repeated(model, patched):
         change(cache, chosen)
         got = model(input_ids=new[chosen], **{CACHE: cache}, attention_mask=mask[chosen])
         assert torch.allclose(got.logits, want[chosen], atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("schedule", ["1:1/2", "0:1/2"])
+def test_a_cache_without_pictures_is_cropped(model, schedule):
+    ids = torch.arange(10, 30)[None]
+    with apply_adsc(model, schedule):
+        cache, cut = DynamicCache(), DynamicCache()
+        model(input_ids=ids, **{CACHE: cache})
+        cache.crop(-5)
+        model(input_ids=ids[:, :15], **{CACHE: cut})
+        assert lengths(cache) == lengths(cut) == [15] * LAYERS
+        step = {"input_ids": torch.tensor([[9]])}
+        got, want = (model(**step, **{CACHE: c}).logits for c in (cache, cut))
+    assert torch.allclose(got, want, atol=1e-4)
 
 
 @THEIRS
@@ -308,6 +345,8 @@ def test_an_offloaded_cache_is_the_same(model, patched, kind, monkeypatch):
     def moving(self: Any, layer: int, only: bool = True) -> None:
         moved.append(layer)
         offload(self, layer, only)
+        if torch.get_default_device().type == "cuda":
+            torch.cuda.synchronize()  # transformers fetches back what may not have arrived yet
 
     monkeypatch.setattr(kind, "offload", moving)
     size = {"max_cache_len": 100} if kind is StaticCache else {}

@@ -24,7 +24,7 @@ GREEDY: dict[str, Any] = dict(max_new_tokens=8, min_new_tokens=8, do_sample=Fals
 def wide(attention: str) -> Any:
     """Heads of 16: Triton's flex attention takes none that are smaller."""
     config = hf.LlavaConfig(
-        vision_config=hf.CLIPVisionConfig(**VIT, projection_dim=16),
+        vision_config=hf.CLIPVisionConfig(**{**VIT, "hidden_size": 32}, projection_dim=16),
         text_config=hf.LlamaConfig(**{**TEXT, "head_dim": 16}, initializer_range=0.2),
         image_token_index=IMAGE,
         image_seq_length=25,
@@ -36,6 +36,7 @@ def wide(attention: str) -> Any:
 
 @torch.no_grad()
 def test_waits_for_the_device_are_those_of_the_model_and_one_for_pictures():
+    """At the most: where transformers' check of the placeholders waits, ours has done so before."""
     model, inputs = MADE.model(), MADE.inputs(MADE.rows()[:1])
     step = {"input_ids": torch.tensor([[9]])}
 
@@ -54,8 +55,9 @@ def test_waits_for_the_device_are_those_of_the_model_and_one_for_pictures():
             found.append(sum("synchroniz" in str(w.message) for w in seen))
         return found
 
-    prefill, decode = waits(None)
-    assert waits(SCHEDULE) == [prefill + 1, decode]
+    waits(None)  # the first call of all sets things up
+    dense, patched = waits(None), waits(SCHEDULE)
+    assert patched[0] <= dense[0] + 1 and patched[1] == dense[1], (dense, patched)
 
 
 @torch.no_grad()

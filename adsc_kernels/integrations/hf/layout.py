@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -39,7 +40,7 @@ class StageLayout:
     seq_lens: tuple[int, ...]
     sequence_ids: np.ndarray | None = None
 
-    @property
+    @cached_property
     def has_padding(self) -> bool:
         return bool((self.columns < 0).any())
 
@@ -116,12 +117,10 @@ def _ranks(seq_lens: Sequence[int]) -> np.ndarray:
 def _keep(source: np.ndarray, target: np.ndarray, width: int) -> np.ndarray:
     """Flat indices into `source` [B, S'] of what `target` [B, S] holds, both in columns."""
     batch = np.arange(len(source))[:, None]
-    place = np.zeros((len(source), width), np.int32)
+    place = np.zeros((len(source), width), int)
     rows, at = np.nonzero(source >= 0)
     place[rows, source[rows, at]] = at
-    return (batch * source.shape[1] + np.where(target < 0, 0, place[batch, target])).astype(
-        np.int32
-    )
+    return batch * source.shape[1] + np.where(target < 0, 0, place[batch, target])
 
 
 def _in_sequences(

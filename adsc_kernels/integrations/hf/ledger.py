@@ -27,7 +27,7 @@ class Ledger:
     Attributes:
         stages: the stage of each layer.
         length: columns of stage 0 that are told of; behind them all stages hold the same.
-        columns: for each stage int32 [B, n_s] on the device: the column of stage 0 that each
+        columns: for each stage int64 [B, n_s] on the device: the column of stage 0 that each
             cached column is, -1 for padding.
         is_full: for each stage, nothing has been dropped in it.
         has_padding: for each stage, some of its columns are padding.
@@ -66,7 +66,7 @@ class Ledger:
         if attention_mask is None:
             return torch.cat([known, known.new_ones((len(known), rest))], 1)
         mask = attention_mask.to(known.device).bool()
-        known = known & mask.gather(1, columns.clamp(min=0).long())
+        known = known & mask.gather(1, columns.clamp(min=0))
         return torch.cat([known, mask[:, self.length : self.length + rest]], 1)
 
     def extended(
@@ -150,7 +150,7 @@ class StagedCache(Cache):
             tokens_to_remove -= seen
             if tokens_to_remove >= 0:
                 return
-        if seen + tokens_to_remove >= ledger.length:
+        if not ledger.length or seen + tokens_to_remove >= ledger.length:
             super().crop(tokens_to_remove)
             return
         behind = seen - ledger.length

@@ -68,6 +68,6 @@ def causal_masks(request: MaskRequest) -> Any:
     return create_masks_for_generate(**arguments)
 
 
-def of_layer(masks: Any, config: Any, layer: int) -> Any:
-    """That of one layer."""
-    return masks[config.layer_types[layer]] if isinstance(masks, dict) else masks
+def of_kind(masks: Any, kind: Any) -> Any:
+    """That of the layers of one type."""
+    return masks[kind] if isinstance(masks, dict) else masks

@@ -20,7 +20,7 @@ from adsc_kernels.integrations.hf import ledger as ledgers
 from adsc_kernels.integrations.hf.compat import columns_seen, known_parameters
 from adsc_kernels.integrations.hf.layout import BatchLayout, StageLayout
 from adsc_kernels.integrations.hf.ledger import Ledger, StagedCache
-from adsc_kernels.integrations.hf.masks import MaskMaker, MaskRequest, of_layer
+from adsc_kernels.integrations.hf.masks import MaskMaker, MaskRequest, of_kind
 from adsc_kernels.schedule import CompressionSchedule
 
 if TYPE_CHECKING:
@@ -34,35 +34,49 @@ class Tables:
     """A stage's rows on the device.
 
     Attributes:
-        keep: int32 [B * S_s], rows of the stage before; None where they are the same.
+        keep: int64 [B * S_s], rows of the stage before; None where they are the same.
         columns: int64 [B, S_s], the columns of this pass they came from; 0 for padding.
-        real: bool [B, S_s], False for padding.
         before: int64 [B, S_s], how many tokens of their sequence were dropped in front of them.
+        told: int64 [B, S_s], the columns of the conversation they came from; -1 for padding.
+        real: bool [B, S_s], False for padding.
     """
 
     keep: Tensor | None
     columns: Tensor
-    real: Tensor
     before: Tensor
+    told: Tensor
+    real: Tensor
 
 
-def upload(layout: BatchLayout, device: torch.device) -> list[Tables]:
-    """The tables of all stages, in one copy to the device."""
-    parts: list[np.ndarray] = []
+def upload(layout: BatchLayout, seen: int, device: torch.device) -> list[Tables]:
+    """The tables of all stages, in two copies to the device and nothing to compute on it.
+
+    seen: columns of the conversation before this pass.
+    """
+    numbers: list[np.ndarray] = []
+    flags: list[np.ndarray] = []
     for stage in layout.stages:
-        kept = np.empty(0, int) if stage.keep is None else stage.keep
-        parts += [kept.ravel(), stage.columns.ravel(), stage.before.ravel()]
-    packed = torch.from_numpy(np.concatenate(parts).astype(np.int32))
-    if device.type != "cpu":
-        packed = packed.pin_memory().to(device, non_blocking=True)
-    pieces = iter(packed.split([part.size for part in parts]))
+        real = stage.columns >= 0
+        kept = np.empty(0, int) if stage.keep is None else stage.keep.ravel()
+        told = np.where(real, stage.columns + seen, -1)
+        numbers += [kept, stage.columns.clip(min=0), stage.before, told]
+        flags.append(real)
+    pieces, real_ones = iter(_copied(numbers, device)), iter(_copied(flags, device))
     tables = []
     for stage in layout.stages:
-        keep, columns, before = next(pieces), next(pieces), next(pieces)
-        columns = columns.view(stage.columns.shape)
-        rest = (columns.clamp(min=0).long(), columns >= 0, before.view_as(columns).long())
-        tables.append(Tables(None if stage.keep is None else keep, *rest))
+        keep, columns, before, told = (next(pieces) for _ in range(4))
+        here = Tables(None if stage.keep is None else keep, columns, before, told, next(real_ones))
+        tables.append(here)
     return tables
+
+
+def _copied(parts: list[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Arrays of one dtype on the device, by one copy."""
+    packed = torch.from_numpy(np.concatenate([part.ravel() for part in parts]))
+    if device.type != "cpu":
+        packed = packed.pin_memory().to(device, non_blocking=True)
+    pieces = packed.split([part.size for part in parts])
+    return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
 
 
 @dataclass
@@ -83,8 +97,11 @@ class StagePass:
         self, schedule: CompressionSchedule, decoder: Any, runs: list[StageRun | None]
     ) -> None:
         self.schedule, self.runs = schedule, runs
-        self.config = decoder.config
+        # Each layer's type, where they differ.
+        self.kinds = getattr(decoder.config, "layer_types", None) or [None] * schedule.num_layers
         self.rotary = decoder.rotary_emb if schedule.positions == "renumber" else None
+        # Whether it turns layers of other types by other angles.
+        self.by_type = "layer_type" in known_parameters(type(decoder.rotary_emb).forward)
         self.deepstack: Deepstack | None = None
         self.after: tuple[StagedCache, Ledger] | None = None  # the cache's, once layers write to it
 
@@ -103,14 +120,14 @@ class StagePass:
         if layer == first and tables is not None and tables.keep is not None:
             rows = ops.downsample(x.flatten(0, 1), keep_indices=tables.keep.to(x.device))
             x = rows.view(len(x), -1, x.shape[-1])
-        given["attention_mask"] = of_layer(run.mask, self.config, layer)
+        given["attention_mask"] = of_kind(run.mask, self.kinds[layer])
         self._move(layer, run, x, given)
         given.update(run.varlen)
         return x
 
     def _move(self, layer: int, run: StageRun, x: Tensor, given: dict[str, Any]) -> None:
         """Positions and their embeddings follow the rows."""
-        kind = getattr(self.config, "layer_types", {layer: None})[layer]
+        kind = self.kinds[layer]
         ids, rope = given.get("position_ids"), given["position_embeddings"]
         source, result = run.rope.get(kind, (None, None))
         if source is not rope:
@@ -133,8 +150,7 @@ class StagePass:
                 raise UnsupportedError("positions: expected layers that are given position_ids")
             if run.shift is not None:
                 ids = ids - run.shift.to(x.device)
-            names = known_parameters(type(self.rotary).forward)
-            kinds = {"layer_type": kind} if "layer_type" in names else {}
+            kinds = {"layer_type": kind} if self.by_type else {}
             rope = self.rotary(x, position_ids=ids, **kinds)
         return ids, rope
 
@@ -224,12 +240,13 @@ def picture_pass(
     """Stages run their survivors, of which the cache's ledger will tell."""
     layout = given.layout
     assert layout is not None
-    tables = upload(layout, rows.device)
+    seen = 0 if cache is None else int(cache.get_seq_length())
+    tables = upload(layout, seen, rows.device)
     shifts: list[Tensor | None] = [None] * len(tables)
     after = None
     if cache is not None:
         shifts = [*cache.ledger.dropped, *shifts][: len(tables)]
-        after = _tell(cache, layout, tables, given)
+        after = _tell(cache, seen, layout, tables, given)
     runs: list[StageRun | None] = []
     for stage, (here, table) in enumerate(zip(layout.stages, tables, strict=True)):
         if here.is_full and (after is None or after.is_full[stage]):
@@ -247,17 +264,18 @@ def picture_pass(
 
 
 def _tell(
-    cache: StagedCache, layout: BatchLayout, tables: list[Tables], given: PassInput
+    cache: StagedCache, seen: int, layout: BatchLayout, tables: list[Tables], given: PassInput
 ) -> Ledger:
     """Which columns of the conversation each stage holds after this pass."""
-    ledger, seen = cache.ledger, int(cache.get_seq_length())
-    device = tables[0].real.device
-    tail = torch.arange(ledger.length, seen, dtype=torch.int32, device=device)
-    tail = tail.expand(layout.batch, -1)
-    columns = []
-    for stage, table in enumerate(tables):
-        new = (table.columns + seen).int().where(table.real, -1)
-        columns.append(torch.cat([*ledger.columns[stage : stage + 1], tail, new], 1))
+    ledger = cache.ledger
+    columns = [table.told for table in tables]
+    if seen:
+        tail = torch.arange(ledger.length, seen, device=columns[0].device)
+        tail = tail.expand(layout.batch, -1)
+        columns = [
+            torch.cat([*ledger.columns[stage : stage + 1], tail, new], 1)
+            for stage, new in enumerate(columns)
+        ]
     ledgers.shorten(cache, [layout.width - here.columns.shape[1] for here in layout.stages])
     full = [here.is_full for here in layout.stages]
     padding = [given.hides or here.has_padding for here in layout.stages]
