@@ -31,12 +31,12 @@ from adsc_kernels.hub import find_folder
 from adsc_kernels.llava.config import LlavaConfig
 from adsc_kernels.llava.generate import generate
 from adsc_kernels.llava.processor import Processor
-from adsc_kernels.weights import DTYPES as WEIGHT_DTYPES
-from adsc_kernels.weights import Joined, load_weights
 from adsc_kernels.plan import CompressionPlan
 from adsc_kernels.pointwise import Place, Rope, rotate, silu_mul
 from adsc_kernels.rows import Stage
 from adsc_kernels.schedule import CompressionSchedule
+from adsc_kernels.weights import DTYPES as WEIGHT_DTYPES
+from adsc_kernels.weights import Joined, load_weights
 
 KV = tuple[Tensor, Tensor]  # of a layer's cache
 GRAPHED_ROWS = 4096  # of a prefill: with more the device is behind the host anyway
