@@ -73,12 +73,12 @@ def draw_times(panel: Axes, rows: list[Row]) -> None:
                 ms = kinds.get(kind, 0.0) + (kinds.get("copy", 0.0) if kind == "other" else 0.0)
                 panel.bar(at, 100 * ms / whole, bottom=bottom, color=colour, width=0.8)
                 bottom += 100 * ms / whole
-            names.append((at, f"{way}\nbatch {batch}"))
+            names.append((at, way if way != "dense" else f"dense\nbatch {batch}"))
             at += 1
         at += 0.5
     for colour, name in zip(COLOURS, KINDS.values(), strict=True):
         panel.bar(0, 0, color=colour, label=name)
-    panel.set_xticks([x for x, _ in names], [name for _, name in names], fontsize=6)
+    panel.set_xticks([x for x, _ in names], [name for _, name in names], fontsize=7)
     panel.set_ylabel("device time of the prompt, % of dense")
     panel.legend(fontsize=7)
 

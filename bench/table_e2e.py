@@ -16,6 +16,7 @@ NAMES = {
     "fastv": "FastV",
     "pyramid_drop": "PyramidDrop",
 }
+ORDER = ("dense", "192", "128", "64", *NAMES, "transformers")
 KINDS = {
     "gemm": "GEMM",
     "attention": "attention",
@@ -34,7 +35,11 @@ def reports_of(results: Results) -> list[Report]:
         before = found.get(report["model"], {"rows": [], "left_out": []})
         rows = {key_of(row): row for row in (*before["rows"], *report["rows"])}
         left_out = [*before["left_out"], *report["left_out"]]
-        found[report["model"]] = {**report, "rows": list(rows.values()), "left_out": left_out}
+        found[report["model"]] = {
+            **report,
+            "rows": sorted(rows.values(), key=place_of),
+            "left_out": left_out,
+        }
     return sorted(found.values(), key=lambda report: -len(report["rows"]))
 
 
@@ -44,8 +49,12 @@ def key_of(row: Row) -> tuple[Any, ...]:
     return row["vision_tokens"], row["new_tokens"], size, row["way"]
 
 
+def place_of(row: Row) -> tuple[Any, ...]:
+    return row["vision_tokens"], row["batch"], row["new_tokens"], ORDER.index(row["way"])
+
+
 def ways_in(rows: list[Row]) -> list[str]:
-    return list(dict.fromkeys(row["way"] for row in rows))
+    return sorted({row["way"] for row in rows}, key=ORDER.index)
 
 
 # ---- README.md ----
