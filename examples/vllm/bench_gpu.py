@@ -119,8 +119,10 @@ class Engine:
 
     def run(self, load: Load, requests: Sequence[Any]) -> dict[str, float]:
         """Times in ms. most_running: requests in one step."""
-        waiting, sent, first, last = list(requests)[::-1], {}, {}, {}
-        most, begun = 0, time.perf_counter()
+        sent: dict[str, float] = {}
+        first: dict[str, float] = {}
+        last: dict[str, float] = {}
+        waiting, most, begun = list(requests)[::-1], 0, time.perf_counter()
         while len(last) < len(requests):
             while waiting and len(sent) - len(last) < load.at_once:
                 request = waiting.pop()
