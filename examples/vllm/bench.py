@@ -2,12 +2,10 @@
 
 python examples/vllm/bench.py                  # the bundled model
 python examples/vllm/bench.py --wide 1024      # random weights, a decoder of this hidden size
-python examples/vllm/bench.py --gpu            # LLaVA-1.5-7B's shape, weights made on the device
 
 Three servers run at once: vLLM's LLaVA, ADSC with an empty schedule, and ADSC with --schedule. The
 client asks them one after the other, --rounds times, with other pictures and words in each round,
-and another server first. On a GPU each gets the same share of its memory, vLLM's default mode and
-bfloat16; --gpu is sized for five minutes on an 80 GB card, and has not run yet.
+and another server first. On a GPU: bench_gpu.py.
 """
 
 from __future__ import annotations
@@ -23,21 +21,20 @@ from itertools import product
 from pathlib import Path
 from statistics import mean
 
-from checkpoints import MODEL, as_vllm_reads, like_7b, wide
+from checkpoints import MODEL, as_vllm_reads, wide
 from server import serving
 
 # Keys of the client's result. Times are in ms.
 METRICS = ("output_throughput", "request_throughput", "mean_ttft_ms", "median_ttft_ms")
 METRICS += ("p99_ttft_ms", "mean_tpot_ms")
-PICTURES = (
-    "--dataset-name=random-mm",
-    "--random-mm-num-mm-items-range-ratio=0",
-    "--random-mm-bucket-config={(48, 48, 1): 1.0}",
-    "--random-input-len=64",
-)
 LOADS = {
-    "image": (*PICTURES, "--random-mm-base-items-per-request=1"),  # 576 tokens
-    "images": (*PICTURES, "--random-mm-base-items-per-request=5"),  # 2,880 tokens
+    "image": (
+        "--dataset-name=random-mm",
+        "--random-mm-base-items-per-request=1",
+        "--random-mm-num-mm-items-range-ratio=0",
+        "--random-mm-bucket-config={(48, 48, 1): 1.0}",
+        "--random-input-len=64",
+    ),
     "text": ("--dataset-name=random", "--random-input-len=320"),
 }
 
@@ -107,45 +104,27 @@ def cpu_options() -> tuple[tuple[str, ...], dict[str, object]]:
     return flags, {"dtype": "float32", "block_size": 32, "max_model_len": 1024}
 
 
-def gpu_options(prefix_caching: bool) -> tuple[tuple[str, ...], dict[str, object]]:
-    """Of one of three servers on a GPU: vLLM's defaults, a share of the memory."""
-    flags = () if prefix_caching else ("--no-enable-prefix-caching",)
-    options = {"dtype": "bfloat16", "load_format": "dummy", "gpu_memory_utilization": 0.3}
-    return flags, options | {"max_model_len": 4096, "max_num_batched_tokens": 16384}
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    shape = parser.add_mutually_exclusive_group()
-    shape.add_argument("--wide", type=int, metavar="HIDDEN", help="random weights of this size")
-    shape.add_argument("--gpu", action="store_true", help="LLaVA-1.5-7B's shape on a GPU")
-    parser.add_argument("--schedule", help="default: three boundaries of 1/4, evenly apart")
+    parser.add_argument("--wide", type=int, metavar="HIDDEN", help="random weights of this size")
+    parser.add_argument("--schedule", default="4:1/4,8:1/4,12:1/4")
     parser.add_argument("--loads", nargs="+", choices=LOADS, default=["image", "text"])
     parser.add_argument("--at-once", nargs="+", type=int, default=[8], help="concurrent requests")
     parser.add_argument("--requests", type=int, default=32, help="of each run")
     parser.add_argument("--tokens", type=int, default=32, help="of each answer")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="of each model on a CPU")
-    parser.add_argument("--prefix-caching", action="store_true", help="on a GPU")
     parser.add_argument("--json", type=Path, help="write every run here too")
-    args = parser.parse_args()
-    if args.schedule is None:
-        args.schedule = "8:1/4,16:1/4,24:1/4" if args.gpu else "4:1/4,8:1/4,12:1/4"
-    return args
+    return parser.parse_args()
 
 
 def main() -> None:
     args = arguments()
     os.environ |= {"OMP_NUM_THREADS": str(args.threads), "VLLM_LOGGING_LEVEL": "ERROR"}
-    flags, options = gpu_options(args.prefix_caching) if args.gpu else cpu_options()
+    flags, options = cpu_options()
     runs = []
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        if args.gpu:
-            model = like_7b(Path(folder))
-        elif args.wide:
-            model = wide(Path(folder), args.wide)
-        else:
-            model = as_vllm_reads(MODEL, Path(folder))
+        model = wide(Path(folder), args.wide) if args.wide else as_vllm_reads(MODEL, Path(folder))
         urls = {}
         for name, schedule in {"stock": None, "empty": "", "adsc": args.schedule}.items():
             urls[name] = stack.enter_context(serving(model, schedule, *flags, **options))
