@@ -32,6 +32,7 @@ OTHERS = [torch.arange(24), HIDDEN[:, :4].clone(), HIDDEN[:, 4:].clone()]
 BOUNDS = torch.tensor([0, 12, 24], dtype=torch.int32)
 SPANS = torch.tensor([[0, 2, 8], [1, 2, 8]], dtype=torch.int32)
 TABLE = torch.arange(6, dtype=torch.int32).reshape(2, 3)
+LAYOUT = ops.BatchLayout(BOUNDS, SPANS, "1/4", num_tokens=12)
 
 
 def caches(count: int, *shape: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -75,20 +76,26 @@ def counted(run: Callable[[], object]) -> Counter[str]:
 
 # run, and at most so many calls of functions in Python and in C
 CALLS: dict[str, tuple[Callable[[], object], int, int]] = {
-    "downsample": (lambda: ops.downsample(HIDDEN, STAGE), 6, 4),
-    "downsample, keep_indices": (lambda: ops.downsample(HIDDEN, keep_indices=ROWS), 6, 4),
-    "downsample_many": (lambda: ops.downsample_many([HIDDEN, RESIDUAL, *OTHERS], STAGE), 8, 4),
+    "downsample": (lambda: ops.downsample(HIDDEN, STAGE), 5, 4),
+    "downsample, keep_indices": (lambda: ops.downsample(HIDDEN, keep_indices=ROWS), 5, 4),
+    "downsample_many": (lambda: ops.downsample_many([HIDDEN, RESIDUAL, *OTHERS], STAGE), 7, 4),
     "downsample_add_rms_norm": (
-        lambda: ops.downsample_add_rms_norm(HIDDEN, RESIDUAL, WEIGHT, STAGE), 7, 4
+        lambda: ops.downsample_add_rms_norm(HIDDEN, RESIDUAL, WEIGHT, STAGE), 6, 4
     ),
     "rebuild_metadata": (lambda: ops.rebuild_metadata(BOUNDS, SPANS, "1/4"), 4, 4),
     "boundary_step": (
         lambda: ops.boundary_step(HIDDEN, STAGE, residual=RESIDUAL, weight=WEIGHT, others=OTHERS),
-        12, 6,
+        11, 6,
     ),
-    "compact_kv_": (compact(32), 31, 26),
-    "compact_paged_kv_": (compact_paged(32), 42, 39),
-    "compress_step": (step(8), 41, 34),
+    "boundary_step, layout": (
+        lambda: ops.boundary_step(
+            HIDDEN, layout=LAYOUT, residual=RESIDUAL, weight=WEIGHT, others=OTHERS
+        ),
+        10, 7,
+    ),
+    "compact_kv_": (compact(32), 17, 24),
+    "compact_paged_kv_": (compact_paged(32), 28, 36),
+    "compress_step": (step(8), 24, 26),
 }  # fmt: skip
 
 
@@ -114,10 +121,15 @@ def changed_dtype(k: list[torch.Tensor], v: list[torch.Tensor]) -> None:
     v[1] = v[1].to(torch.int32)
 
 
+def changed_rank(k: list[torch.Tensor], v: list[torch.Tensor]) -> None:
+    v[1] = v[1][:, :, 0]
+
+
 CHANGES: dict[str, tuple[Callable[[list[torch.Tensor], list[torch.Tensor]], object], str]] = {
     "resized": (lambda k, v: v[1].resize_(1, 12, 1, 8), r"^v_caches\[1\]: "),
     "set_": (moved, r"^k_caches\[1\], v_caches\[2\]: .*share memory"),
     "strides": (lambda k, v: k[1].transpose_(1, 3), r"^k_caches\[1\]: "),
+    "rank": (changed_rank, r"^v_caches\[1\]: expected 4 dimensions"),
     "dtype": (changed_dtype, r"^v_caches\[1\]: expected torch.float32"),
     "removed": (lambda k, v: v.pop(), "^v_caches: expected 4 tensors"),
     "a gradient": (lambda k, v: k[3].requires_grad_(), r"^k_caches\[3\]: .*no gradient"),
@@ -143,6 +155,56 @@ def test_what_changed_since_the_last_call_is_refused(name: str, op: str) -> None
     with pytest.raises((TypeError, ValueError), match=message):
         run()
     assert all(map(torch.equal, before, (*k, *v)))
+
+
+def test_a_layout_that_changed_is_refused() -> None:
+    """Its fields are looked at once, its tensors in each call."""
+    bounds, spans = BOUNDS.clone(), SPANS.clone()
+    layout = ops.BatchLayout(bounds, spans, "1/4", num_tokens=24)
+
+    def run() -> list[int]:
+        metadata = ops.boundary_step(HIDDEN, layout=layout).metadata
+        assert metadata is not None
+        return metadata.seq_lens.tolist()
+
+    assert run() == [6, 6]
+    spans[0, 2] = 4
+    assert run() == [9, 6]
+    spans[0, 2] = 40
+    with pytest.raises(ValueError, match="spans: "):
+        run()
+    spans.copy_(SPANS)
+    for change, undo, message in (
+        (lambda: bounds.resize_(3, 1), lambda: bounds.resize_(3), r"cu_seqlens: expected shape"),
+        (lambda: spans.resize_(2, 2), lambda: spans.resize_(2, 3), r"spans: expected shape"),
+        (lambda: bounds.add_(1), lambda: bounds.sub_(1), "cu_seqlens: "),
+    ):
+        change()
+        with pytest.raises(ValueError, match=message):
+            run()
+        undo()
+    run()
+
+
+@pytest.mark.parametrize("bad", [{"num_tokens": True}, {"keep": "5/4"}, {"max_height": 3}])
+def test_a_layout_with_a_bad_field_is_refused_in_every_call(bad: dict[str, Any]) -> None:
+    fields: dict[str, Any] = dict(cu_seqlens=BOUNDS, spans=SPANS, keep="1/4", num_tokens=12)
+    layout = ops.BatchLayout(**(fields | bad))
+    for _ in range(2):
+        with pytest.raises((TypeError, ValueError), match=next(iter(bad))):
+            ops.boundary_step(HIDDEN, layout=layout)
+
+
+def test_a_list_in_a_layout_may_change() -> None:
+    """A grid's keep may be a list, which isn't looked at once for all."""
+    spans = torch.tensor([[0, 2, 8, 2, 4]], dtype=torch.int32)
+    keep = ["1/2", "1/2"]
+    layout = ops.BatchLayout(BOUNDS, spans, keep, "grid", 2, num_tokens=24)  # type: ignore[arg-type]
+    for share, rows in (("1/2", 18), ("1", 20)):
+        keep[0] = share
+        metadata = ops.boundary_step(HIDDEN, layout=layout).metadata
+        assert metadata is not None
+        assert metadata.num_tokens.item() == rows
 
 
 def test_a_stage_that_changed_is_refused() -> None:

@@ -1,7 +1,7 @@
 """What the compaction ops check of a cache's tensors."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -150,7 +150,7 @@ def _are_alike(tensors: list[Tensor]) -> bool:
     return not tensors or all(len({*map(get, tensors)}) == 1 for get in _FORM)
 
 
-_FORM = (
+_FORM: tuple[Callable[[Tensor], Any], ...] = (
     *map(operator.attrgetter, ("shape", "dtype", "device", "requires_grad")),
     Tensor.stride,
     Tensor.is_inference,

@@ -72,8 +72,8 @@ def rebuild_metadata(
     op = native("rebuild_metadata", cu_seqlens)
     if op is None or type(keep) is not str or max_height is not None:
         fractions = check_layout(*given)
-        run = choose("rebuild_metadata", cu_seqlens.device)
-        return Metadata(*run(cu_seqlens, spans, as_ints(fractions), pattern, max_height or 0))
+        chosen = choose("rebuild_metadata", cu_seqlens.device)
+        return Metadata(*chosen(cu_seqlens, spans, as_ints(fractions), pattern, max_height or 0))
     try:
         return Metadata(*op[False](cu_seqlens, spans, _ints_of(keep), pattern, 0))
     except Exception:
