@@ -119,12 +119,17 @@ __device__ __forceinline__ void boundary_block(const BoundaryWork& work, int64_t
   }
   if (work.has_layout) {
     find_rows(work.step.layout, work.step.boundary, begin, count, space.rows, space.scan);
-  } else {
+  } else if (!norms) {
     find_rows(work.map, begin, count, space.rows);
   }
   if constexpr (!std::is_void_v<T>) {
     if (norms) {
-      norm_tile<T, uint4>(work.norm, work.shape.group, begin, count, space.rows, space.partial);
+      const int row = row_of_group(work.shape.group);
+      int64_t source = kNoRow;
+      if (row < count) {
+        source = work.has_layout ? space.rows[row] : find_row(work.map, begin + row);
+      }
+      norm_tile<T, uint4>(work.norm, work.shape.group, begin, count, source, space.partial);
       return;
     }
   }

@@ -10,13 +10,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     downsample_add_rms_norm_kernel(const __grid_constant__ RowMap map,
                                    const __grid_constant__ RowNorm norm, int group, int tile_rows) {
   using Compute = decltype(widen(T{}));
-  __shared__ int64_t rows[kTileRows];
   __shared__ Compute partial[kThreads / kWarp];
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * tile_rows;
   const int64_t left = map.num_tokens - begin;
   const int count = static_cast<int>(left < tile_rows ? left : tile_rows);
-  find_rows(map, begin, count, rows);
-  norm_tile<T, Access, Compute>(norm, group, begin, count, rows, partial);
+  const int row = row_of_group(group);
+  const int64_t source = row < count ? find_row(map, begin + row) : kNoRow;
+  norm_tile<T, Access, Compute>(norm, group, begin, count, source, partial);
 }
 
 }  // namespace

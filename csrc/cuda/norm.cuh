@@ -74,19 +74,22 @@ __device__ __forceinline__ Access scale_access(const Access& sum, const Access& 
   return normed.access();
 }
 
-// rows: the source rows of the output rows [begin, begin + count), one for each group of threads; a
-// negative one stands for zeros. T: the element; Access: what a thread reads and writes at once.
-// `partial` is shared memory.
+// Of the tile's rows the one that this thread's group makes, which whole warps do.
+__device__ __forceinline__ int row_of_group(int group) {
+  return static_cast<int>(threadIdx.x) / group;
+}
+
+// Makes the output rows [begin, begin + count), one by each group of threads. source: the row that
+// this thread's group takes; a negative one stands for zeros. T: the element; Access: what a thread
+// reads and writes at once. `partial` is shared memory.
 template <class T, class Access, class Compute>
 __device__ __forceinline__ void norm_tile(const RowNorm& norm, int group, int64_t begin, int count,
-                                          const int64_t* rows,
-                                          Compute (&partial)[kThreads / kWarp]) {
+                                          int64_t source, Compute (&partial)[kThreads / kWarp]) {
   const int64_t columns = norm.width / Elements<T, Access>::kCount;
   const int64_t row_bytes = norm.width * static_cast<int64_t>(sizeof(T));
-  const int row = static_cast<int>(threadIdx.x) / group;
+  const int row = row_of_group(group);
   const int lane = static_cast<int>(threadIdx.x) % group;
   const bool live = row < count;
-  const int64_t source = live ? rows[row] : kNoRow;
   const auto* x = reinterpret_cast<const Access*>(norm.x + source * norm.x_stride);
   const auto* residual =
       reinterpret_cast<const Access*>(norm.residual + source * norm.residual_stride);
