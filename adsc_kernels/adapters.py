@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from adsc_kernels import checks
 from adsc_kernels.errors import UnsupportedError
-from adsc_kernels.hub import read_json
+from adsc_kernels.hub import plain_name, read_json, read_weights, weight_files
 from adsc_kernels.schedule import CompressionSchedule
 
 FILE = "adsc.json"
@@ -46,6 +50,7 @@ How it was made:
 {training}
 ```
 """
+_BESIDE = (".json", ".jinja", ".model", ".txt")  # a checkpoint's files that go with its weights
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight")
 # What an adapter may say of itself beside plain LoRA, and what it has to be here.
 _PLAIN: dict[str, tuple[object, ...]] = {
@@ -149,6 +154,42 @@ def merge(weights: dict[str, Tensor], folder: Path, name_of: Callable[[str], str
         device = weight.device
         merged[target] = weight.float() + scale * (b.float() @ a.float()).to(device)
     weights.update(merged)
+
+
+def merge_checkpoint(model: Path, adapter: Path, out: Path) -> CompressionSchedule:
+    """Write a checkpoint in Hugging Face format with an adapter merged into it.
+
+    Weights keep their names and dtypes, each rounded once. `adsc_schedule` in its config.json is
+    the adapter's schedule, which is returned: the vLLM plug-in reads it there.
+
+    Raises what `merge` does, and ValueError where `out` is there or the adapter is for another
+    depth; OSError where it can't be written, and then nothing is left of it.
+    """
+    if out.exists():
+        raise ValueError(f"out {out}: expected a folder that is not there yet")
+    config = read_json(model / "config.json")
+    depth = config.get("text_config", config).get("num_hidden_layers")
+    schedule = agree(adapter, None, checks.integer("num_hidden_layers", depth, 1))
+    files = {file: read_weights(file, torch.device("cpu")) for file in weight_files(model)}
+    weights = {plain_name(name): t for tensors in files.values() for name, t in tensors.items()}
+    merge(weights, adapter, plain_name)
+    part = out.with_name(f"{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        for file in model.iterdir():
+            if file.is_file() and file.suffix in _BESIDE:
+                shutil.copyfile(file, part / file.name)
+        for file, tensors in files.items():
+            mixed = {name: weights[plain_name(name)].to(t.dtype) for name, t in tensors.items()}
+            save_file(mixed, part / file.name, metadata={"format": "pt"})
+        config = {**config, "adsc_schedule": str(schedule)}
+        (part / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, out)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise OSError(f"out {out}: can't be written ({error})") from error
+    return schedule
 
 
 def read_lora(folder: Path) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]:

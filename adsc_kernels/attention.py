@@ -15,12 +15,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from adsc_kernels import checks
 from adsc_kernels.errors import UnsupportedError
+from adsc_kernels.plan import to_device
 
 BACKENDS = ("flash_attn", "torch_varlen", "sdpa")  # in the order in which "auto" tries them
 STAGE_FIELDS = ("cu_seqlens", "seq_lens", "max_seqlen", "num_tokens")
@@ -83,7 +85,7 @@ class CachedKeys:
             starts.append(cu_k[-1])
             cu_q += [cu_q[-1] + rows] * 2
             cu_k += [starts[-1] + length, starts[-1] + capacity]
-        both = torch.tensor([cu_q, cu_k], dtype=torch.int32).to(device, non_blocking=True)
+        both = to_device(np.array([cu_q, cu_k], np.int32), device)
         return cls(tuple(starts), tuple(lens), max(lens, default=0), both[0], both[1])
 
 
@@ -117,7 +119,7 @@ def varlen_attention(
     if scale is not None:
         checks.number("scale", scale)
     _check(q, k, v, stage, keys)
-    run = _choose(q, k, backend)
+    run = _choose(q, backend)
     if q.shape[0] == 0:
         return torch.empty_like(q)
     return run(q, k, v, stage, keys, scale)
@@ -129,19 +131,13 @@ def available(
     """Each backend with None where it would run on such tensors, else the reason why not."""
     found = checks.device("device", device)
     checks.dtype("dtype", dtype)
-    return {name: _why_not(name, found, dtype, head_dim=64, grouped=True) for name in BACKENDS}
+    return {name: _why_not(name, found, dtype, head_dim=64) for name in BACKENDS}
 
 
-def reads_lengths_on_device(
-    device: torch.device, dtype: torch.dtype, head_dim: int, grouped: bool
-) -> bool:
+def reads_lengths_on_device(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether "auto" takes a backend that a graph may be captured of: one that the host tells no
     lengths, but an upper bound. Where a GPU has none, a warning says why."""
-    reasons = {
-        name: _why_not(name, device, dtype, head_dim, grouped)
-        for name in BACKENDS
-        if name != "sdpa"
-    }
+    reasons = {name: _why_not(name, device, dtype, head_dim) for name in BACKENDS if name != "sdpa"}
     if None in reasons.values():
         return True
     if device.type == "cuda":  # Python shows it once
@@ -182,24 +178,21 @@ def _check(q: Tensor, k: Tensor, v: Tensor, stage: Rows, keys: CachedKeys | None
         raise ValueError(f"keys: expected rows inside k's {k.shape[0]}, got {keys.starts}")
 
 
-def _choose(q: Tensor, k: Tensor, backend: str) -> Callable[..., Tensor]:
-    grouped = q.shape[1] != k.shape[1]
+def _choose(q: Tensor, backend: str) -> Callable[..., Tensor]:
     if backend == "auto":
         for name in BACKENDS:
-            if _why_not(name, q.device, q.dtype, q.shape[2], grouped) is None:
+            if _why_not(name, q.device, q.dtype, q.shape[2]) is None:
                 return _RUN[name]
-    reason = _why_not(backend, q.device, q.dtype, q.shape[2], grouped)
+    reason = _why_not(backend, q.device, q.dtype, q.shape[2])
     if reason is not None:
         raise UnsupportedError(f"attention backend {backend!r}: {reason}")
     return _RUN[backend]
 
 
-def _why_not(
-    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, grouped: bool
-) -> str | None:
+def _why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     if name == "sdpa":
         return None
-    missing = _missing(name, grouped)
+    missing = _missing(name)
     if missing is not None:
         return missing
     if device.type != "cuda":
@@ -216,7 +209,7 @@ def _why_not(
 
 
 @functools.cache
-def _missing(name: str, grouped: bool) -> str | None:
+def _missing(name: str) -> str | None:
     """What the installed software lacks; asked once, since a decode step asks for every layer."""
     if name == "flash_attn":
         try:
@@ -229,7 +222,7 @@ def _missing(name: str, grouped: bool) -> str | None:
     except ImportError:
         return f"torch {torch.__version__} has no torch.nn.attention.varlen"
     known = inspect.signature(module.varlen_attn).parameters
-    lacks = [p for p in ("window_size", "scale", *(["enable_gqa"] * grouped)) if p not in known]
+    lacks = [p for p in ("window_size", "scale") if p not in known]
     return f"torch {torch.__version__}'s varlen_attn takes no {', '.join(lacks)}" if lacks else None
 
 
@@ -260,11 +253,19 @@ def _torch_varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     cu_q, cu_k, max_q, max_k = _varlen_arguments(stage, keys)
-    grouped: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    grouped: dict[str, Any] = {"enable_gqa": True} if _asks_for_groups() else {}
     causal = (-1, 0)  # no bound to the left, nothing to the right
     return varlen_attn(  # type: ignore[return-value]  # a pair only where return_aux asks for it
         q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=causal, **grouped
     )
+
+
+@functools.cache
+def _asks_for_groups() -> bool:
+    """Whether varlen_attn is to be told of grouped heads: torch 2.11's takes them as they come."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _sdpa(

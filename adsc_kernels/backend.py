@@ -192,6 +192,16 @@ def resolve(device: torch.device) -> str:
     return name
 
 
+def native_for(x: torch.Tensor) -> bool:
+    """Whether `resolve` names native kernels for x; it raises nothing. Asked in each call."""
+    name = current()
+    if name == "auto":
+        if x.is_cpu:
+            return _automatic_on_cpu == "cpu"
+        return x.is_cuda and _for_cuda(x.get_device()) == "cuda"
+    return (name == "cpu" or name == "cuda") and not _problem(name, x.device.type, x.get_device())
+
+
 def triton_runs(device: torch.device) -> bool:
     """Whether to run what only Triton has in one launch: it may beside native kernels."""
     name = resolve(device)

@@ -8,7 +8,7 @@ doesn't know of it, so each stage keeps a list of the rows that are gone; positi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate
@@ -20,8 +20,7 @@ from torch import Tensor
 
 from adsc_kernels import ops
 from adsc_kernels.attention import CachedKeys
-from adsc_kernels.plan import make_plan
-from adsc_kernels.pointwise import Place
+from adsc_kernels.plan import make_plan, to_device
 from adsc_kernels.schedule import CompressionSchedule
 
 if TYPE_CHECKING:
@@ -39,50 +38,29 @@ class Phase(Enum):
 
 
 @dataclass(frozen=True)
-class StageRows:
-    """One stage's cache as a pass over a chunk sees it."""
-
-    layers: range
-    k: list[Tensor]
-    v: list[Tensor]
-    rows: Tensor  # int64: where the chunk's rows go
-    keys: CachedKeys | None  # None in PREFILL: the keys are the chunk's own rows
-
-    def place(self, layer: int) -> Place:
-        """Where the chunk's rows of one layer go."""
-        i = self.layers.index(layer)
-        return Place(self.k[i], self.v[i], self.rows)
-
-    def seen(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, CachedKeys | None]:
-        """What the chunk's queries attend to, as `varlen_attention` takes it: the layer's cache and
-        where the keys lie in it, or the chunk's own k and v."""
-        i = self.layers.index(layer)
-        return (k, v, None) if self.keys is None else (self.k[i], self.v[i], self.keys)
-
-
-@dataclass(frozen=True)
 class StagePass:
-    """What a stage's layers share in one pass; everything that is uploaded for them is."""
+    """What a stage's layers share in one pass; everything that is uploaded for them is.
+
+    The cache's own rows are no part of it: a graph keeps its tables, and not the memory of every
+    cache that it was ever run over.
+    """
 
     layers: range
     rows: StagePlan | StepRows  # this stage's, and where they come from
     same: StagePlan | StepRows  # the mapping of this stage's rows to themselves
     positions: Tensor
-    cache: StageRows | None
+    slots: Tensor | None = None  # int64: the cache's rows that the chunk's go to
+    keys: CachedKeys | None = None  # where the keys lie in it; None: they are the chunk's own rows
 
 
 def passes_of(plan: CompressionPlan, cache: KVCache | None, phase: Phase) -> list[StagePass]:
     """A plan's stages, over its chunk. Raises as `StageCache.begin`."""
-    return [
-        StagePass(
-            layers=plan.schedule.layers_of_stage(s),
-            rows=stage,
-            same=plan.between(s, s),
-            positions=stage.positions,
-            cache=None if cache is None else cache.stages[s].begin(stage, phase),
-        )
-        for s, stage in enumerate(plan.stages)
-    ]
+    passes = []
+    for s, stage in enumerate(plan.stages):
+        slots, keys = (None, None) if cache is None else cache.stages[s].begin(stage, phase)
+        layers, same = plan.schedule.layers_of_stage(s), plan.between(s, s)
+        passes.append(StagePass(layers, stage, same, stage.positions, slots, keys))
+    return passes
 
 
 class StageCache:
@@ -145,8 +123,8 @@ class StageCache:
                 tensors[i] = new
         self.capacities = tuple(needed)
 
-    def begin(self, stage: StagePlan, phase: Phase) -> StageRows:
-        """What a chunk's pass needs of this cache.
+    def begin(self, stage: StagePlan, phase: Phase) -> tuple[Tensor, CachedKeys | None]:
+        """`StagePass.slots` and `keys` of a chunk.
 
         Raises: ValueError where the plan was made for other cached lengths, or there is no room.
         """
@@ -157,14 +135,9 @@ class StageCache:
             raise ValueError(f"stage: expected room for {kv_lens}, got {self.capacities}")
         where = CachedKeys.build(stage.seq_lens, kv_lens, self.capacities, self._device)
         spans = zip(where.starts, cached, stage.seq_lens, strict=True)
-        rows = [torch.arange(start + done, start + done + n) for start, done, n in spans]
-        return StageRows(
-            layers=self.layers,
-            k=self.k,
-            v=self.v,
-            rows=torch.cat(rows).to(self._device, non_blocking=True),
-            keys=None if phase is Phase.PREFILL else where,
-        )
+        rows = [np.arange(start + done, start + done + n) for start, done, n in spans]
+        slots = to_device(np.concatenate([*rows, np.empty(0, np.int64)]), self._device)
+        return slots, None if phase is Phase.PREFILL else where
 
     def compact(self, mapping: StagePlan) -> None:
         """Drop what `mapping` drops, in every layer, and give the memory back.
@@ -233,10 +206,15 @@ class KVCache:
         return self.stages[-1].k[0].dtype
 
     @property
-    def place(self) -> tuple[object, ...]:
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """K and V of each layer."""
+        return [pair for stage in self.stages for pair in zip(stage.k, stage.v, strict=True)]
+
+    @property
+    def place(self) -> tuple[Hashable, ...]:
         """Equal for caches whose rows lie in the same memory, sequence by sequence."""
-        tensors = [t.data_ptr() for stage in self.stages for t in (*stage.k, *stage.v)]
-        return (*tensors, *(stage.capacities for stage in self.stages))
+        tensors = [t.data_ptr() for pair in self.layers for t in pair]
+        return (self.dtype, *tensors, *(stage.capacities for stage in self.stages))
 
     def advance(self, plan: CompressionPlan) -> None:
         """The plan's chunk has been written in every layer: it now counts as cached."""

@@ -8,7 +8,7 @@ for as many rows as the others, and its cache is as long as the host says at the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adsc_kernels import checks
 from adsc_kernels.attention import CachedKeys
-from adsc_kernels.cache import KVCache, StagePass, StageRows
+from adsc_kernels.cache import KVCache, StagePass
 from adsc_kernels.plan import to_device
 
 
@@ -51,7 +51,8 @@ class DecodeState:
 
     counters: int64 [stages, 2, B], the cache row that a sequence's next key goes to and its
     position. bounds: int32 [stages, 2 * B + 1], `CachedKeys.cu_seqlens_k` with that key. Both on
-    the cache's device. `done`: steps so far.
+    the cache's device. `tables`: what else a step reads, and no step writes. `done`: steps so far.
+    `place`: for a model to note what it asks of the cache's memory once, for all steps.
     """
 
     def __init__(self, cache: KVCache, cached: Sequence[int], steps: int) -> None:
@@ -62,6 +63,7 @@ class DecodeState:
         checks.instance("cache", cache, KVCache)
         checks.integer("steps", steps, 0)
         self.cache, self.steps, self.done = cache, steps, 0
+        self.place: tuple[Hashable, ...] | None = None
         self.size = size = len(cached)
         self._lens = [stage.lens for stage in cache.stages]
         renumber = cache.schedule.positions == "renumber"
@@ -88,6 +90,7 @@ class DecodeState:
         table = np.array([[0, 0, size, size, 0, 0]] if size else np.empty((0, 6)), np.int32)
         self._queries, self._grows = to_device(queries, device), to_device(grows, device)
         self._rows = StepRows(to_device(table, device), to_device(each, device), size)
+        self.tables = self._queries, self._rows
 
     def passes(self, counters: Tensor, bounds: Tensor) -> list[StagePass]:
         """The next step over these, which are this state's own, or a graph's copies of them."""
@@ -97,9 +100,8 @@ class DecodeState:
                 rows=self._rows,
                 same=self._rows,
                 positions=counters[s, 1],
-                cache=StageRows(
-                    stage.layers, stage.k, stage.v, counters[s, 0], self._keys(s, bounds)
-                ),
+                slots=counters[s, 0],
+                keys=self._keys(s, bounds),
             )
             for s, stage in enumerate(self.cache.stages)
         ]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from typing import Any
 
 from adsc_kernels import _C
+from adsc_kernels.stamp import version_of
 
 PACKAGES = ("torch", "transformers", "triton", "flash-attn", "safetensors", "pillow", "numpy")
 
@@ -15,20 +15,13 @@ def report() -> dict[str, Any]:
     """Everything as plain JSON types; what is missing or broken is reported, never raised."""
     return {
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in ("adsc_kernels", *PACKAGES)},
+        "packages": {name: version_of(name) for name in ("adsc_kernels", *PACKAGES)},
         "cuda": _cuda(),
         "build": dict(_C.build_info()),
         "backends": _backends(),
         "attention": _attention(),
         "checkpoint": _checkpoint(),
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _cuda() -> dict[str, Any]:

@@ -22,7 +22,7 @@ from adsc_kernels.segment_table import COLUMNS, PATTERN_CODES
 T = TypeVar("T")
 
 
-class _Once(Generic[T]):
+class Once(Generic[T]):
     """functools.cached_property without its lock, which Dynamo can't trace before Python 3.12."""
 
     def __init__(self, make: Callable[[Any], T]) -> None:
@@ -31,12 +31,12 @@ class _Once(Generic[T]):
         self.__doc__ = make.__doc__
 
     @overload
-    def __get__(self, instance: None, owner: type) -> _Once[T]: ...
+    def __get__(self, instance: None, owner: type) -> Once[T]: ...
 
     @overload
     def __get__(self, instance: object, owner: type) -> T: ...
 
-    def __get__(self, instance: object | None, owner: type) -> T | _Once[T]:
+    def __get__(self, instance: object | None, owner: type) -> T | Once[T]:
         if instance is None:
             return self
         value = self.make(instance)
@@ -77,10 +77,20 @@ class StagePlan:
     _plan: CompressionPlan = field(repr=False)
     _stage: int = field(repr=False)
 
-    @_Once
+    @Once
     def kv_lens(self) -> tuple[int, ...]:
         """Keys that each sequence attends to in this stage: what is cached, and its own rows."""
         return tuple(a + b for a, b in zip(self.cached_lens, self.seq_lens, strict=True))
+
+    @Once
+    def only_drops(self) -> bool:
+        """No sequence has rows that the source stage lacks: none is new, none was cached before."""
+        lens = zip(self.seq_lens, self.seq_lens_in, strict=False)
+        return (
+            len(self.seq_lens) == len(self.seq_lens_in)
+            and not any(self.cached_lens)
+            and all(0 <= kept <= rows for kept, rows in lens)
+        )
 
     @property
     def max_kv_len(self) -> int:
@@ -94,7 +104,7 @@ class StagePlan:
             raise ValueError("block_counts: expected make_plan(..., block_size=), got none")
         return tuple(-(-length // size) for length in self.kv_lens)
 
-    @_Once
+    @Once
     def positions(self) -> torch.Tensor:
         """Position ids of this stage's rows, int64 ``[num_tokens]`` on the device.
 
@@ -161,7 +171,7 @@ class CompressionPlan:
     stages: tuple[StagePlan, ...]
     _roundings: np.ndarray = field(repr=False)
 
-    @_Once
+    @Once
     def rounded(self) -> tuple[Rounded, ...]:
         """What ``align="block"`` changed, stage by stage; empty without it."""
         return tuple(
@@ -169,7 +179,7 @@ class CompressionPlan:
             for sequence, start, length, *rest in self._roundings.tolist()
         )
 
-    @_Once
+    @Once
     def layout(self) -> tuple[Any, ...]:
         """Equal for plans whose rows are alike in everything, hashable."""
         tables = [(s.seq_lens, s.cached_lens, s._host_segments.tobytes()) for s in self.stages]

@@ -1,13 +1,16 @@
-"""What `apply_adsc` costs and saves in a prefill on this CPU: a 1B-class decoder cut to 4 layers.
+"""What `apply_adsc` costs and saves in a prefill: of a 1B-class decoder, or LLaVA-7B's.
 
     python bench/hf_cost.py [--tokens 576] [--rounds 15]
+    python bench/hf_cost.py --device cuda --dtype bfloat16 --shape 7b --layers 32 --batch 8
+        --schedule 5:1/3,17:1/3 --new-tokens 32
 
-Made for a machine that others use too. Times are CPU seconds of one thread, which don't count
-waiting; each round calls the model dense, with a schedule that keeps all (the hooks alone) and
-compressed, beginning with another one each time; and what is told is the median over rounds of
-the ratio to the dense call beside it, with its quartiles. The decoder's MACs say what the
-compressed call should take. What the hooks do does not depend on the width, so they are timed on a
-narrow decoder as well, where their share is large, and what they call is counted there.
+Made for a machine that others use too. On a CPU times are CPU seconds of one thread, which don't
+count waiting; on a GPU they lie between events, so that waiting for the host counts. Each round
+calls the model dense, with a schedule that keeps all (the hooks alone) and compressed, beginning
+with another one each time; and what is told is the median over rounds of the ratio to the dense
+call beside it, with its quartiles. The decoder's MACs say what the compressed call should take.
+What the hooks do does not depend on the width, so they are timed on a narrow decoder as well, where
+their share is large, and what they call is counted there.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers as hf
@@ -26,19 +29,43 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adsc_kernels import CompressionSchedule, apply_adsc
 
-LAYERS, TEXT_TOKENS = 4, 64
-WIDTH, INNER, HEADS, KV_HEADS, HEAD = 2048, 8192, 32, 8, 64  # Llama 3.2 1B
+TEXT_TOKENS = 64
 
 
-def model_of(tokens: int, narrow: bool = False) -> Any:
+class Shape(NamedTuple):
+    """Of a decoder layer."""
+
+    width: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head: int
+
+    def macs(self, rows: list[int]) -> int:
+        """Of layers with so many rows: projections, MLP, and attention as sdpa computes it, not
+        halved."""
+        attended = self.heads * self.head
+        linear = self.width * (2 * attended + 2 * self.kv_heads * self.head)
+        linear += 3 * self.width * self.inner
+        return sum(n * linear + 2 * n * n * attended for n in rows)
+
+
+SHAPES = {
+    "1b": Shape(2048, 8192, 32, 8, 64),  # Llama 3.2 1B
+    "7b": Shape(4096, 11008, 32, 32, 128),  # LLaVA-1.5-7B
+}
+NARROW = Shape(64, 64, 1, 1, 64)
+
+
+def model_of(shape: Shape, layers: int, tokens: int) -> Any:
     """LLaVA with a vision tower that costs next to nothing."""
     text = hf.LlamaConfig(
-        hidden_size=64 if narrow else WIDTH,
-        intermediate_size=64 if narrow else INNER,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=1 if narrow else HEADS,
-        num_key_value_heads=1 if narrow else KV_HEADS,
-        head_dim=HEAD,
+        hidden_size=shape.width,
+        intermediate_size=shape.inner,
+        num_hidden_layers=layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head,
         vocab_size=1000,
     )
     vision = hf.CLIPVisionConfig(
@@ -53,21 +80,17 @@ def model_of(tokens: int, narrow: bool = False) -> Any:
     return hf.LlavaForConditionalGeneration(config).eval()
 
 
-def macs(rows: list[int]) -> int:
-    """Of the decoder: projections, MLP, and attention as sdpa computes it, not halved."""
-    linear = WIDTH * HEAD * (2 * HEADS + 2 * KV_HEADS) + 3 * WIDTH * INNER
-    return sum(n * linear + 2 * n * n * HEADS * HEAD for n in rows)
-
-
 class Ways:
     """One model dense, with the hooks alone, and compressed."""
 
-    def __init__(self, model: Any, schedule: CompressionSchedule, tokens: int) -> None:
-        half = torch.full((1, TEXT_TOKENS // 2), 5)
-        ids = torch.cat([half, torch.full((1, tokens), 3), half], 1)
+    def __init__(
+        self, shape: Shape, schedule: CompressionSchedule, tokens: int, batch: int = 1
+    ) -> None:
+        self.model = model_of(shape, schedule.num_layers, tokens)
+        half = torch.full((batch, TEXT_TOKENS // 2), 5)
+        ids = torch.cat([half, torch.full((batch, tokens), 3), half], 1)
         side = 4 * round(tokens**0.5)
-        self.inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, side, side)}
-        self.model = model
+        self.inputs = {"input_ids": ids, "pixel_values": torch.randn(batch, 3, side, side)}
         keep_all = ",".join(f"{b.layer}:1" for b in schedule.boundaries)
         self.schedules = {"dense": None, "hooks alone": keep_all, "compressed": schedule}
 
@@ -75,23 +98,34 @@ class Ways:
         schedule = self.schedules[way]
         return nullcontext() if schedule is None else apply_adsc(self.model, schedule)
 
-    @torch.inference_mode()
     def call(self) -> None:
         self.model(**self.inputs, logits_to_keep=1)
 
-    def seconds(self, rounds: int) -> dict[str, list[float]]:
-        """CPU seconds of each way in each round."""
+    def seconds(self, rounds: int, call: Callable[[], Any]) -> dict[str, list[float]]:
+        """What the call took each way in each round."""
         took: dict[str, list[float]] = {way: [] for way in self.schedules}
         order = list(took)
         for turn in range(-1, rounds):
             for way in order:
                 with self.applied(way):
-                    start = time.process_time()
-                    self.call()
-                    if turn >= 0:
-                        took[way].append(time.process_time() - start)
+                    one = timed(call)
+                if turn >= 0:
+                    took[way].append(one)
             order.append(order.pop(0))
         return took
+
+    def generate(self, new_tokens: int) -> Any:
+        """So many tokens with a dynamic cache; what `generate` returns."""
+        options = dict(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
+        return self.model.generate(
+            **self.inputs, **options, pad_token_id=0, return_dict_in_generate=True
+        )
+
+    def cache_bytes(self, way: str) -> int:
+        """Of the cache behind the prompt and one token."""
+        with self.applied(way):
+            layers = self.generate(1).past_key_values.layers
+        return sum(x.nbytes for layer in layers for x in (layer.keys, layer.values))
 
     def counts(self, way: str) -> tuple[int, int]:
         """Python functions and torch ops that a call goes through."""
@@ -101,6 +135,21 @@ class Ways:
             with _Dispatches() as dispatches:
                 self.call()
         return calls, dispatches.count
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """CPU seconds of this process, or seconds between two events on the GPU."""
+    if torch.get_default_device().type == "cpu":
+        start = time.process_time()
+        call()
+        return time.process_time() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def _counted_calls(function: Callable[[], None]) -> int:
@@ -132,36 +181,65 @@ def spread(values: list[float], scale: float = 1) -> str:
     return f"{middle * scale:8.3f} [{low * scale:.3f}, {high * scale:.3f}]"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=576)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--schedule", default="1:1/4,2:1/4,3:1/4")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    schedule = CompressionSchedule.parse(args.schedule, LAYERS)
-
-    narrow = Ways(model_of(args.tokens, narrow=True), schedule, args.tokens)
-    took = narrow.seconds(4 * args.rounds)
-    print("narrow decoder: CPU ms a call, Python calls, torch ops")
+def show_narrow(schedule: CompressionSchedule, tokens: int, rounds: int) -> float:
+    """Prints what the hooks do; returns their seconds."""
+    ways = Ways(NARROW, schedule, tokens)
+    took = ways.seconds(rounds, ways.call)
+    print("narrow decoder: ms a call, Python calls, torch ops")
     for way in took:
-        calls, dispatches = narrow.counts(way)
+        calls, dispatches = ways.counts(way)
         print(f"  {way:12} {spread(took[way], 1e3)} {calls:7} {dispatches:5}")
     extra = [a - b for a, b in zip(took["hooks alone"], took["dense"], strict=True)]
-    print(f"  hooks alone take {spread(extra, 1e3)} ms")
+    print(f"  hooks alone take {spread(extra, 1e3)} ms", flush=True)
+    return statistics.median(extra)
 
-    took = Ways(model_of(args.tokens), schedule, args.tokens).seconds(args.rounds)
-    print(f"1B-class decoder: CPU s a call and share of the dense one, {args.rounds} rounds")
+
+def show(took: dict[str, list[float]]) -> None:
     for way, seconds in took.items():
         shares = [a / b for a, b in zip(seconds, took["dense"], strict=True)]
         print(f"  {way:12} {spread(seconds)} {spread(shares)}")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=576)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--schedule", default="1:1/4,2:1/4,3:1/4")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--new-tokens", type=int, default=0)
+    return parser.parse_args()
+
+
+@torch.inference_mode()
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(1)
+    torch.set_default_device(args.device)
+    torch.set_default_dtype(getattr(torch, args.dtype))
+    schedule = CompressionSchedule.parse(args.schedule, args.layers)
+    extra = show_narrow(schedule, args.tokens, 4 * args.rounds)
+
+    shape = SHAPES[args.shape]
+    ways = Ways(shape, schedule, args.tokens, args.batch)
+    took = ways.seconds(args.rounds, ways.call)
+    print(f"{args.shape}, {args.layers} layers, batch {args.batch}: seconds and share of dense")
+    show(took)
     dense = statistics.median(took["dense"])
-    print(f"  hooks alone, of the narrow decoder's: {statistics.median(extra) / dense:.2%}")
+    print(f"  hooks alone, of the narrow decoder's: {extra / dense:.2%}")
     kept = schedule.kept(args.tokens)
-    rows = [TEXT_TOKENS + kept[schedule.stage_of_layer(n)] for n in range(LAYERS)]
-    promised = macs(rows) / macs([TEXT_TOKENS + args.tokens] * LAYERS)
+    rows = [TEXT_TOKENS + kept[schedule.stage_of_layer(n)] for n in range(args.layers)]
+    promised = shape.macs(rows) / shape.macs([TEXT_TOKENS + args.tokens] * args.layers)
     saved = [1 - a / b for a, b in zip(took["compressed"], took["dense"], strict=True)]
     print(f"  MACs promise {promised:.3f}; of the saving came {spread(saved, 1 / (1 - promised))}")
+    if args.new_tokens:
+        print(f"the same and {args.new_tokens} tokens", flush=True)
+        show(ways.seconds(max(2, args.rounds // 4), lambda: ways.generate(args.new_tokens)))
+        sizes = {way: ways.cache_bytes(way) for way in ("dense", "compressed")}
+        print(f"  bytes of the prompt's cache: {sizes}")
 
 
 if __name__ == "__main__":

@@ -68,5 +68,5 @@ class Captures:
             self.replays += 1
             recorder.replay()
 
-        self.made.append(Graph(copies, output, replay, run))
+        self.made.append(Graph(copies, output, replay))
         return self.made[-1]

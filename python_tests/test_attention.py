@@ -104,7 +104,7 @@ def test_what_the_kernels_are_called_with(monkeypatch):
     ):  # fmt: skip
         calls.append((max_q, max_k))
         assert window_size == (-1, 0)
-        assert enable_gqa == (query.shape[1] != key.shape[1])
+        assert enable_gqa
         return plain(query, key, value, cu_seq_q.tolist(), cu_seq_k.tolist(), scale)
 
     fakes = {"flash_attn": flash_attn_varlen_func, "torch.nn.attention.varlen": varlen_attn}
@@ -113,6 +113,7 @@ def test_what_the_kernels_are_called_with(monkeypatch):
         setattr(module, function.__name__, function)
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(attention, "_why_not", lambda *_, **__: None)
+    monkeypatch.setattr(attention, "_asks_for_groups", lambda: True)
     for kv_heads in (4, 2):
         q, k, v = tensors(1, 12, 4, kv_heads)
         keys = CachedKeys.build((1, 0), (5, 3), (6, 6), torch.device("cpu"))
@@ -187,9 +188,8 @@ def test_torch_varlen_takes_what_it_is_called_with():
     q = torch.empty(3, 4, 64, device="meta", dtype=torch.bfloat16)
     k = torch.empty(9, 2, 64, device="meta", dtype=torch.bfloat16)
     cu = torch.empty(3, dtype=torch.int32, device="meta")
-    out = varlen.varlen_attn(
-        q, k, k, cu, cu, 2, 5, scale=None, window_size=(-1, 0), enable_gqa=True
-    )
+    groups = {"enable_gqa": True} if attention._asks_for_groups() else {}
+    out = varlen.varlen_attn(q, k, k, cu, cu, 2, 5, scale=None, window_size=(-1, 0), **groups)
     assert out.shape == q.shape
 
 
@@ -236,15 +236,13 @@ def test_a_cache_keeps_its_rows_as_it_is_fitted_anew():
         chunks = list(zip(cache.lens, ends, strict=True))
         stage = make_plan(schedule, [0, 9, 18], [], chunks=chunks).stages[0]
         cache.fit(room)
-        seen = cache.begin(stage, Phase.LATER_TURN)
+        slots, keys = cache.begin(stage, Phase.LATER_TURN)
+        assert keys is not None
         new = torch.arange(stage.num_tokens, dtype=torch.float32)[:, None, None] + 100 * step
         for mine, part in zip(pieces, new.split(stage.seq_lens), strict=True):
             mine.append(part)
-        for layer in cache.layers:
-            place = seen.place(layer)
-            place.k[place.rows], place.v[place.rows] = new + layer, -new - layer
-            k, v, keys = seen.seen(layer, new, new)
-            assert keys is not None
+        for layer, k, v in zip(cache.layers, cache.k, cache.v, strict=True):
+            k[slots], v[slots] = new + layer, -new - layer
             assert k.shape == (sum(room), 1, 1)
             for b, start in enumerate(keys.starts):
                 want = torch.cat(pieces[b])

@@ -5,12 +5,18 @@ The attention stands in for a varlen kernel: one op that reads cumulative length
 
 from __future__ import annotations
 
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from llava_case import IMAGES, PROMPTS, SECOND, SECOND_IMAGES
 from replay import Captures
 from tiny_checkpoints import make_checkpoint
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from adsc_kernels import attention, decode, graphs
 from adsc_kernels.cache import KVCache, Phase, StageCache, passes_of
@@ -152,6 +158,83 @@ def test_another_layout_is_another_graph(model, captures, same_memory):
     assert len(captures.made) == 3 + 1  # a step is the same behind all of them
 
 
+class Reads(TorchDispatchMode):
+    """What is read by ops that was not made by them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Tensor] = []
+        self.read: list[weakref.ref[Tensor]] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        made = {id(x) for x in self.made}
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        self.read += [weakref.ref(x) for x in given if id(x) not in made]
+        out = op(*args, **(kwargs or {}))
+        self.made += [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        return out
+
+
+def test_a_graph_keeps_its_tables_and_no_cache(model, captures, same_memory, monkeypatch):
+    """What it reads by address lives as long; but a cache's memory is given back when it goes."""
+    reads = Reads()
+
+    def capture(run, inputs):
+        copies = tuple(x.clone() for x in inputs)
+        with reads:
+            output = run(*copies)
+        reads.made.clear()
+        return graphs.Graph(copies, output, lambda: None)
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    twin = fresh(model, SCHEDULES[1])
+    for _ in range(2):
+        answer = twin.generate(PROMPTS, IMAGES, max_new_tokens=4)
+    assert len(twin.graphs) == 2
+    rows = {weakref.ref(x) for pair in answer.conversation.cache.layers for x in pair}
+    assert rows < set(reads.read)
+    others = set(reads.read) - rows
+    monkeypatch.undo()  # of the memory that the test lends to every cache
+    del answer
+    gc.collect()
+    assert all(ref() is not None for ref in others)
+    assert all(ref() is None for ref in rows)
+
+
+def test_a_capture_that_fails(model, captures, monkeypatch):
+    """Said once; then as without graphs."""
+
+    def capture(run, inputs):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    twin = fresh(model, SCHEDULES[1])
+    twin.graphs.enabled = False
+    want = turns(twin)
+    twin.graphs.enabled = True
+    monkeypatch.setattr(graphs, "capture", capture)
+    with pytest.warns(UserWarning, match="graphs are off.*not permitted"):
+        assert turns(twin) == want
+    assert len(twin.graphs) == 0
+
+
+def test_callers_share_no_graph(captures):
+    """Two threads would write over each other's inputs."""
+    kept = graphs.Graphs()
+    for _ in range(2):
+        kept(1, lambda x: x + 1, torch.ones(1))
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(kept, 1, lambda x: x + 2, torch.ones(1)).result() == 3
+    assert kept(1, lambda x: x + 3, torch.ones(1)) == 2  # replayed
+    with torch.inference_mode():
+        assert kept(1, lambda x: x + 4, torch.ones(1)) == 5
+
+
+def test_an_output_is_the_callers_own(captures):
+    kept = graphs.Graphs()
+    outs = [kept(1, lambda x: x + 1, torch.full((1,), float(n))) for n in range(4)]
+    assert [float(out) for out in outs] == [1, 2, 3, 4]
+
+
 def test_graphs_are_bounded():
     kept = graphs.Graphs(most=2)
     with pytest.MonkeyPatch.context() as patch:
@@ -209,11 +292,11 @@ def test_what_a_state_says_is_what_a_plan_says():
             got = state.passes(state.counters, state.bounds)
             for mine, truth in zip(got, want, strict=True):
                 assert mine.positions.tolist() == truth.positions.tolist()
-                assert mine.cache.rows.tolist() == truth.cache.rows.tolist()
-                assert mine.cache.keys.lens == truth.cache.keys.lens
-                assert mine.cache.keys.starts == truth.cache.keys.starts
+                assert mine.slots.tolist() == truth.slots.tolist()
+                assert mine.keys.lens == truth.keys.lens
+                assert mine.keys.starts == truth.keys.starts
                 for name in ("cu_seqlens_q", "cu_seqlens_k"):
-                    one, other = (getattr(p.cache.keys, name) for p in (mine, truth))
+                    one, other = (getattr(p.keys, name) for p in (mine, truth))
                     assert one.tolist() == other.tolist()
                 assert mine.rows.cu_seqlens.tolist() == truth.rows.cu_seqlens.tolist()
                 assert mine.rows.segments.tolist() == truth.rows.segments.tolist()

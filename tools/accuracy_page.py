@@ -26,6 +26,7 @@ NAMES = {  # of a row of the table, what it is called, in order
     "mild_to_strong": "ADSC, trained mild to strong",
     "constant": "ADSC, trained at the budget",
     "dense-then-adsc": "ADSC, trained dense for as many steps",
+    "uniform-trained": "uniform, trained at the budget",
     "adsc": "ADSC, untrained",
     "random": "random, at ADSC's layers",
     "uniform": "uniform, in front of the decoder",
@@ -52,6 +53,8 @@ def place(run: Run, schedules: dict[str, str]) -> tuple[str, str] | None:
     of = {text: budget for budget, text in schedules.items()}
     if run["adapter"] is not None:
         budget, direction, _ = run["adapter"].split("-")
+        if direction == "uniform":
+            return "uniform-trained", budget
         if budget != "dense":
             return direction, budget
         return None if run["schedule"] == "" else ("dense-then-adsc", of[run["schedule"]])
@@ -140,9 +143,9 @@ def training(data: dict[str, Any]) -> str:
         through = " → ".join(f"`{text}`" for text in how["curriculum"]["through"]) or "none"
         rows.append(
             [name, f"`{how['schedule']}`", through, str(how["steps"]), str(how["batch_size"])]
-            + [f"{how['seconds'] / 60:.0f}"]
+            + [", ".join(f"{took / 60:.1f} ({on})" for on, took in how["seconds"].items())]
         )
-    header = ("adapter", "schedule", "through", "steps", "questions a step", "minutes")
+    header = ("adapter", "schedule", "through", "steps", "questions a step", "minutes (on)")
     return table(header, rows)
 
 
@@ -153,7 +156,10 @@ def about(data: dict[str, Any]) -> str:
         low, high = (100 * share for share in dense[0]["by_picture"])
         share = 100 * dense[0]["accuracy"]
         said = f"Dense, {FULL} tokens: **{share:.1f}** ({low:.1f} to {high:.1f})."
-    return f"{data['about']['questions']} held-out questions. {said}"
+    devices = sorted({on for run in data["runs"] for on in run["seconds"]})
+    named = (on.replace("cuda ", "GPU in ").replace("cpu ", "CPU in ") for on in devices)
+    asked = " and ".join(f"a {on}" for on in named)
+    return f"{data['about']['questions']} held-out questions, asked on {asked}. {said}"
 
 
 def cost_7b(data: dict[str, Any]) -> str:
@@ -220,7 +226,7 @@ def plot(data: dict[str, Any]) -> Any:
         if not points:
             continue
         shares = [100 * statistics.fmean(r["accuracy"] for r in some) for _, some in points]
-        trained = n < 4
+        trained = n < 5
         axes.plot(
             [x for x, _ in points],
             shares,

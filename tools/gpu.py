@@ -20,12 +20,10 @@ with nothing built: a check of the files, whose JSON says so and is no result of
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
-import importlib.metadata
+import importlib.util
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -39,6 +37,8 @@ from typing import Any
 from gpu_run import ROOT, Job, run_all
 from gpu_show import left_out, print_benches, print_sanitizers, print_tests
 
+sys.path.insert(0, str(ROOT))  # nothing is built or installed yet
+
 SECONDS = 560  # for everything: a call on a lent machine is cut off a little later
 # Of `all`: the seconds after which each target gives way to the next. What one leaves, it gets.
 ENDS = {"test": 190, "bench": 440, "sanitize": SECONDS}
@@ -49,6 +49,7 @@ BENCHES = {"downsample": (8, 20), "boundary": (14, 25), "compact": (8, 30), "com
 # Files whose tests take long: a process for each test.
 SPLIT = ("parity", "compact", "compress_step", "llava", "compiled")
 FEW_THREADS = {"OMP_NUM_THREADS": "2"}  # of a process that shares the processors
+TRITON = importlib.util.find_spec("triton") is not None
 DRY_RUN = os.environ.get("ADSC_GPU_DRY_RUN") == "1"
 SLACK = 10 if DRY_RUN else 1  # times as long: a dry run may have half a processor, and no lease
 PREBUILT = ROOT / "adsc_kernels" / "libadsc_ops.sources"  # what the library was made from
@@ -78,7 +79,7 @@ def test_jobs(folder: Path, only: str, deadline: float) -> list[Job]:
     names = {file.stem.removeprefix("test_"): file for file in files}
     if DRY_RUN:
         jobs = [pytest_job(folder, "all files", [*map(str, files)], "cpu")]
-        if "bad_input" in names and version_of("triton"):
+        if "bad_input" in names and TRITON:
             what = [str(names["bad_input"])]
             jobs.append(pytest_job(folder, "bad_input", what, "triton", TRITON_INTERPRET="1"))
         return jobs
@@ -156,7 +157,7 @@ def bench_jobs(folder: Path, only: str, deadline: float) -> list[Job]:
     """The telling cases of each family of ops, and then the rest of each. A job begins no case when
     only what the later ones take is left."""
     environment = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # no processes beside what is timed
-    if DRY_RUN and version_of("triton"):
+    if DRY_RUN and TRITON:
         environment["TRITON_INTERPRET"] = "1"
     wanted = [
         (family, part, BENCHES[family][number])
@@ -244,54 +245,16 @@ def build() -> None:
     compile_for(f"{major}{minor}" + ("a" if major == 9 else ""))
 
 
-def said_by(*command: str) -> str | None:
-    """What a program prints, or None where it isn't there or fails."""
-    if shutil.which(command[0]) is None:
-        return None
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def version_of(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def stamp() -> dict[str, Any]:
-    """What the results depend on."""
-    import torch
-
-    facts: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "dry_run": DRY_RUN,
-        "device": "cpu (dry run)",
-        "driver": None,
-        "commit": os.environ.get("ADSC_COMMIT") or said_by("git", "rev-parse", "HEAD"),
-        "changed_files": len((said_by("git", "status", "--porcelain", "-uno") or "").splitlines()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "nvcc": (re.findall(r"release (\S+),", said_by("nvcc", "--version") or "") or [None])[0],
-    }
-    for package in ("triton", "transformers"):
-        facts[package] = version_of(package)
-    if not DRY_RUN:
-        found = torch.cuda.get_device_properties(0)
-        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
-        facts.update(
-            device=found.name,
-            capability=f"{found.major}.{found.minor}",
-            multiprocessors=found.multi_processor_count,
-            l2_bytes=found.L2_cache_size,
-            memory_bytes=found.total_memory,
-            driver=said_by(*query),
-        )
-    return facts
-
-
 # ---- Running ----
+
+
+def sees_gpus() -> bool:
+    """Whether the driver lists any; the package may not be built, and is not asked."""
+    if shutil.which("nvidia-smi") is None:
+        return False
+    done = subprocess.run(("nvidia-smi", "-L"), capture_output=True, text=True)
+    return done.returncode == 0 and bool(done.stdout.strip())
+
 
 TARGETS = {
     "test": (test_jobs, print_tests),
@@ -352,11 +315,13 @@ def main() -> int:
         return 1
     if why:
         print(f"{name}: {why}; nothing was run and no test counts as passed")
-        return 1 if said_by("nvidia-smi", "-L") else 0  # a GPU that this torch can't use
+        return int(sees_gpus())  # 1: there is one, and this torch can't use it
     begin = time.monotonic()
     if not DRY_RUN:
         build()
-    facts = stamp()
+    from adsc_kernels.stamp import stamp  # not before: the library may have to be built
+
+    facts = stamp("cpu" if DRY_RUN else "cuda", dry_run=DRY_RUN)
     if options.target != "all":
         return not run_target(options.target, options.only, begin + options.seconds, facts)
     share = options.seconds / SECONDS  # of time, against what ENDS says

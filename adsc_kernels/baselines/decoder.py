@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import cast
 
@@ -51,7 +52,7 @@ class Rows:
         """Where each sequence begins, and the total."""
         return [0, *accumulate(self.seq_lens)]
 
-    @property
+    @cached_property  # an upload, which every layer asks for
     def cu_seqlens(self) -> Tensor:
         return torch.tensor(self.firsts, dtype=torch.int32, device=self.positions.device)
 
@@ -118,7 +119,7 @@ def run(model: Llava, x: Tensor, rows: Rows, select: Select | None = None) -> tu
             here = View(layer, normed, rope, rows)
         # Attention reads of a stage what Rows has.
         stage = cast(StagePlan, rows)
-        chunk = StagePass(range(n, n + 1), stage, stage, rows.positions, None)
+        chunk = StagePass(range(n, n + 1), stage, stage, rows.positions)
         x = x + layer.self_attn.o_proj(layer.self_attn(normed, rope, chunk))
         x = x + layer.mlp(layer.post_attention_layernorm.alone(x))
         before = here

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from adsc_kernels.cli import account, bench, doctor, eval, plan, run, train, visualize
+from adsc_kernels.cli import account, bench, doctor, eval, merge, plan, run, train, visualize
 from adsc_kernels.errors import UnsupportedError
 
 UNWRITTEN = 1
@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     visualize.add_parser(commands)
     train.add_parser(commands)
     eval.add_parser(commands)
+    merge.add_parser(commands)
     bench.add_parser(commands)
     doctor.add_parser(commands)
     return parser

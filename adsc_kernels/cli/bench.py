@@ -41,26 +41,60 @@ def add_parser(commands: Any) -> None:
         help="the ops of a boundary, or whole prompts and answers of a decoder (ops)",
     )
     parser.add_argument(
-        "--batch", type=options.integer(1, 2**20), default=8, help="prompts of one picture (8)"
+        "--batch",
+        type=options.integer(1, 2**20),
+        nargs="+",
+        default=[8],
+        help="prompts of one picture (8); e2e takes several",
     )
     parser.add_argument(
         "--hidden", type=options.integer(1, 2**20), default=4096, help="hidden size (4096)"
     )
     parser.add_argument("--keep", default="1/4", help="share of 576 vision tokens (default 1/4)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument(
-        "--shape", choices=tuple(bench_e2e.SHAPES), default="tiny", help="e2e: of the model (tiny)"
-    )
-    positive = options.integer(1, 2**15)
-    parser.add_argument(
-        "--vision", type=positive, default=576, metavar="N", help="e2e: vision tokens (576)"
-    )
-    parser.add_argument(
-        "--new-tokens", type=positive, default=32, metavar="N", help="e2e: of each answer (32)"
-    )
-    parser.add_argument("--runs", type=positive, default=5, metavar="N", help="e2e: timed (5)")
     parser.add_argument("--json", action="store_true", help="print JSON only")
+    _add_e2e(parser)
     parser.set_defaults(execute=execute)
+
+
+def _add_e2e(parser: argparse.ArgumentParser) -> None:
+    """What only whole prompts and answers have."""
+    e2e = parser.add_argument_group("e2e")
+    positive = options.integer(1, 2**15)
+    e2e.add_argument(
+        "--shape", choices=tuple(bench_e2e.SHAPES), default="tiny", help="of the model (tiny)"
+    )
+    e2e.add_argument("--model", metavar="ID", help="a LLaVA-1.5 checkpoint in place of a shape")
+    e2e.add_argument(
+        "--vision",
+        type=positive,
+        nargs="+",
+        default=[576],
+        metavar="N",
+        help="vision tokens of each prompt (576)",
+    )
+    e2e.add_argument(
+        "--new-tokens",
+        type=positive,
+        nargs="+",
+        default=[32],
+        metavar="N",
+        help="of each answer (32)",
+    )
+    e2e.add_argument(
+        "--ways", nargs="+", choices=bench_e2e.WAYS, default=bench_e2e.WAYS, help="of all (all)"
+    )
+    e2e.add_argument(
+        "--memory",
+        type=options.integer(1, 2**20),
+        metavar="GIB",
+        help="also the largest batch that fits so much, and how fast it decodes",
+    )
+    e2e.add_argument(
+        "--headline", action="store_true", help="the cases of the README, two minutes of an H200"
+    )
+    e2e.add_argument("--runs", type=positive, default=5, metavar="N", help="timed (5)")
+    e2e.add_argument("--out", metavar="FILE", help="JSON, written anew with every case")
 
 
 def execute(args: argparse.Namespace) -> None:
@@ -68,15 +102,18 @@ def execute(args: argparse.Namespace) -> None:
     if args.what == "e2e":
         bench_e2e.execute(args)
         return
+    if len(args.batch) != 1:
+        raise ValueError(f"--batch: expected one number for ops, got {len(args.batch)}")
+    (batch,) = args.batch
     schedule = CompressionSchedule.parse(f"1:{args.keep}", num_layers=2)
-    if (size := args.batch * PROMPT * args.hidden * 2) > MOST_BYTES:
+    if (size := batch * PROMPT * args.hidden * 2) > MOST_BYTES:
         raise ValueError(
             f"--batch, --hidden: expected at most {in_bytes(MOST_BYTES)} of rows, got "
             f"{in_bytes(size)}"
         )
     device = options.device(args.device)
     try:
-        found = measure(args.batch, args.hidden, schedule, device)
+        found = measure(batch, args.hidden, schedule, device)
     except RuntimeError as error:  # as torch says that there is no memory, on any device
         raise ValueError(f"--batch, --hidden, --device: {error}") from None
     if args.json:

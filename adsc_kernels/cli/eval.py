@@ -46,6 +46,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--seed", type=options.count, nargs="+", default=[0], help="of random (0)")
     parser.add_argument("--batch", type=options.integer(1, 4096), default=16, help="(16)")
     parser.add_argument("--device", metavar="DEVICE", help="(cuda where there is one, else cpu)")
+    parser.add_argument(
+        "--dtype", choices=options.DTYPES, help="of weights (float16 on a GPU, else float32)"
+    )
     parser.add_argument("--limit", type=options.integer(1), metavar="N", help="of the questions")
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.set_defaults(execute=execute)
@@ -54,8 +57,7 @@ def add_parser(commands: Any) -> None:
 def execute(args: argparse.Namespace) -> None:
     """Print a table of all that was asked for; ``ValueError`` or ``OSError`` for bad input."""
     device = options.device(args.device)
-    import torch
-
+    dtype = options.dtype(args.dtype, device)
     from adsc_kernels.baselines import make_method
     from adsc_kernels.evaluation.results import Results, digest
     from adsc_kernels.evaluation.run import evaluate, questions_of, summary
@@ -68,7 +70,6 @@ def execute(args: argparse.Namespace) -> None:
     folder = find_folder(bundled_checkpoint() if args.model is None else args.model)
     about = {"data": digest(records.file), "questions": len(questions), "model": folder.name}
     results = Results(args.out, about)
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
     model = Llava.from_pretrained(folder, None, device, dtype, adapter=args.adapter)
     keys = list(_asked(args, model))
     methods = [make_method(key["method"], model.config, **_settings(key, model)) for key in keys]

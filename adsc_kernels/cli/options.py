@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 MOST_ROWS = 2**16  # of a grid: each may be a segment of its own
 DEFAULT_LAYERS = 32
+DTYPES = ("float32", "float16", "bfloat16")
 _INTEGER = re.compile(r"-?[0-9]{1,20}")
 _DECIMAL = re.compile(r"-?[0-9]{1,20}(?:\.[0-9]{1,20})?(?:e-?[0-9]{1,2})?")
 _TOKENS = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9}|/[0-9]{1,9})?")
@@ -92,6 +93,16 @@ def device(name: str | None) -> torch.device:
     if found.type == "meta":
         raise ValueError("--device: expected one that holds values, got 'meta'")
     return found
+
+
+def dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """``--dtype``: one of :data:`DTYPES`; float16 on a GPU, else float32."""
+    import torch
+
+    chosen: torch.dtype = getattr(
+        torch, name or ("float16" if device.type == "cuda" else "float32")
+    )
+    return chosen
 
 
 def progress(steps: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:

@@ -17,12 +17,10 @@ from adsc_kernels.images import load_image
 from adsc_kernels.schedule import CompressionSchedule
 
 if TYPE_CHECKING:
-    import torch
     from PIL.Image import Image
 
     from adsc_kernels.llava import Generation, Llava
 
-DTYPES = ("float32", "float16", "bfloat16")
 DEFAULT_OUT = "adsc-run.png"
 
 
@@ -94,7 +92,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--device", metavar="DEVICE", help="(cuda where there is one, else cpu)")
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="of weights and cache (float16 on a GPU, else float32)"
+        "--dtype",
+        choices=options.DTYPES,
+        help="of weights and cache (float16 on a GPU, else float32)",
     )
     parser.add_argument(
         "--out",
@@ -134,7 +134,7 @@ def execute(args: argparse.Namespace) -> None:
     from adsc_kernels.llava.config import LlavaConfig
     from adsc_kernels.sampling import check_options
 
-    dtype = _dtype(args.dtype, device)
+    dtype = options.dtype(args.dtype, device)
     folder = find_folder(bundled if args.model is None else args.model)
     if args.engine == "transformers":
         run_transformers.check(args)
@@ -255,12 +255,3 @@ def _prompt(question: str, num_images: int) -> str:
         raise ValueError("--ask: expected a question, got an empty text")
     pictures = "" if "<image>" in question else "<image>\n" * num_images
     return f"USER: {pictures}{question} ASSISTANT:"
-
-
-def _dtype(name: str | None, device: torch.device) -> torch.dtype:
-    import torch
-
-    chosen: torch.dtype = getattr(
-        torch, name or ("float16" if device.type == "cuda" else "float32")
-    )
-    return chosen

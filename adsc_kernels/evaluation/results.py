@@ -15,7 +15,8 @@ KEY = ("method", "schedule", "budget", "seed", "adapter")
 
 
 class Results:
-    """Entries by `KEY`. `right` is a text of 0 and 1, one for each question done so far.
+    """Entries by `KEY`. `right` is a text of 0 and 1, one for each question done so far; `seconds`
+    are by device and dtype.
 
     Raises ValueError where the file is of other questions or another model.
     """
@@ -35,7 +36,7 @@ class Results:
         for run in self.data["runs"]:
             if all(run.get(name) == key.get(name) for name in KEY):
                 return run
-        run = {**key, "right": "", "seconds": 0.0}
+        run = {**key, "right": "", "seconds": {}}
         self.data["runs"].append(run)
         return run
 

@@ -56,6 +56,9 @@ def evaluate(
 ) -> None:
     """Fill an entry's `right` from where it stands, saving on the way; tick counts questions."""
     done = len(entry["right"])
+    spent = entry["seconds"]
+    dtype = str(model.language_model.norm.weight.dtype).removeprefix("torch.")
+    where = f"{model.device.type} {dtype}"
     saved = time.monotonic()
     for first, part, images in _batches(records, questions[done:], batch):
         started = time.monotonic()
@@ -66,7 +69,7 @@ def evaluate(
             asked = encode(model, prompts, answers, images, numbers)
             right = answered(model, asked, *method.hidden(model, asked))
         entry["right"] += "".join("01"[good] for good in right)
-        entry["seconds"] = round(entry["seconds"] + time.monotonic() - started, 2)
+        spent[where] = round(spent.get(where, 0.0) + time.monotonic() - started, 2)
         tick(len(part))
         if time.monotonic() - saved > SAVE_SECONDS:
             results.save()

@@ -5,6 +5,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from adsc_kernels.kv.pages import Ints
@@ -147,12 +148,17 @@ Kind = TypeVar("Kind", DenseCache, PagedCache)
 def cache_of(kind: type[Kind], given: DenseCache | PagedCache | Tensors, **words: Any) -> Kind:
     """The cache that a call names: all in words, or `given` with the words that it leaves open.
 
-    words: None, False and v_caches=() say nothing.
+    words: all fields but k_caches; None, False and v_caches=() say nothing.
     Raises TypeError for a cache of the other kind, ValueError for what is said in both.
     """
     if not isinstance(given, DenseCache | PagedCache):
-        layout = words.pop("layout")
-        return kind(given, layout="NHD" if layout is None else layout, **words)
+        if words["layout"] is None:
+            words["layout"] = "NHD"
+        if torch.compiler.is_compiling():
+            return kind(given, **words)
+        cache = object.__new__(kind)  # in a third of the time that a frozen class takes
+        cache.__dict__.update(words, k_caches=given)
+        return cache
     if not isinstance(given, kind):
         raise TypeError(
             f"k_caches: expected tensors or a {kind.__name__}, got a {type(given).__name__}"

@@ -1,8 +1,8 @@
 """What the compaction ops check before they call anything, and what they call it with."""
 
-from dataclasses import dataclass
+import operator
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,15 +11,14 @@ from torch import Tensor
 from adsc_kernels import checks
 from adsc_kernels.backend import CHECK
 from adsc_kernels.errors import UnsupportedError
-from adsc_kernels.kv.cache import Blocks, DenseCache, PagedCache
+from adsc_kernels.kv.cache import Blocks, CacheStage, DenseCache, PagedCache
 from adsc_kernels.kv.pages import CompactionResult, HostRows, Ints, Pages, check_pages
 from adsc_kernels.kv.rows import check_ints, check_rows
 from adsc_kernels.kv.tensors import Caches, axis, check_caches, usual_caches
 from adsc_kernels.rows import check_table, check_tensor, is_readable
 
 
-@dataclass(frozen=True)
-class CompactionCall:
+class CompactionCall(NamedTuple):
     """The arguments of one of the two ops, checked, and what the host knows of its results."""
 
     arguments: tuple[Any, ...]  # in the order of the op's schema
@@ -53,24 +52,30 @@ class CompactionCall:
         )
 
 
-def check_dense(cache: DenseCache, native: bool = False) -> CompactionCall:
+def check_dense(
+    cache: DenseCache, stage: CacheStage | None, native: bool = False
+) -> CompactionCall:
     """The arguments of `compact_kv_`. Raises as it does.
 
+    stage: the cache's, or what stands for one.
     native: but for what the native op checks itself, and is left to.
     """
     caches = usual_caches(cache) if native else check_caches(cache)
-    rows, host = check_rows(cache, caches, with_sources=False, native=native)
-    starts, room = _room(cache, caches, host.batch)
-    for b, (length, space) in enumerate(zip(host.seq_lens, room, strict=True)):
-        if length > space:
-            raise ValueError(
-                f"seq_lens: expected at most {space} rows, the room of sequence {b}, got {length}"
-            )
+    rows, host = check_rows(cache, stage, caches, with_sources=False, native=native)
+    starts, room = _room(cache, stage, caches, host.batch)
+    if any(map(operator.gt, host.seq_lens, room)):
+        b = next(i for i, length in enumerate(host.seq_lens) if length > room[i])
+        raise ValueError(
+            f"seq_lens: expected at most {room[b]} rows, the room of sequence {b}, "
+            f"got {host.seq_lens[b]}"
+        )
     arguments = (caches.tensors, caches.num_layers, *rows, starts, cache.layout)
     return CompactionCall(arguments, caches, host.new_lens, paged=False)
 
 
-def _room(cache: DenseCache, caches: Caches, batch: int) -> tuple[Tensor | None, tuple[int, ...]]:
+def _room(
+    cache: DenseCache, stage: CacheStage | None, caches: Caches, batch: int
+) -> tuple[Tensor | None, tuple[int, ...]]:
     """Where each sequence begins, in a packed cache, and how many rows it has room for."""
     first = caches.tensors[0]
     if first.dim() == 4:
@@ -93,7 +98,6 @@ def _room(cache: DenseCache, caches: Caches, batch: int) -> tuple[Tensor | None,
                 f"seq_starts: expected rising boundaries of at most {caches.tokens}, got {bounds}"
             )
         return starts, tuple(b - a for a, b in pairwise(bounds))
-    stage = cache.stage
     if stage is None:
         raise ValueError("seq_starts: expected it for packed caches with keep_indices, got None")
     if stage.num_tokens_in > caches.tokens:
@@ -104,13 +108,15 @@ def _room(cache: DenseCache, caches: Caches, batch: int) -> tuple[Tensor | None,
     return stage.cu_seqlens_in, () if torch.compiler.is_compiling() else stage.seq_lens_in
 
 
-def check_paged(cache: PagedCache, native: bool = False) -> CompactionCall:
+def check_paged(
+    cache: PagedCache, stage: CacheStage | None, native: bool = False
+) -> CompactionCall:
     """`check_dense` for `compact_paged_kv_`."""
     checks.flag("edit_table", cache.edit_table)
     caches = usual_caches(cache) if native else check_caches(cache)
     size, num_blocks = _block_size(cache, caches)
     with_sources = cache.edit_table or cache.read_only_blocks is not None
-    rows, host = check_rows(cache, caches, with_sources, native)
+    rows, host = check_rows(cache, stage, caches, with_sources, native)
     first = caches.tensors[0]
     _check_block_table(cache, first, size, host)
     if cache.edit_table and rows.keep_indices is not None and rows.keep_indices.shape[:2] != (1, 1):

@@ -74,8 +74,7 @@ class CompactionResult:
     free_blocks: np.ndarray | None = None
 
 
-@dataclass(frozen=True)
-class HostRows:
+class HostRows(NamedTuple):
     """How long the parts of each sequence are: prefix | rows to choose from | suffix.
 
     A graph that is traced knows no lengths, so that it serves all batches: all are empty then.
@@ -93,6 +92,8 @@ class HostRows:
 
     @property
     def new_lens(self) -> tuple[int, ...]:
+        if self.source_lens is self.seq_lens:
+            return self.kept_lens
         parts = zip(self.seq_lens, self.source_lens, self.kept_lens, strict=True)
         return tuple(total - source + kept for total, source, kept in parts)
 

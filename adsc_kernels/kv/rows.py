@@ -13,6 +13,7 @@ from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.kv.cache import CacheStage, DenseCache, IntsLike, PagedCache
 from adsc_kernels.kv.pages import HostRows, Ints
 from adsc_kernels.kv.tensors import Caches
+from adsc_kernels.plan import StagePlan
 from adsc_kernels.rows import check_table, is_readable
 
 
@@ -28,13 +29,20 @@ class Rows(NamedTuple):
 
 
 def check_rows(
-    cache: DenseCache | PagedCache, caches: Caches, with_sources: bool, native: bool
+    cache: DenseCache | PagedCache,
+    stage: CacheStage | None,
+    caches: Caches,
+    with_sources: bool,
+    native: bool,
 ) -> tuple[Rows, HostRows]:
-    """with_sources: those of a stage too. native: a native op is to check the stage's tables."""
-    like, stage = caches.tensors[0], cache.stage
+    """stage: the cache's. with_sources: those of a stage too. native: a native op is to check the
+    stage's tables."""
+    if native and type(stage) is StagePlan and _says_all(stage, cache):
+        return _rows_of_plan(stage, with_sources)
+    like = caches.tensors[0]
     if stage is not None and not native:
         _check_fields(stage)
-    _check_words(cache)
+    _check_words(cache, stage)
     kept: Ints | None = None
     if stage is not None:
         if not native or not _is_usual(stage):
@@ -48,7 +56,7 @@ def check_rows(
     total = _some_ints(cache.seq_lens, "seq_lens", batch, like)
     rows = _some_ints(cache.cu_rows, "cu_rows", batch + 1, like, rising=True)
     device = [None if ints is None else ints.device for ints in (rows, prefix, total)]
-    mapping = _mapping(cache, caches, kept, device)
+    mapping = _mapping(cache, stage, caches, kept, device)
     if torch.compiler.is_compiling():
         return mapping, HostRows(batch, (), (), (), (), None)
     prefix_host = (0,) * batch if prefix is None else prefix.host
@@ -75,14 +83,37 @@ def check_rows(
     return mapping, HostRows(batch, prefix_host, source_host, kept_host, total_host, sources)
 
 
+def _says_all(stage: StagePlan, cache: DenseCache | PagedCache) -> bool:
+    """Whether a plan's stage is all that says which rows stay, and nothing is wrong with it but
+    what a native op finds."""
+    return (
+        cache.keep_indices is None
+        and cache.cu_kept is None
+        and cache.cu_rows is None
+        and cache.prefix_lens is None
+        and cache.seq_lens is None
+        and stage.only_drops
+        and _is_usual(stage)
+    )
+
+
+def _rows_of_plan(stage: StagePlan, with_sources: bool) -> tuple[Rows, HostRows]:
+    lens, batch = stage.seq_lens_in, len(stage.seq_lens)
+    sources = _stage_sources(stage) if with_sources else None
+    return (
+        Rows(stage.segments, None, stage.cu_seqlens, stage.cu_seqlens_in, None, None),
+        HostRows(batch, (0,) * batch, lens, stage.seq_lens, lens, sources),
+    )
+
+
 def _mapping(
     cache: DenseCache | PagedCache,
+    stage: CacheStage | None,
     caches: Caches,
     kept: Ints | None,
     device: list[Tensor | None],
 ) -> Rows:
     """device: cu_rows, prefix_lens and seq_lens."""
-    stage = cache.stage
     if stage is not None:
         of_stage = (stage.segments, None, stage.cu_seqlens, stage.cu_seqlens_in)
         return Rows(*of_stage, *device[1:])
@@ -97,9 +128,8 @@ def _check_fields(stage: CacheStage) -> None:
         checks.has("stage", stage, "a StagePlan, which says whose rows are whose", lengths)
 
 
-def _check_words(cache: DenseCache | PagedCache) -> None:
+def _check_words(cache: DenseCache | PagedCache, stage: CacheStage | None) -> None:
     """Which of them go together."""
-    stage = cache.stage
     if (stage is None) == (cache.keep_indices is None):
         both = "both" if stage is not None else "neither"
         raise ValueError(f"stage, keep_indices: expected exactly one of them, got {both}")

@@ -1,6 +1,5 @@
 """What the compaction ops check of a cache's tensors."""
 
-import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -107,41 +106,44 @@ def has_place(x: Tensor) -> bool:
     return not (traced or x.device.type == "meta" or isinstance(x, FakeTensor))
 
 
-_dtype = operator.attrgetter("dtype")
-_requires_grad = operator.attrgetter("requires_grad")
-
-
 def usual_caches(cache: DenseCache | PagedCache) -> Caches:
-    """`check_caches` in front of a native op, which itself checks places, shapes and strides and
-    that no two tensors share memory: of the usual caches, K and V without scales, only what the op
-    isn't told is looked at here. Whatever else comes goes the whole way."""
+    """`check_caches` in front of a native op, which itself checks places, shapes and strides, that
+    the caches of a kind are alike and that no two share memory: of the usual caches, K and V
+    without scales, only what the op isn't told is looked at here. Whatever else comes goes the
+    whole way."""
     k, v = cache.k_caches, cache.v_caches
     k = [k] if isinstance(k, Tensor) else k
     v = [v] if isinstance(v, Tensor) else [] if v is None else v
     first, layout = k[0], cache.layout
-    tensors = [*k, *v]
     rank = first.dim()
     if (
         (rank != 3 and rank != 4)
-        or (len(v) != len(k) and cache.v_caches is not None)
+        or (cache.v_caches is not None and (len(v) != len(k) or not _are_alike(first, v[0])))
         or cache.k_scales is not None
         or cache.v_scales is not None
         or (layout != "NHD" and layout != "HND")
-        or {*map(Tensor.dim, tensors)} != {rank}
-        or {*map(_dtype, tensors)} != {first.dtype}
-        or (torch.is_grad_enabled() and any(map(_requires_grad, tensors)))
-        or (not torch.is_inference_mode_enabled() and any(map(Tensor.is_inference, tensors)))
     ):
         return check_caches(cache)
-    head = axis(rank, layout, "head")
+    tensors = [*k, *v]
+    if (torch.is_grad_enabled() and torch._C._any_requires_grad(tensors)) or (
+        not torch.is_inference_mode_enabled() and any(map(Tensor.is_inference, tensors))
+    ):
+        return check_caches(cache)
+    head = rank - 2 if layout == "NHD" else rank - 3
+    shape = first.shape
     return Caches(
         tensors,
         len(k),
-        (first.shape[head], v[0].shape[head]) if v else (first.shape[head],),
+        (shape[head], v[0].shape[head]) if v else (shape[head],),
         False,
-        *_blocks_and_tokens(first, rank, layout),
+        shape[0] if rank == 4 else 1,
+        shape[2 * rank - 5 - head],
         ("k_caches", "v_caches") if v else ("k_caches",),
     )
+
+
+def _are_alike(k: Tensor, v: Tensor) -> bool:
+    return v.dtype == k.dtype and v.dim() == k.dim()
 
 
 def _check_type(x: Tensor, name: str, i: int, like: Tensor, first: Tensor) -> None:

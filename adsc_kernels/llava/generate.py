@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from adsc_kernels import checks
 from adsc_kernels.cache import KVCache, Phase
 from adsc_kernels.decode import DecodeState
-from adsc_kernels.plan import CompressionPlan, make_plan
+from adsc_kernels.plan import CompressionPlan, make_plan, to_device
 from adsc_kernels.sampling import Inbox, check_options, check_stop, choose
 from adsc_kernels.schedule import parse_share
 
@@ -265,8 +266,8 @@ def run(
     chunks = list(zip(talk.cached, ends, strict=True))
     layout = ([0, *accumulate(map(len, talk.tokens))], talk.vision_spans)
     plan = make_plan(model.schedule, *layout, model.device, chunks=chunks)
-    ids = torch.tensor([t for b, (lo, hi) in enumerate(chunks) for t in talk.tokens[b][lo:hi]])
-    x = model.language_model.embed_tokens(ids.to(model.device, non_blocking=True))
+    ids = [t for b, (lo, hi) in enumerate(chunks) for t in talk.tokens[b][lo:hi]]
+    x = model.language_model.embed_tokens(to_device(np.array(ids, np.int64), model.device))
     first = [0, *accumulate(hi - lo for lo, hi in chunks)]
     for (b, start, length, *_), rows in pictures:
         lo, hi = max(chunks[b][0], start), min(chunks[b][1], start + length)
@@ -277,8 +278,7 @@ def run(
     talk.cached = list(ends)
     lens = plan.stages[-1].seq_lens
     last = [end - 1 for end, n in zip(accumulate(lens), lens, strict=True) if n]
-    rows = torch.tensor(last, dtype=torch.int64).to(x.device, non_blocking=True)
-    return x if all_rows else x[rows]
+    return x if all_rows else x[to_device(np.array(last, np.int64), x.device)]
 
 
 def _now(device: torch.device) -> float:

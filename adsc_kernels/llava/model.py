@@ -33,10 +33,11 @@ from adsc_kernels.llava.processor import Processor
 from adsc_kernels.llava.weights import DTYPES as WEIGHT_DTYPES
 from adsc_kernels.llava.weights import Joined, load_weights
 from adsc_kernels.plan import CompressionPlan
-from adsc_kernels.pointwise import Rope, rotate, silu_mul
+from adsc_kernels.pointwise import Place, Rope, rotate, silu_mul
 from adsc_kernels.rows import Stage
 from adsc_kernels.schedule import CompressionSchedule
 
+KV = tuple[Tensor, Tensor]  # of a layer's cache
 GRAPHED_ROWS = 4096  # of a prefill: with more the device is behind the host anyway
 
 
@@ -70,15 +71,16 @@ class Attention(nn.Module):
         self.qkv_proj = Joined(config.hidden_size, parts, bias)
         self.o_proj = nn.Linear(q, config.hidden_size, bias=bias)
 
-    def forward(self, x: Tensor, rope: Rope, stage: StagePass) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, stage: StagePass, cache: KV | None = None) -> Tensor:
         """Rows [T, hidden] to [T, heads * head_dim], for `o_proj`; their K and V are written."""
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
-        cache, keys = stage.cache, None
-        place = None if cache is None else cache.place(self.layer)
+        place = None
+        if cache is not None and stage.slots is not None:
+            place = Place(*cache, stage.slots)
         q, k, v = rotate(qkv, rope, self.num_kv_heads, place)
-        if cache is not None:
-            k, v, keys = cache.seen(self.layer, k, v)
-        return varlen_attention(q, k, v, stage.rows, keys=keys).flatten(-2)
+        if cache is not None and stage.keys is not None:
+            k, v = cache
+        return varlen_attention(q, k, v, stage.rows, keys=stage.keys).flatten(-2)
 
 
 class MLP(nn.Module):
@@ -134,8 +136,11 @@ class Decoder(nn.Module):
         cos, sin = angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
         return Rope(cos.to(dtype), sin.to(dtype))
 
-    def forward(self, x: Tensor, passes: Sequence[StagePass]) -> Tensor:
+    def forward(
+        self, x: Tensor, passes: Sequence[StagePass], cache: KVCache | None = None
+    ) -> Tensor:
         """Rows of stage 0, [T, hidden], to rows of the last stage, before the final norm."""
+        held = [None] * len(self.layers) if cache is None else cache.layers
         residual: Tensor | None = None
         for stage, following in zip(passes, (*passes[1:], None), strict=True):
             # What depends on the layout is made once here, and shared by the stage's layers.
@@ -147,7 +152,7 @@ class Decoder(nn.Module):
                     x = layer.input_layernorm.alone(residual)
                 else:
                     x, residual = layer.input_layernorm(x, residual, stage.same)
-                x = layer.self_attn(x, rope, stage)
+                x = layer.self_attn(x, rope, stage, held[n])
                 same = stage.same
                 if n == stage.layers[-1] and following is not None:
                     # The boundary. Rows that it drops have given their K and V, and are never read
@@ -265,12 +270,13 @@ class Llava(nn.Module):
         passes = passes_of(plan, cache, phase)
 
         def run(x: Tensor) -> Tensor:
-            return self.language_model(x, passes)
+            return self.language_model(x, passes, cache)
 
         if cache is None:
             return run(x)
         short = phase is Phase.PREFILL and len(x) <= GRAPHED_ROWS
-        x = self._graphed(plan.layout, run, cache, x) if short else run(x)
+        place = self._place(cache) if short else ()
+        x = self._graphed(place, plan.layout, passes, run, x)
         cache.advance(plan)
         return x
 
@@ -281,24 +287,35 @@ class Llava(nn.Module):
 
         def run(tokens: Tensor, counters: Tensor, bounds: Tensor) -> Tensor:
             x = self.language_model.embed_tokens(tokens)
-            return self.logits(self.language_model(x, state.passes(counters, bounds)))
+            return self.logits(self.language_model(x, state.passes(counters, bounds), state.cache))
 
+        if state.place is None:  # nothing that it names moves from step to step
+            state.place = self._place(state.cache)
         inputs = (tokens, state.counters, state.bounds)
-        logits = self._graphed(("step", str(self.schedule)), run, state.cache, *inputs)
+        logits = self._graphed(state.place, "step", state.tables, run, *inputs)
         state.advance()
         return logits
 
+    def _place(self, cache: KVCache) -> tuple[Hashable, ...]:
+        """All memory that a graph over this cache reads by address; empty: there can be none."""
+        if not reads_lengths_on_device(cache.device, cache.dtype, self.config.head_dim):
+            return ()
+        weights = (*self.language_model.parameters(), self.head.weight)
+        return (self.schedule, *(w.data_ptr() for w in weights), *cache.place)
+
     def _graphed(
-        self, key: Hashable, run: Callable[..., Tensor], cache: KVCache, *inputs: Tensor
+        self,
+        place: tuple[Hashable, ...],
+        layout: Hashable,
+        tables: object,
+        run: Callable[..., Tensor],
+        *inputs: Tensor,
     ) -> Tensor:
         """run(*inputs), or its CUDA graph: of this layout, these weights, this cache's memory."""
-        config = self.config
-        grouped = config.num_heads != config.num_kv_heads
-        if not reads_lengths_on_device(cache.device, cache.dtype, config.head_dim, grouped):
+        if not place:
             return run(*inputs)
-        weights = (*self.language_model.parameters(), self.head.weight)
-        memory = (*(w.data_ptr() for w in weights), cache.place, current())
-        return self.graphs((key, len(inputs[0]), memory), run, *inputs)
+        key = (place, layout, len(inputs[0]), current())
+        return self.graphs(key, run, *inputs, tables=tables)
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden rows [T, hidden] -> float32 [T, vocab]."""

@@ -11,8 +11,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from adsc_kernels import reference
-from adsc_kernels.backend import INTERPRETED, native_problem, resolve
-from adsc_kernels.errors import UnsupportedError
+from adsc_kernels.backend import INTERPRETED, native_for, native_problem, resolve
 from adsc_kernels.kv.tensors import check_no_transform, check_writable
 
 _libraries = {
@@ -25,6 +24,11 @@ _ON_META = "triton" if native_problem() else "cpu"
 
 # The native ops by name, in C alone: OpOverload's own __call__ is a function in Python.
 _native: dict[str, Callable[..., Any]] = {}
+
+# Each is asked in each call, and takes longer to find than to answer.
+_is_compiling = torch.compiler.is_compiling
+_num_modes = torch._C._len_torch_dispatch_stack
+_transforms_are_active = torch._C._are_functorch_transforms_active
 
 
 def register(
@@ -59,7 +63,10 @@ def register(
         torch.library.register_fake(f"{namespace}::{name}", _on_one_device(fake))
         op = getattr(getattr(torch.ops, namespace), name).default
         if namespace == "adsc_kernels":
-            _native[name] = op._op
+            overloads = getattr(torch.ops.adsc_kernels, name)
+            for overload in overloads.overloads():
+                full = name if overload == "default" else f"{name}.{overload}"
+                _native[full] = getattr(overloads, overload)._op
         if backward is not None and setup is not None and composed is not None:
             setup_here = _with_namespace(setup, getattr(torch.ops, namespace))
             info = Info(backward, setup_here)
@@ -165,18 +172,15 @@ def native(name: str, like: Any) -> Callable[..., Any] | None:
     check nothing, and the function does first.
     """
     if (
-        torch.compiler.is_compiling()
+        _is_compiling()
         or type(like) is not Tensor
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
+        or _num_modes()
+        or _transforms_are_active()
         or forward_ad._current_level >= 0
+        or not native_for(like)
     ):
         return None
-    try:
-        found = resolve(like.device)
-    except UnsupportedError:
-        return None
-    return _native[name] if found == "cpu" or found == "cuda" else None
+    return _native[name]
 
 
 def run(op: Callable[..., Any], *arguments: Any, grad: bool) -> Any:
@@ -200,11 +204,7 @@ def explain(check: Callable[..., Any], *arguments: Any) -> None:
 
 def call(op: Callable[..., Any], *arguments: Any, grad: bool) -> Any:
     """`run`, of what `choose` gave: under torch.compile and transforms op is called as it is."""
-    if (
-        torch.compiler.is_compiling()
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-    ):
+    if _is_compiling() or forward_ad._current_level >= 0 or _transforms_are_active():
         return op(*arguments)
     return run(op, *arguments, grad=grad)
 
@@ -212,7 +212,7 @@ def call(op: Callable[..., Any], *arguments: Any, grad: bool) -> Any:
 def call_in_place(op: Callable[..., Any], *arguments: Any, written: list[Tensor]) -> Any:
     """Calls op, whose arguments `check_writable` has passed, and does for autograd what op's kernel
     in Python (`_writing`) would, in less time."""
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         return op(*arguments)
     with torch._C._AutoDispatchBelowADInplaceOrView():
         results = op(*arguments)

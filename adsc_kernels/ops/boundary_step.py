@@ -31,6 +31,7 @@ from adsc_kernels.ops.rebuild_metadata import (
     as_ints,
     check_layout,
 )
+from adsc_kernels.plan import Once
 from adsc_kernels.rows import Stage, check_rows, list_of, movement, row_source
 
 
@@ -55,6 +56,15 @@ class BatchLayout:
         """What stays: of a span, or of a grid's rows and columns. Raises where a field is bad."""
         checks.integer("layout.num_tokens", self.num_tokens, 0)
         return check_layout(self.cu_seqlens, self.spans, self.keep, self.pattern, self.max_height)
+
+    @Once
+    def arguments(self) -> tuple[Any, ...]:
+        """The fields as an op takes them, up to num_tokens, looked at once: they never change.
+
+        What the two tensors are by the time of a call is the op's to check.
+        """
+        keep = as_ints(self.fractions())
+        return self.cu_seqlens, self.spans, keep, self.pattern, self.max_height or 0
 
 
 class BoundaryStep(NamedTuple):
@@ -139,10 +149,18 @@ def boundary_arguments(
     layout: BatchLayout | None,
 ) -> tuple[Any, ...]:
     """The arguments of a native op, which checks them, but what it isn't told."""
-    if layout is not None:
+    if layout is None:
+        segments, indices, num_tokens = movement(stage, keep_indices, hidden.shape[0])
+        return (hidden, residual, weight, eps, others, segments, indices, *_NO_LAYOUT, num_tokens)
+    if (
+        type(layout) is not BatchLayout
+        or type(layout.keep) is list  # which may have changed
+        or stage is not None
+        or keep_indices is not None
+    ):
         return check_boundary(hidden, stage, residual, weight, eps, others, keep_indices, layout)
-    segments, indices, num_tokens = movement(stage, keep_indices, hidden.shape[0])
-    return (hidden, residual, weight, eps, others, segments, indices, *_NO_LAYOUT, num_tokens)
+    rows = (hidden, residual, weight, eps, others, None, None)
+    return (*rows, *layout.arguments, layout.num_tokens)
 
 
 def check_boundary(

@@ -141,14 +141,14 @@ def _compact(
 ) -> CompactionResult:
     op = native(name, cache.first())
     if op is None:
-        call = check(cache)
+        call = check(cache, cache.stage)
         op = choose(name, call.device)
         return call.result(*call_in_place(op, *call.arguments, written=call.caches.tensors))
     try:
-        call = check(cache, native=True)
+        call = check(cache, cache.stage, native=True)
         results = call_in_place(op, *call.arguments, written=call.caches.tensors)
     except Exception:
-        explain(check, cache)
+        explain(check, cache, cache.stage)
         raise
     return call.result(*results)
 

@@ -1,15 +1,14 @@
 """A boundary's step and the compaction of caches written before it, in one launch."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from adsc_kernels import fakes
 from adsc_kernels.errors import UnsupportedError
-from adsc_kernels.kv.cache import DenseCache, PagedCache
+from adsc_kernels.kv.cache import CacheStage, DenseCache, PagedCache
 from adsc_kernels.kv.check import CompactionCall, check_dense, check_paged
 from adsc_kernels.kv.overlap import check_apart
 from adsc_kernels.kv.pages import CompactionResult
@@ -70,14 +69,18 @@ def compress_step(
     """
     others = list_of(others, "others")
     given = (hidden, cache, stage, residual, weight, eps, others, keep_indices, layout)
-    op = native("compress_step", hidden) if is_usual_eps(eps) else None
+    op = native("compress_step.new", hidden) if is_usual_eps(eps) else None
     if op is None:
         arguments, compaction = _check(*given)
-        outputs, results = _run(choose("compress_step", hidden.device), arguments, compaction)
+        outputs = fakes.boundary_step(*arguments)
+        op = choose("compress_step", hidden.device)
+        both = (*arguments, *_op_arguments(compaction), outputs)
+        results = call_in_place(op, *both, written=compaction.caches.tensors)
     else:
         try:
             arguments, compaction = _usual_arguments(*given)
-            outputs, results = _run(op, arguments, compaction)
+            both = (*arguments, *_op_arguments(compaction))
+            outputs, results = call_in_place(op, *both, written=compaction.caches.tensors)
         except Exception:
             explain(_check, *given)
             raise
@@ -85,15 +88,6 @@ def compress_step(
         step_of(outputs, residual is not None, len(others)),
         compaction.result(*(results if compaction.paged else results[:2])),
     )
-
-
-def _run(
-    op: Callable[..., Any], arguments: tuple[Any, ...], compaction: CompactionCall
-) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """What the boundary's rows are written to, and what the op returns."""
-    outputs = fakes.boundary_step(*arguments)
-    both = (*arguments, *_op_arguments(compaction), outputs)
-    return outputs, call_in_place(op, *both, written=compaction.caches.tensors)
 
 
 def _usual_arguments(
@@ -154,7 +148,8 @@ def _check_cache(
 ) -> CompactionCall:
     if not isinstance(cache, DenseCache | PagedCache):
         raise TypeError(f"cache: expected a DenseCache or a PagedCache, got {type(cache).__name__}")
-    if cache.stage is None and cache.keep_indices is None:
+    own = cache.stage
+    if own is None and cache.keep_indices is None:
         if layout is not None:
             raise UnsupportedError(
                 "layout: the rows of a cache can't come from it; expected a stage or keep_indices "
@@ -169,11 +164,10 @@ def _check_cache(
                 "stage: expected a StagePlan, which says whose rows are whose, or one in cache, "
                 f"got {type(stage).__name__}"
             )
-        own: Any = stage
-        cache = replace(cache, stage=own)
+        own = cast(CacheStage, stage)
     if isinstance(cache, DenseCache):
-        return check_dense(cache, native)
-    return check_paged(cache, native)
+        return check_dense(cache, own, native)
+    return check_paged(cache, own, native)
 
 
 def _op_arguments(call: CompactionCall) -> tuple[Any, ...]:

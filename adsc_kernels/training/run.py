@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -49,8 +50,9 @@ def train(config: TrainConfig) -> Path:
         seconds = _add_time(out, facts["started"], trainer)
         trainer.set_schedule(None)
         if trainer.is_world_process_zero():
-            training = {**asdict(config), "seconds": round(seconds, 1)}
-            for name in ("model", "data", "out", "pictures"):  # names of places on one machine
+            training = {**asdict(config), "seconds": seconds}
+            # Places on one machine; the devices that it ran on are in `seconds`.
+            for name in ("model", "data", "out", "pictures", "device"):
                 training.pop(name)
             name = Path(config.model).name if Path(config.model).is_dir() else config.model
             _write(trainer, adapter, facts["schedule"], facts["base"], name, training)
@@ -159,8 +161,6 @@ def _arguments(config: TrainConfig, states: Path) -> TrainingArguments:
 
 def _claim(out: Path, config: TrainConfig) -> None:
     """A folder belongs to one configuration, which is written into it."""
-    import json
-
     file = out / "config.json"
     mine = json.loads(json.dumps(asdict(config)))
     if file.is_file():
@@ -197,14 +197,15 @@ def _write(
     os.replace(part, adapter)
 
 
-def _add_time(out: Path, started: float, trainer: ScheduledTrainer) -> float:
-    """Seconds of computing of all of a run's sittings, kept in its folder."""
-    file = out / "seconds"
-    before = float(file.read_text()) if file.is_file() else 0.0
-    total = before + time.monotonic() - started
+def _add_time(out: Path, started: float, trainer: ScheduledTrainer) -> dict[str, float]:
+    """Seconds of computing of all of a run's sittings by device, kept in its folder."""
+    file = out / "seconds.json"
+    seconds: dict[str, float] = read_json(file) if file.is_file() else {}
+    device = trainer.args.device.type
+    seconds[device] = round(seconds.get(device, 0.0) + time.monotonic() - started, 1)
     if trainer.is_world_process_zero():
-        _put(file, f"{total:.1f}\n")
-    return total
+        _put(file, json.dumps(seconds) + "\n")
+    return seconds
 
 
 def _left(states: Path) -> str:

@@ -11,11 +11,13 @@
 namespace adsc::ops {
 namespace {
 
-std::vector<Tensor> boundary_step(Tensor hidden, OptionalTensor residual, OptionalTensor weight,
-                                  double eps, std::vector<Tensor> others, OptionalTensor segments,
-                                  OptionalTensor keep_indices, OptionalTensor cu_seqlens,
-                                  OptionalTensor spans, std::vector<int64_t> keep,
-                                  std::string pattern, int64_t max_height, int64_t num_tokens) {
+std::vector<Tensor> boundary_step(const Tensor& hidden, const OptionalTensor& residual,
+                                  const OptionalTensor& weight, double eps,
+                                  const std::vector<Tensor>& others, const OptionalTensor& segments,
+                                  const OptionalTensor& keep_indices,
+                                  const OptionalTensor& cu_seqlens, const OptionalTensor& spans,
+                                  const std::vector<int64_t>& keep, const std::string& pattern,
+                                  int64_t max_height, int64_t num_tokens) {
   BoundaryCall call = boundary_call({.hidden = hidden,
                                      .residual = residual,
                                      .weight = weight,

@@ -65,6 +65,16 @@ void check_device(const Tensor& tensor, const char* name, const Tensor& like,
         device_name(tensor));
 }
 
+void check_devices(const std::vector<Tensor>& tensors, const char* name, const Tensor& like,
+                   const char* like_name) {
+  const int32_t type = device_type_of(like);
+  const auto index = like.get_device_index();
+  for (const Tensor& tensor : tensors) {
+    if (device_type_of(tensor) == type && tensor.get_device_index() == index) continue;
+    check_device(tensor, name, like, like_name);
+  }
+}
+
 StridedMemory memory_of(const Tensor& tensor) { return memory_at(tensor.const_data_ptr(), tensor); }
 
 StridedMemory mutable_memory_of(const Tensor& tensor) {

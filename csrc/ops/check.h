@@ -10,6 +10,7 @@
 #include <ostream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "overlap.h"
 #include "text.h"
@@ -43,6 +44,9 @@ bool host_can_read(const Tensor& tensor);
 // That `tensor` lies where `like` does.
 void check_device(const Tensor& tensor, const char* name, const Tensor& like,
                   const char* like_name);
+// The same of all.
+void check_devices(const std::vector<Tensor>& tensors, const char* name, const Tensor& like,
+                   const char* like_name);
 
 // Where it lies, to be read or to be written; refers to the tensor.
 StridedMemory memory_of(const Tensor& tensor);

@@ -9,11 +9,11 @@
 namespace adsc::ops {
 namespace {
 
-std::tuple<Tensor, Tensor> compact_kv_(std::vector<Tensor> caches, int64_t num_layers,
-                                       OptionalTensor segments, OptionalTensor keep_indices,
-                                       Tensor cu_kept, OptionalTensor cu_rows,
-                                       OptionalTensor prefix_lens, OptionalTensor seq_lens,
-                                       OptionalTensor seq_starts, std::string cache_layout) {
+std::tuple<Tensor, Tensor> compact_kv_(
+    const std::vector<Tensor>& caches, int64_t num_layers, const OptionalTensor& segments,
+    const OptionalTensor& keep_indices, const Tensor& cu_kept, const OptionalTensor& cu_rows,
+    const OptionalTensor& prefix_lens, const OptionalTensor& seq_lens,
+    const OptionalTensor& seq_starts, const std::string& cache_layout) {
   const CompactionCall call = dense_compaction({.caches = caches,
                                                 .num_layers = num_layers,
                                                 .segments = segments,

@@ -10,10 +10,11 @@ namespace adsc::ops {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> compact_paged_kv_(
-    std::vector<Tensor> caches, int64_t num_layers, Tensor block_table, int64_t block_size,
-    OptionalTensor segments, OptionalTensor keep_indices, Tensor cu_kept, OptionalTensor cu_rows,
-    OptionalTensor prefix_lens, OptionalTensor seq_lens, bool edit_table,
-    OptionalTensor read_only_blocks, std::string cache_layout) {
+    const std::vector<Tensor>& caches, int64_t num_layers, const Tensor& block_table,
+    int64_t block_size, const OptionalTensor& segments, const OptionalTensor& keep_indices,
+    const Tensor& cu_kept, const OptionalTensor& cu_rows, const OptionalTensor& prefix_lens,
+    const OptionalTensor& seq_lens, bool edit_table, const OptionalTensor& read_only_blocks,
+    const std::string& cache_layout) {
   const CompactionCall call = paged_compaction({.caches = caches,
                                                 .num_layers = num_layers,
                                                 .segments = segments,

@@ -121,7 +121,8 @@ void check_apart(const std::vector<StridedMemory>& memory, const std::vector<Ten
   check(false, "caches[", i, "], caches[", j, "]: expected tensors that don't share memory");
 }
 
-// The caches that hold anything, of one shape in blocks and tokens.
+// The caches that hold anything, of one shape in blocks and tokens. Those of a kind (K, V or the
+// scales of either, num_layers each) have a dtype and a rank of their own.
 void set_tensors(const CompactionArguments& a, CompactionCall& call) {
   Compaction& c = call.compaction;
   const Tensor& first = a.caches[0];
@@ -130,13 +131,22 @@ void set_tensors(const CompactionArguments& a, CompactionCall& call) {
   c.num_blocks = axes.block < 0 ? 1 : first.size(axes.block);
   c.num_tokens = first.size(axes.token);
   check(c.num_tokens <= kMost || rank == 3, "caches[0]: expected below 2^31 tokens a block");
+  check_devices(a.caches, "caches", first, "caches[0]");
   std::vector<StridedMemory> memory;
   memory.reserve(a.caches.size());
   call.tensors.reserve(a.caches.size());
+  int32_t dtype = 0;
+  size_t kind = 0;  // where it begins
   for (size_t i = 0; i < a.caches.size(); ++i) {
     const Tensor& tensor = a.caches[i];
-    check_device(tensor, "caches", first, "caches[0]");
+    const auto layer = static_cast<int32_t>(static_cast<int64_t>(i) % a.num_layers);
     const StridedMemory& x = memory.emplace_back(mutable_memory_of(tensor));
+    if (layer == 0) {
+      kind = i;
+      dtype = dtype_of(tensor);
+    }
+    check(dtype_of(tensor) == dtype && x.rank == memory[kind].rank, "caches[", i,
+          "]: expected dtype and dimensions of caches[", kind, "], got others");
     check(x.rank <= rank && x.rank + 2 >= rank, "caches[", i, "]: expected ", rank - 2, " to ",
           rank, " dimensions, got shape ", Shape{tensor});
     const Axes own = axes_of(x.rank, rank, a.cache_layout);
@@ -145,7 +155,6 @@ void set_tensors(const CompactionArguments& a, CompactionCall& call) {
         "caches[", i, "]: expected ", c.num_blocks, " blocks of ", c.num_tokens,
         " tokens, as caches[0], got shape ", Shape{tensor});
     if (is_empty(x)) continue;
-    const auto layer = static_cast<int32_t>(static_cast<int64_t>(i) % a.num_layers);
     call.tensors.push_back(cache_tensor(x, i, c, own, layer));
   }
   check_apart(memory, a.caches);

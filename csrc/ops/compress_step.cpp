@@ -2,7 +2,6 @@
 #include "cuda/compress_step.h"
 
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "ops/boundary_call.h"
@@ -13,97 +12,97 @@
 namespace adsc::ops {
 namespace {
 
-// What compress_step takes of a cache besides the arguments of a compaction.
-struct CacheArguments {
-  const OptionalTensor& block_table;
+// The arguments of either form of the op, in the order of its schema.
+struct StepArguments {
+  Tensor hidden;
+  OptionalTensor residual;
+  OptionalTensor weight;
+  double eps;
+  std::vector<Tensor> others;
+  OptionalTensor segments;
+  OptionalTensor keep_indices;
+  OptionalTensor cu_seqlens;
+  OptionalTensor spans;
+  std::vector<int64_t> keep;
+  std::string pattern;
+  int64_t max_height;
+  int64_t num_tokens;
+  std::vector<Tensor> caches;
+  int64_t num_layers;
+  OptionalTensor block_table;
   int64_t block_size;
-  const OptionalTensor& seq_starts;
+  OptionalTensor cache_segments;
+  OptionalTensor cache_keep_indices;
+  Tensor cu_kept;
+  OptionalTensor cu_rows;
+  OptionalTensor prefix_lens;
+  OptionalTensor seq_lens;
+  OptionalTensor seq_starts;
   bool edit_table;
-  const OptionalTensor& read_only_blocks;
+  OptionalTensor read_only_blocks;
+  std::string cache_layout;
 };
 
-CompactionCall cache_compaction(const CompactionArguments& a, const CacheArguments& cache) {
-  if (cache.block_table.has_value()) {
-    check(!cache.seq_starts.has_value(),
+BoundaryCall boundary_of(const StepArguments& a) {
+  return boundary_call({.hidden = a.hidden,
+                        .residual = a.residual,
+                        .weight = a.weight,
+                        .eps = a.eps,
+                        .others = a.others,
+                        .segments = a.segments,
+                        .keep_indices = a.keep_indices,
+                        .cu_seqlens = a.cu_seqlens,
+                        .spans = a.spans,
+                        .keep = a.keep,
+                        .pattern = a.pattern,
+                        .max_height = a.max_height,
+                        .num_tokens = a.num_tokens});
+}
+
+CompactionCall compaction_of(const StepArguments& a) {
+  const CompactionArguments cache{.caches = a.caches,
+                                  .num_layers = a.num_layers,
+                                  .segments = a.cache_segments,
+                                  .keep_indices = a.cache_keep_indices,
+                                  .cu_kept = a.cu_kept,
+                                  .cu_rows = a.cu_rows,
+                                  .prefix_lens = a.prefix_lens,
+                                  .seq_lens = a.seq_lens,
+                                  .cache_layout = a.cache_layout};
+  if (a.block_table.has_value()) {
+    check(!a.seq_starts.has_value(),
           "block_table, seq_starts: expected at most one of them, got both");
-    return paged_compaction(a, {.block_table = *cache.block_table,
-                                .block_size = cache.block_size,
-                                .edit_table = cache.edit_table,
-                                .read_only_blocks = cache.read_only_blocks});
+    return paged_compaction(cache, {.block_table = *a.block_table,
+                                    .block_size = a.block_size,
+                                    .edit_table = a.edit_table,
+                                    .read_only_blocks = a.read_only_blocks});
   }
-  check(!cache.edit_table, "edit_table: expected false without block_table");
-  check(!cache.read_only_blocks.has_value(), "read_only_blocks: expected none without block_table");
-  return dense_compaction(a, cache.seq_starts);
+  check(!a.edit_table, "edit_table: expected false without block_table");
+  check(!a.read_only_blocks.has_value(), "read_only_blocks: expected none without block_table");
+  return dense_compaction(cache, a.seq_starts);
 }
 
 // What is read while the caches are written.
-void check_apart(const std::vector<Tensor>& others, const Tensor& hidden,
-                 const OptionalTensor& residual, const OptionalTensor& weight,
-                 const std::vector<Tensor>& caches) {
-  std::vector<StridedMemory> read{memory_of(hidden)};
-  if (residual.has_value()) read.push_back(memory_of(*residual));
-  if (weight.has_value()) read.push_back(memory_of(*weight));
-  for (const Tensor& x : others) read.push_back(memory_of(x));
+void check_apart(const StepArguments& a) {
+  std::vector<StridedMemory> read{memory_of(a.hidden)};
+  if (a.residual.has_value()) read.push_back(memory_of(*a.residual));
+  if (a.weight.has_value()) read.push_back(memory_of(*a.weight));
+  for (const Tensor& x : a.others) read.push_back(memory_of(x));
   std::vector<StridedMemory> written;
-  for (const Tensor& x : caches) written.push_back(mutable_memory_of(x));
+  written.reserve(a.caches.size());
+  for (const Tensor& x : a.caches) written.push_back(mutable_memory_of(x));
   const auto found = find_shared(read, written);
   check(!found.has_value(), "caches[", found.has_value() ? found->second : 0,
         "]: expected a tensor that doesn't share memory with hidden, residual, weight or others");
 }
 
-using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-Results results_of(const CompactionCall& call, const Tensor& like) {
-  const std::vector<Tensor>& results = call.results;
-  if (results.size() == 5) return {results[0], results[1], results[2], results[3], results[4]};
-  const auto none = [&] { return empty(like, {0}, aoti_torch_dtype_int32()); };
-  return {results[0], results[1], none(), none(), none()};
-}
-
-// Long by its arguments, each written once.
-Results compress_step(Tensor hidden, OptionalTensor residual, OptionalTensor weight, double eps,
-                      std::vector<Tensor> others, OptionalTensor segments,
-                      OptionalTensor keep_indices, OptionalTensor cu_seqlens, OptionalTensor spans,
-                      std::vector<int64_t> keep, std::string pattern, int64_t max_height,
-                      int64_t num_tokens, std::vector<Tensor> caches, int64_t num_layers,
-                      OptionalTensor block_table, int64_t block_size, OptionalTensor cache_segments,
-                      OptionalTensor cache_keep_indices, Tensor cu_kept, OptionalTensor cu_rows,
-                      OptionalTensor prefix_lens, OptionalTensor seq_lens,
-                      OptionalTensor seq_starts, bool edit_table, OptionalTensor read_only_blocks,
-                      std::string cache_layout, std::vector<Tensor> outs) {
-  BoundaryCall boundary = boundary_call({.hidden = hidden,
-                                         .residual = residual,
-                                         .weight = weight,
-                                         .eps = eps,
-                                         .others = others,
-                                         .segments = segments,
-                                         .keep_indices = keep_indices,
-                                         .cu_seqlens = cu_seqlens,
-                                         .spans = spans,
-                                         .keep = keep,
-                                         .pattern = pattern,
-                                         .max_height = max_height,
-                                         .num_tokens = num_tokens});
-  check_outputs(outs, boundary.outputs, "outs");
-  boundary.set_outputs(outs);
-  for (const Tensor& cache : caches) check_device(cache, "caches", hidden, "hidden");
-  check_apart(others, hidden, residual, weight, caches);
-  const CompactionCall compaction = cache_compaction({.caches = caches,
-                                                      .num_layers = num_layers,
-                                                      .segments = cache_segments,
-                                                      .keep_indices = cache_keep_indices,
-                                                      .cu_kept = cu_kept,
-                                                      .cu_rows = cu_rows,
-                                                      .prefix_lens = prefix_lens,
-                                                      .seq_lens = seq_lens,
-                                                      .cache_layout = cache_layout},
-                                                     {.block_table = block_table,
-                                                      .block_size = block_size,
-                                                      .seq_starts = seq_starts,
-                                                      .edit_table = edit_table,
-                                                      .read_only_blocks = read_only_blocks});
+// boundary: its outputs are set. Returns what the compaction does.
+std::vector<Tensor> step(const StepArguments& a, const BoundaryCall& boundary) {
+  check_devices(a.caches, "caches", a.hidden, "hidden");
+  check_apart(a);
+  const CompactionCall compaction = compaction_of(a);
   run_on_device_of(
-      hidden,
+      a.hidden,
       [&] {
         run_on_cpu(boundary);  // first: it may still find fault with a layout
         run_on_cpu(compaction);
@@ -113,17 +112,83 @@ Results compress_step(Tensor hidden, OptionalTensor residual, OptionalTensor wei
         check_on_cuda(compaction, stream);
         cuda::compress_step(boundary.moves(), compaction.moves(), stream);
       });
-  return results_of(compaction, hidden);
+  return compaction.results;
 }
 
-ADSC_OP(compress_step,
-        "(Tensor hidden, Tensor? residual, Tensor? weight, float eps, Tensor[] others, "
-        "Tensor? segments, Tensor? keep_indices, Tensor? cu_seqlens, Tensor? spans, int[] keep, "
-        "str pattern, SymInt max_height, SymInt num_tokens, Tensor(a!)[] caches, int num_layers, "
-        "Tensor? block_table, SymInt block_size, Tensor? cache_segments, "
-        "Tensor? cache_keep_indices, Tensor cu_kept, Tensor? cu_rows, Tensor? prefix_lens, "
-        "Tensor? seq_lens, Tensor? seq_starts, bool edit_table, Tensor? read_only_blocks, "
-        "str cache_layout, Tensor(b!)[] outs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+// ---- The two forms, unboxed by hand: so the arguments are written once ----
+
+using torch::stable::detail::from;
+using torch::stable::detail::to;
+
+constexpr uint64_t kArguments = 27;
+
+StepArguments arguments_of(StableIValue* stack) {
+  const auto tensor = [&](size_t i) { return to<OptionalTensor>(stack[i]); };
+  return {.hidden = to<Tensor>(stack[0]),
+          .residual = tensor(1),
+          .weight = tensor(2),
+          .eps = to<double>(stack[3]),
+          .others = to<std::vector<Tensor>>(stack[4]),
+          .segments = tensor(5),
+          .keep_indices = tensor(6),
+          .cu_seqlens = tensor(7),
+          .spans = tensor(8),
+          .keep = to<std::vector<int64_t>>(stack[9]),
+          .pattern = to<std::string>(stack[10]),
+          .max_height = to<int64_t>(stack[11]),
+          .num_tokens = to<int64_t>(stack[12]),
+          .caches = to<std::vector<Tensor>>(stack[13]),
+          .num_layers = to<int64_t>(stack[14]),
+          .block_table = tensor(15),
+          .block_size = to<int64_t>(stack[16]),
+          .cache_segments = tensor(17),
+          .cache_keep_indices = tensor(18),
+          .cu_kept = to<Tensor>(stack[19]),
+          .cu_rows = tensor(20),
+          .prefix_lens = tensor(21),
+          .seq_lens = tensor(22),
+          .seq_starts = tensor(23),
+          .edit_table = to<bool>(stack[24]),
+          .read_only_blocks = tensor(25),
+          .cache_layout = to<std::string>(stack[26])};
+}
+
+// Into outs, which functionalization needs: it knows no op that writes and returns a list.
+void compress_step(StableIValue* stack, uint64_t, uint64_t num_results) {
+  const StepArguments a = arguments_of(stack);
+  const auto outs = to<std::vector<Tensor>>(stack[kArguments]);
+  BoundaryCall boundary = boundary_of(a);
+  check_outputs(outs, boundary.outputs, "outs");
+  boundary.set_outputs(outs);
+  std::vector<Tensor> results = step(a, boundary);
+  while (results.size() < num_results) {
+    results.push_back(empty(a.hidden, {0}, aoti_torch_dtype_int32()));
+  }
+  for (size_t i = 0; i < num_results; ++i) stack[i] = from(results[i]);
+}
+
+// Into new tensors: a call from Python without them takes the half of the time.
+void compress_step_new(StableIValue* stack, uint64_t, uint64_t) {
+  const StepArguments a = arguments_of(stack);
+  BoundaryCall boundary = boundary_of(a);
+  const std::vector<Tensor> outs = allocate(boundary.outputs);
+  boundary.set_outputs(outs);
+  stack[1] = from(step(a, boundary));
+  stack[0] = from(outs);
+}
+
+#define ADSC_STEP                                                                                \
+  "Tensor hidden, Tensor? residual, Tensor? weight, float eps, Tensor[] others, "                \
+  "Tensor? segments, Tensor? keep_indices, Tensor? cu_seqlens, Tensor? spans, int[] keep, "      \
+  "str pattern, SymInt max_height, SymInt num_tokens, Tensor(a!)[] caches, int num_layers, "     \
+  "Tensor? block_table, SymInt block_size, Tensor? cache_segments, Tensor? cache_keep_indices, " \
+  "Tensor cu_kept, Tensor? cu_rows, Tensor? prefix_lens, Tensor? seq_lens, Tensor? seq_starts, " \
+  "bool edit_table, Tensor? read_only_blocks, str cache_layout"
+
+ADSC_BOXED_OP("compress_step", compress_step,
+              "(" ADSC_STEP ", Tensor(b!)[] outs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+// outs, and what a compaction returns
+ADSC_BOXED_OP("compress_step.new", compress_step_new, "(" ADSC_STEP ") -> (Tensor[], Tensor[])")
 
 }  // namespace
 }  // namespace adsc::ops

@@ -48,13 +48,13 @@ std::vector<Tensor> move_rows(const std::vector<Tensor>& xs, const char* name,
   return outs;
 }
 
-Tensor downsample(Tensor x, OptionalTensor segments, OptionalTensor keep_indices,
-                  int64_t num_tokens) {
+Tensor downsample(const Tensor& x, const OptionalTensor& segments,
+                  const OptionalTensor& keep_indices, int64_t num_tokens) {
   return move_rows({x}, "x", segments, keep_indices, num_tokens)[0];
 }
 
-std::vector<Tensor> downsample_many(std::vector<Tensor> xs, OptionalTensor segments,
-                                    OptionalTensor keep_indices, int64_t num_tokens) {
+std::vector<Tensor> downsample_many(const std::vector<Tensor>& xs, const OptionalTensor& segments,
+                                    const OptionalTensor& keep_indices, int64_t num_tokens) {
   return move_rows(xs, "xs", segments, keep_indices, num_tokens);
 }
 

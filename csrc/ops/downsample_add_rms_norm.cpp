@@ -16,10 +16,11 @@
 namespace adsc::ops {
 namespace {
 
-std::tuple<Tensor, Tensor> downsample_add_rms_norm(Tensor x, Tensor residual, Tensor weight,
-                                                   OptionalTensor segments,
-                                                   OptionalTensor keep_indices, int64_t num_tokens,
-                                                   double eps) {
+std::tuple<Tensor, Tensor> downsample_add_rms_norm(const Tensor& x, const Tensor& residual,
+                                                   const Tensor& weight,
+                                                   const OptionalTensor& segments,
+                                                   const OptionalTensor& keep_indices,
+                                                   int64_t num_tokens, double eps) {
   RowNorm norm =
       row_norm({.x = x, .x_name = "x", .residual = residual, .weight = weight, .eps = eps});
   const RowMap map = row_map(segments, keep_indices, num_tokens, x.size(0), x, "x");

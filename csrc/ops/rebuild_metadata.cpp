@@ -15,8 +15,8 @@ namespace adsc::ops {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rebuild_metadata(
-    Tensor cu_seqlens, Tensor spans, std::vector<int64_t> keep, std::string pattern,
-    int64_t max_height) {
+    const Tensor& cu_seqlens, const Tensor& spans, const std::vector<int64_t>& keep,
+    const std::string& pattern, int64_t max_height) {
   MetadataCall call = metadata_call({.cu_seqlens = cu_seqlens,
                                      .spans = spans,
                                      .keep = keep,

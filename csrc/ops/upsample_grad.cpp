@@ -12,8 +12,8 @@
 namespace adsc::ops {
 namespace {
 
-Tensor upsample_grad(Tensor grad, OptionalTensor segments, OptionalTensor keep_indices,
-                     int64_t num_rows) {
+Tensor upsample_grad(const Tensor& grad, const OptionalTensor& segments,
+                     const OptionalTensor& keep_indices, int64_t num_rows) {
   const RowShape shape = row_shape(grad, "grad");
   check(grad.is_contiguous(), "grad: expected a contiguous tensor, got shape ", Shape{grad});
   check(num_rows >= 0, "num_rows: expected at least 0, got ", num_rows);

@@ -20,7 +20,7 @@ PICTURES = FOLDER / "pictures"
 @pytest.fixture(scope="module")
 def both() -> tuple[Any, Any, Any]:
     model = LlavaForConditionalGeneration.from_pretrained(FOLDER, dtype=torch.float32).eval()
-    thin = Llava.from_pretrained(FOLDER, None, "cpu", torch.float32)
+    thin = Llava.from_pretrained(FOLDER, None, torch.get_default_device(), torch.float32)
     return model, AutoProcessor.from_pretrained(FOLDER), thin
 
 

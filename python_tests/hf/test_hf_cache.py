@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -25,13 +27,15 @@ GREEDY: dict[str, Any] = dict(
     min_new_tokens=NEW,
     do_sample=False,
     pad_token_id=0,
+    disable_compile=True,  # static caches' steps, which are compiled on GPUs alone
     suppress_tokens=[IMAGE],  # transformers would look for its picture where nothing is cached
 )
 SCHEDULES = ["1:1/2,3:1/3", "0:2/3,2:1/4@linspace@renumber"]
 
 TOLD = writes_where_told()  # as transformers 5.0 has it
 STATIC = pytest.mark.skipif(TOLD, reason="refused there")
-THEIRS = pytest.mark.skipif(TOLD, reason="there it isn't so without a schedule, either")
+# Neither is so without a schedule in 5.0 and 5.17.
+THEIRS = pytest.mark.skipif(CACHE != "cache", reason="transformers' own, before 5.24")
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +162,7 @@ def test_later_turns_of_an_uneven_batch(model, patched):
         pytest.param(dict(num_beams=2, num_return_sequences=2), marks=THEIRS),
         dict(prompt_lookup_num_tokens=3),
         dict(do_sample=True, num_return_sequences=3),
-        pytest.param(dict(num_beams=2, cache_implementation="static"), marks=STATIC),
+        pytest.param(dict(num_beams=2, cache_implementation="static"), marks=THEIRS),
     ],
     ids=str,
 )
@@ -286,19 +290,26 @@ def test_layers_that_slide_hold_their_window(schedule):
             assert layer.get_seq_length() > window == layer.keys.shape[2] + 1
 
 
+class Stream(nullcontext):
+    def wait_stream(self, other: Any) -> None: ...
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [DynamicCache, pytest.param(StaticCache, marks=STATIC)])
 def test_an_offloaded_cache_is_the_same(model, patched, kind, monkeypatch):
     """Without a GPU streams do nothing, and what is offloaded stays where it is."""
-    from contextlib import nullcontext
-
-    class Stream(nullcontext):
-        def wait_stream(self, other: Any) -> None: ...
-
-    monkeypatch.setattr(torch, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream())
     moved: list[int] = []
-    monkeypatch.setattr(kind, "offload", lambda self, layer, only: moved.append(layer))
+    offload: Any = kind.offload
+    if torch.get_default_device().type == "cpu":
+        monkeypatch.setattr(torch, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream())
+        offload = Mock()
+
+    def moving(self: Any, layer: int, only: bool = True) -> None:
+        moved.append(layer)
+        offload(self, layer, only)
+
+    monkeypatch.setattr(kind, "offload", moving)
     size = {"max_cache_len": 100} if kind is StaticCache else {}
     cache = kind(config=model.config.get_text_config(), offloading=True, **size)
     inputs = MADE.inputs(MADE.rows())

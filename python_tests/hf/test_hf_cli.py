@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 
+import torch
+
 from adsc_kernels.cli import main
 
 
 def run(*more: str) -> int:
     ask = ["--ask", "What is the largest digit?", "--max-new-tokens", "8", "--dtype", "float32"]
-    return main(["run", "--engine", "transformers", *ask, "--device", "cpu", *more])
+    device = str(torch.get_default_device())
+    return main(["run", "--engine", "transformers", *ask, "--device", device, *more])
 
 
 def test_it_answers_dense_and_compressed(capsys, tmp_path, monkeypatch):

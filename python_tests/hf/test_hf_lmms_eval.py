@@ -34,11 +34,13 @@ QUESTIONS = [
 GREEDY = {"max_new_tokens": 6, "until": ["\n\n"]}
 
 
+def options() -> dict[str, str]:
+    return {"dtype": "float32", "device": str(torch.get_default_device())}
+
+
 @pytest.fixture(scope="module")
 def adapted() -> Any:
-    model = ours.AdscModel(
-        str(FOLDER), "4:1/4;8:1/4", batch_size="2", dtype="float32", device="cpu"
-    )
+    model = ours.AdscModel(str(FOLDER), "4:1/4;8:1/4", batch_size="2", **options())
     picture = load_image(FOLDER / "pictures" / PICTURE)
     model.task_dict = {"digits": {"test": [(picture, question) for question in QUESTIONS]}}
     return model
@@ -83,7 +85,7 @@ def test_answers_are_the_patched_models_in_order(adapted):
 def test_it_is_compressed_and_keeps_all_for_a_baseline(adapted):
     assert str(adapted.applied.schedule) == "4:1/4,8:1/4"
     adapted.generate_until([request(0)])
-    dense = ours.AdscModel(str(FOLDER), "1:1", dtype="float32", device="cpu")
+    dense = ours.AdscModel(str(FOLDER), "1:1", **options())
     dense.task_dict = adapted.task_dict
     dense.generate_until([request(0)])
     assert adapted.applied.columns.shape[1] < dense.applied.columns.shape[1]

@@ -136,7 +136,7 @@ def test_lengths_of_packed_sequences_follow(model):
 def test_half_precision_follows(model):
     row = MADE.rows()[1]
     with apply_adsc(model, SCHEDULE):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             out = model(**labelled([row]))
         out.loss.backward()
         model.to(torch.bfloat16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +20,13 @@ def parameters(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(name for name in inspect.signature(function).parameters if name != "self")
 
 
+@cache
+def known_parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The same of a function of a module or a class, looked up once; no model's, which would stay
+    alive by it."""
+    return parameters(function)
+
+
 def cache_name(names: tuple[str, ...]) -> str:
     """What these parameters call the cache."""
     return CACHE_NAMES[0] if CACHE_NAMES[0] in names else CACHE_NAMES[1]
@@ -26,15 +34,15 @@ def cache_name(names: tuple[str, ...]) -> str:
 
 def get_cache(arguments: Mapping[str, Any]) -> Cache | None:
     """The cache among keyword arguments, by any of its names; UnsupportedError for another type."""
-    cache = next((arguments[n] for n in CACHE_NAMES if arguments.get(n) is not None), None)
-    if cache is not None and not isinstance(cache, Cache):
-        raise UnsupportedError(f"cache: expected a Cache, got {type(cache).__name__}")
-    return cache
+    found = next((arguments[n] for n in CACHE_NAMES if arguments.get(n) is not None), None)
+    if found is not None and not isinstance(found, Cache):
+        raise UnsupportedError(f"cache: expected a Cache, got {type(found).__name__}")
+    return found
 
 
 def fitting(function: Callable[..., Any], **values: Any) -> dict[str, Any]:
     """Those of `values` that the function has a parameter for; a cache under its name there."""
-    names = parameters(function)
+    names = known_parameters(function)
     values[cache_name(names)] = values.pop("cache", None)
     if "inputs_embeds" not in names:
         values["input_embeds"] = values.pop("inputs_embeds")
@@ -43,13 +51,13 @@ def fitting(function: Callable[..., Any], **values: Any) -> dict[str, Any]:
 
 def writes_where_told() -> bool:
     """Whether the decoder tells caches which columns to write, those of stage 0 (5.0's does)."""
-    return "cache_position" in parameters(Cache.get_mask_sizes)
+    return "cache_position" in known_parameters(Cache.get_mask_sizes)
 
 
-def columns_seen(cache: Cache, rows: int, device: torch.device) -> int:
+def columns_seen(staged: Cache, rows: int, device: torch.device) -> int:
     """How many columns of the cache's first layer a pass of so many rows sees, unseen ones of a
     static cache included."""
     new: Any = rows
     if writes_where_told():
-        new = torch.arange(rows, device=device) + cache.get_seq_length()
-    return sum(cache.get_mask_sizes(new, 0))
+        new = torch.arange(rows, device=device) + staged.get_seq_length()
+    return sum(staged.get_mask_sizes(new, 0))

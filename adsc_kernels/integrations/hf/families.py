@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from adsc_kernels.errors import UnsupportedError
-from adsc_kernels.integrations.hf.compat import parameters
+from adsc_kernels.integrations.hf.compat import fitting, parameters
 from adsc_kernels.integrations.hf.masks import MaskMaker, MaskRequest, causal_masks
 from adsc_kernels.integrations.hf.pictures import TEXT, Piece, alike, joined
 
@@ -118,7 +118,8 @@ def tiles_with_newlines(base: Any, given: Mapping[str, Any]) -> list[Piece]:
     sizes = torch.as_tensor(given["image_sizes"]).cpu()
     found = []
     for size, count in zip(sizes, _tile_counts(base, given, sizes), strict=True):
-        features, newline = [torch.zeros(count, overview, 1)], torch.ones(1)
+        features = [torch.zeros(count, overview, 1, device="cpu")]
+        newline = torch.ones(1, device="cpu")
         packed, _ = base.pack_image_features(features, size[None], image_newline=newline, **options)
         breaks = packed[0].flatten().nonzero().flatten().tolist()
         found.append(next(iter(square(overview))))
@@ -213,7 +214,8 @@ def gemma3_masks(request: MaskRequest) -> Any:
         got = transformers.__version__
         expected = "expected a transformers that has create_masks_for_vision_model"
         raise UnsupportedError(f"gemma3: {expected}, got {got}") from error
-    return create_masks_for_vision_model(
+    arguments = fitting(
+        create_masks_for_vision_model,
         config=request.config,
         inputs_embeds=request.rows,
         attention_mask=request.real,
@@ -221,6 +223,7 @@ def gemma3_masks(request: MaskRequest) -> Any:
         position_ids=None,
         block_sequence_ids=request.block_ids,
     )
+    return create_masks_for_vision_model(**arguments)
 
 
 # ---- The families ----

@@ -81,7 +81,8 @@ class Patch:
         self._hook(base, self._enter_base)
         self._hook(decoder, self._enter_decoder)
         for number, layer in enumerate(decoder.layers):
-            self._hook(layer, partial(self._enter_layer, number))
+            stage = schedule.stage_of_layer(number)
+            self._hook(layer, partial(self._enter_layer, number, stage))
         self._override(model, base)
 
     def _hook(self, module: nn.Module, hook: Any) -> None:
@@ -156,7 +157,12 @@ class Patch:
         return stage_cache(cache, self.schedule)
 
     def _enter_layer(
-        self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments
+        self,
+        number: int,
+        stage: int,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Arguments,
     ) -> Call:
         given = dict(kwargs)
         for name, what in ((PASS, "the decoder's other arguments"), (ROPE, ROPE)):
@@ -167,7 +173,7 @@ class Patch:
                 )
         run = given.pop(PASS)
         x = args[0] if args else given.pop("hidden_states")
-        return (run.enter(number, x, given), *args[1:]), given
+        return (run.enter(number, stage, x, given), *args[1:]), given
 
     # ---- Around methods ----
 
@@ -214,7 +220,7 @@ def _drops_at_once(cache: Any) -> bool:
     """Whether a compiled step's cache holds less in layer 0 than was said."""
     if not isinstance(cache, StagedCache) or not cache.is_compileable:
         return False
-    return cache.ledger.missing(cache.ledger.schedule.stage_of_layer(0)) > 0
+    return cache.ledger.missing(cache.ledger.stages[0]) > 0
 
 
 def uses_cache(decoder: Any, arguments: Arguments) -> bool:

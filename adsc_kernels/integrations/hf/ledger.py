@@ -7,6 +7,7 @@ columns to every stage and changes nothing here; so a decode step costs nothing 
 
 from __future__ import annotations
 
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,7 @@ class Ledger:
     """What the cache of each stage holds, up to the last pass that had pictures.
 
     Attributes:
+        stages: the stage of each layer.
         length: columns of stage 0 that are told of; behind them all stages hold the same.
         columns: for each stage int32 [B, n_s] on the device: the column of stage 0 that each
             cached column is, -1 for padding.
@@ -35,6 +37,7 @@ class Ledger:
 
     def __init__(self, schedule: CompressionSchedule) -> None:
         self.schedule = schedule
+        self.stages = [schedule.stage_of_layer(n) for n in range(schedule.num_layers)]
         self.clear()
 
     def clear(self) -> None:
@@ -74,7 +77,7 @@ class Ledger:
         length: columns of stage 0 then. columns: [B, n] of each stage, all that it then holds.
         is_full, padding: for each stage, of the pass.
         """
-        after = Ledger(self.schedule)
+        after = copy(self)
         after.length, after.columns = length, columns
         after.is_full = [a and b for a, b in zip(self.is_full, is_full, strict=True)]
         after.has_padding = [a or b for a, b in zip(self.has_padding, padding, strict=True)]
@@ -117,7 +120,7 @@ class StagedCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """For layer 0 the length of the conversation, though a boundary there drops some of it."""
         length = super().get_seq_length(layer_idx)
-        stage = self.ledger.schedule.stage_of_layer(0)
+        stage = self.ledger.stages[0]
         return length + self.ledger.missing(stage) if layer_idx == 0 and stage else length
 
     def reset(self) -> None:
@@ -154,7 +157,7 @@ class StagedCache(Cache):
         before = [table.shape[1] for table in ledger.columns]
         after = ledger.crop(seen + tokens_to_remove)
         for layer_idx, layer in enumerate(self.layers):
-            stage = ledger.schedule.stage_of_layer(layer_idx)
+            stage = ledger.stages[layer_idx]
             layer.crop(after[stage] - before[stage] - behind)
 
 
@@ -208,7 +211,7 @@ def _check_lengths(cache: StagedCache) -> None:
         return
     told = [table.shape[1] for table in ledger.columns]
     lengths = [int(layer.get_seq_length()) for layer in cache.layers]
-    stages = [ledger.schedule.stage_of_layer(number) for number in range(len(lengths))]
+    stages = ledger.stages[: len(lengths)]
     behind = {length - told[stage] for length, stage in zip(lengths, stages, strict=True)}
     if len(behind) != 1 or min(behind) < 0:
         raise ValueError(
@@ -220,7 +223,7 @@ def _check_lengths(cache: StagedCache) -> None:
 def shorten(cache: StagedCache, missing: list[int]) -> None:
     """Allocate the layers of later stages that much shorter, where they aren't allocated yet."""
     for layer_idx, layer in enumerate(cache.layers):
-        stage = cache.ledger.schedule.stage_of_layer(layer_idx)
+        stage = cache.ledger.stages[layer_idx]
         if type(layer) is StaticLayer and not layer.is_initialized:
             layer.max_cache_len = cache.full_lengths[layer_idx] - missing[stage]
 

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 
 from adsc_kernels.errors import UnsupportedError
-from adsc_kernels.integrations.hf.compat import fitting, parameters
+from adsc_kernels.integrations.hf.compat import fitting, known_parameters
 
 
 @dataclass
@@ -47,8 +47,8 @@ MaskMaker = Callable[[MaskRequest], Any]  # to a mask, or a dict of them by laye
 
 def causal_masks(request: MaskRequest) -> Any:
     """The usual ones: what the decoder's own forward would make."""
-    block_ids = request.block_ids
-    if block_ids is not None and "block_sequence_ids" not in parameters(create_masks_for_generate):
+    block_ids, names = request.block_ids, known_parameters(create_masks_for_generate)
+    if block_ids is not None and "block_sequence_ids" not in names:
         raise UnsupportedError(
             f"{request.config.model_type}: expected a transformers whose create_masks_for_generate "
             f"takes block_sequence_ids, got {transformers.__version__}"

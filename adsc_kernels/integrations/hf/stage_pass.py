@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from adsc_kernels import ops
 from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.integrations.hf import ledger as ledgers
-from adsc_kernels.integrations.hf.compat import columns_seen, parameters
+from adsc_kernels.integrations.hf.compat import columns_seen, known_parameters
 from adsc_kernels.integrations.hf.layout import BatchLayout, StageLayout
 from adsc_kernels.integrations.hf.ledger import Ledger, StagedCache
 from adsc_kernels.integrations.hf.masks import MaskMaker, MaskRequest, of_layer
@@ -88,11 +88,10 @@ class StagePass:
         self.deepstack: Deepstack | None = None
         self.after: tuple[StagedCache, Ledger] | None = None  # the cache's, once layers write to it
 
-    def enter(self, layer: int, x: Tensor, given: dict[str, Any]) -> Tensor:
+    def enter(self, layer: int, stage: int, x: Tensor, given: dict[str, Any]) -> Tensor:
         """Turn what a layer is given into what its stage has: x in return, `given` in place."""
         if self.after is not None:  # not before: until now the decoder has asked for lengths
             self.after[0].ledger, self.after = self.after[1], None
-        stage = self.schedule.stage_of_layer(layer)
         run = self.runs[stage]
         if self.deepstack is not None and 0 < layer <= len(self.deepstack.features):
             last = self.runs[self.schedule.stage_of_layer(layer - 1)]
@@ -134,7 +133,8 @@ class StagePass:
                 raise UnsupportedError("positions: expected layers that are given position_ids")
             if run.shift is not None:
                 ids = ids - run.shift.to(x.device)
-            kinds = {"layer_type": kind} if "layer_type" in parameters(self.rotary.forward) else {}
+            names = known_parameters(type(self.rotary).forward)
+            kinds = {"layer_type": kind} if "layer_type" in names else {}
             rope = self.rotary(x, position_ids=ids, **kinds)
         return ids, rope
 
