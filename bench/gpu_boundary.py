@@ -1,7 +1,4 @@
-"""What happens at a boundary: downsample_add_rms_norm, rebuild_metadata and boundary_step.
-
-python bench/gpu_boundary.py FILE telling|rest UNTIL      (make gpu-bench runs it)
-"""
+"""What happens at a boundary: downsample_add_rms_norm, rebuild_metadata and boundary_step."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from gpu_shapes import BATCHES, TEXT, VISION, Batch
-from gpu_timing import DEVICE, DRY_RUN, Case, Run, main
+from gpu_timing import DEVICE, DRY_RUN, Case, Run
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
@@ -184,7 +181,3 @@ def cases() -> Iterator[Case]:
     for batch in BATCHES:
         yield add_rms_norm(batch)
         yield from boundary_step(batch)
-
-
-if __name__ == "__main__":
-    main(cases())

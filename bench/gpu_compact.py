@@ -1,7 +1,5 @@
 """Compacting a whole KV cache, all layers of K and V, beside what PyTorch offers for it.
 
-    python bench/gpu_compact.py FILE telling|rest UNTIL      (make gpu-bench runs it)
-
 The caches of LLaVA-1.5-7B and -13B and of a model with 8 KV heads, after prompts of one picture. A
 call moves the same rows whatever they hold, so it is timed again and again over the same caches.
 Bytes count rows that change places only: what lies in front of the picture stays where it is.
@@ -15,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from gpu_shapes import TEXT, VISION
-from gpu_timing import DEVICE, DRY_RUN, Case, main
+from gpu_timing import DEVICE, DRY_RUN, Case
 from torch import Tensor
 
 from adsc_kernels import CompressionSchedule, StagePlan, make_plan, ops
@@ -207,7 +205,3 @@ if DRY_RUN:
 def cases() -> Iterator[Case]:
     for cache in CACHES:
         yield compact(cache)
-
-
-if __name__ == "__main__":
-    main(cases())

@@ -1,7 +1,5 @@
 """compress_step beside the two ops that it joins, and beside PyTorch.
 
-    python bench/gpu_compress.py FILE telling|rest UNTIL      (make gpu-bench runs it)
-
 The first boundary of LLaVA-1.5-7B and -13B after prompts of one picture: sum, norm and positions of
 the rows, and the caches of the eight layers in front of it, K and V. A call moves the same rows
 whatever they hold, so it is timed again and again over the same buffers. Bytes count rows that
@@ -16,7 +14,7 @@ import numpy as np
 import torch
 from gpu_boundary import EPS, norm_bytes, rows_and_weight
 from gpu_shapes import LLAVA_13B, TEXT, VISION, Batch
-from gpu_timing import DEVICE, DRY_RUN, Case, main
+from gpu_timing import DEVICE, DRY_RUN, Case
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
@@ -88,7 +86,3 @@ def cases() -> Iterator[Case]:
     for sequences in (1,) if DRY_RUN else (1, 8, 32):
         yield from step(Batch(sequences), telling=sequences < 32)
     yield from step(Batch(8, LLAVA_13B), telling=False)
-
-
-if __name__ == "__main__":
-    main(cases())

@@ -1,7 +1,4 @@
-"""downsample and downsample_many beside index_select with its indices on the device.
-
-python bench/gpu_downsample.py FILE telling|rest UNTIL      (make gpu-bench runs it)
-"""
+"""downsample and downsample_many beside index_select with its indices on the device."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from gpu_shapes import BATCHES, Batch
-from gpu_timing import DEVICE, DRY_RUN, Case, Run, main
+from gpu_timing import DEVICE, DRY_RUN, Case, Run
 from torch import Tensor
 
 from adsc_kernels import ops
@@ -98,7 +95,3 @@ def cases() -> Iterator[Case]:
     for batch in BATCHES:
         yield from downsample(batch)
         yield downsample_many(batch)
-
-
-if __name__ == "__main__":
-    main(cases())

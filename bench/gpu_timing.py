@@ -13,10 +13,6 @@ from graph_us. `share_of_copy` is the time of the fastest plain copy of as many 
 the contestant. Three copies are timed in the same run: memcpy in a graph, where a large one is
 slower than on a stream; memcpy on a stream; and a copy kernel in a graph.
 
-A bench has two parts, each a process of its own: the telling cases, without torch.compile, which
-takes seconds for each; and the rest, where those come again that are compiled too. A process that
-starts while another has the device imports what it needs and waits.
-
 ADSC_GPU_DRY_RUN=1 runs the same on CPU tensors with the wall clock: a check of these files whose
 numbers mean nothing.
 """
@@ -24,13 +20,11 @@ numbers mean nothing.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import itertools
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -46,8 +40,8 @@ import adsc_kernels as adsc
 DRY_RUN = os.environ.get("ADSC_GPU_DRY_RUN") == "1"
 DEVICE = torch.device("cpu" if DRY_RUN else "cuda")
 BACKENDS = ("cpu",) if DRY_RUN else ("cuda", "triton")
-REPETITIONS = 2 if DRY_RUN else 30  # at most: no measurement takes much longer than LONG
-LONG = 0.2  # seconds
+REPETITIONS = 2 if DRY_RUN else 20  # at most: no measurement takes much longer than LONG
+LONG = 0.1  # seconds
 CALLS = 2 if DRY_RUN else 16  # at least, in a graph: the start of a graph is spread over them
 MANY_BYTES = 256 << 20  # a call that moves as much is long beside the start of a graph
 MOST_SETS = 2 if DRY_RUN else 64
@@ -256,27 +250,20 @@ def measure(case: Case, compiled: bool) -> dict[str, Any]:
     }
 
 
-def main(cases: Iterable[Case]) -> None:
-    """`python bench/gpu_NAME.py FILE telling|rest UNTIL`: measures a part, in this order, and
-    writes JSON to the file after each case. None begins when time.monotonic() is past UNTIL."""
-    file, part, until = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
-    with file.with_name("device.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        torch.manual_seed(0)
-        report: dict[str, Any] = {"cases": [], "left_out": []}
-        if part == "telling":
-            report["ceilings"] = ceilings()
+def measure_all(cases: Iterable[Case], file: Path, until: float, compiled: bool) -> int:
+    """Measures all, in this order, and writes JSON to the file after each; 1 where one failed or
+    was left out. None begins when time.monotonic() is past `until`."""
+    torch.manual_seed(0)
+    report: dict[str, Any] = {"ceilings": ceilings(), "cases": [], "left_out": []}
+    file.write_text(json.dumps(report))
+    for case in cases:
+        if time.monotonic() > until:
+            report["left_out"].append(f"{case.op} {case.name}")
+        else:
+            report["cases"].append(measure(case, compiled and case.compiled))
+            print(json.dumps(report["cases"][-1]), flush=True)
+            if not DRY_RUN:
+                torch.cuda.empty_cache()
         file.write_text(json.dumps(report))
-        for case in cases:
-            if case.telling != (part == "telling") and not (case.compiled and part == "rest"):
-                continue
-            if time.monotonic() > until:
-                report["left_out"].append(f"{case.op} {case.name}")
-            else:
-                report["cases"].append(measure(case, compiled=case.compiled and part == "rest"))
-                print(json.dumps(report["cases"][-1]), flush=True)
-                if not DRY_RUN:
-                    torch.cuda.empty_cache()
-            file.write_text(json.dumps(report))
     failed = [c for c in report["cases"] for name in BACKENDS if "error" in c["times"][name]]
-    sys.exit(1 if failed or report["left_out"] else 0)
+    return int(bool(failed or report["left_out"]))

@@ -99,13 +99,22 @@ def emulated(
 
 @contextlib.contextmanager
 def serving() -> Iterator[None]:
-    """The public ops (`adsc.ops.*`) on CPU tensors run the CUDA kernels."""
+    """The public ops (`adsc.ops.*`) on CPU tensors run the CUDA kernels, of which they call one."""
     modules = [m for name, m in sys.modules.items() if name.startswith("adsc_kernels.ops.")]
+    chosen = []
+
+    def choose(name: str, _: torch.device) -> Callable[..., Any]:
+        chosen.append(name)
+        return getattr(torch.ops.adsc_simt, name)
+
     with pytest.MonkeyPatch.context() as patch:
         for module in modules:
             if hasattr(module, "choose"):
-                patch.setattr(module, "choose", lambda name, _: getattr(torch.ops.adsc_simt, name))
+                patch.setattr(module, "choose", choose)
+            if hasattr(module, "native"):  # which would hand CPU tensors to the CPU's op
+                patch.setattr(module, "native", lambda *_: None)
         yield
+    assert chosen, "nothing was emulated"
 
 
 def guards_intact(out: Tensor) -> bool:

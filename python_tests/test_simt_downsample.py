@@ -40,6 +40,27 @@ def test_an_image_in_a_prompt(trailing: tuple[int, ...]) -> None:
     check(stage, x, emulating((1, 0, 1)))
 
 
+@settings(max_examples=15, deadline=None)
+@given(
+    stages(max_length=20),
+    st.sampled_from([2048, 2056, 3584, 4096, 5120, 8192, 8200]),
+    st.sampled_from([0, 8, 3]),
+    schedules,
+)
+def test_wide_rows(stage: FakeStage, width: int, gap: int, schedule: Schedule) -> None:
+    """Around what a block takes a row at a time, packed, with gaps, and not aligned."""
+    x = random_bits(stage.num_tokens_in, (width + gap,), torch.bfloat16, 0)[:, :width]
+    check(stage, x, emulating(schedule))
+
+
+@pytest.mark.parametrize("count", [33, 1100])
+def test_wide_rows_of_many_segments(count: int) -> None:
+    table = [[i, 2 * i, 1, 1, 0, 0] for i in range(count)]
+    x = random_bits(2 * count, (2048,), torch.bfloat16, 0)
+    out = emulating((2, 0, 2000))(ops.downsample, x, stage_of(table, count, 2 * count))
+    assert torch.equal(out.view(torch.int16), x[::2].view(torch.int16))
+
+
 def test_thousands_of_segments() -> None:
     table = [[i, 2 * i, 1, 1, 0, 0] for i in range(3000)]
     stage = stage_of(table, 3000, 6000)

@@ -44,10 +44,9 @@ SECONDS = 560  # for everything: a call on a lent machine is cut off a little la
 ENDS = {"test": 190, "bench": 440, "sanitize": SECONDS}
 BACKENDS = ("cuda", "triton")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-# Seconds that the telling cases of each family of ops take, and its other ones, once it has begun.
-BENCHES = {"downsample": (8, 20), "boundary": (14, 25), "compact": (8, 30), "compress": (6, 10)}
-# Files whose tests take long: a process for each test.
-SPLIT = ("parity", "compact", "compress_step", "llava", "compiled")
+LAST_CASE = 4  # seconds before the end after which no case of a bench begins
+# Files whose tests take long: a process for each test. Behind the traps they come first.
+SPLIT = ("parity", "compact", "compress_step", "compiled", "llava")
 FEW_THREADS = {"OMP_NUM_THREADS": "2"}  # of a process that shares the processors
 TRITON = importlib.util.find_spec("triton") is not None
 DRY_RUN = os.environ.get("ADSC_GPU_DRY_RUN") == "1"
@@ -84,7 +83,9 @@ def test_jobs(folder: Path, only: str, deadline: float) -> list[Job]:
             jobs.append(pytest_job(folder, "bad_input", what, "triton", TRITON_INTERPRET="1"))
         return jobs
     parts: dict[str, list[str]] = {}
-    for name, file in sorted(names.items(), key=lambda item: item[0] not in SPLIT):
+    order = ["traps", *SPLIT]
+    order += sorted(names.keys() - set(order))
+    for name, file in ((name, names[name]) for name in order if name in names):
         if name in SPLIT:
             for test in re.findall(r"^def (test_\w+)", file.read_text(), flags=re.MULTILINE):
                 parts[f"{name}::{test.removeprefix('test_')}"] = [f"{file}::{test}"]
@@ -154,33 +155,22 @@ def read_sanitizer(status: int, output: str) -> dict[str, Any]:
 
 
 def bench_jobs(folder: Path, only: str, deadline: float) -> list[Job]:
-    """The telling cases of each family of ops, and then the rest of each. A job begins no case when
-    only what the later ones take is left."""
+    """The telling cases of every op, and then the rest."""
     environment = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # no processes beside what is timed
     if DRY_RUN and TRITON:
         environment["TRITON_INTERPRET"] = "1"
-    wanted = [
-        (family, part, BENCHES[family][number])
-        for number, part in enumerate(("telling", "rest"))
-        for family in BENCHES
-        if only in f"{family}, {part}"
-    ]
-    later = sum(seconds for *_, seconds in wanted)
-    scale = min(1, (deadline - time.monotonic()) / later) if later else 1
     jobs = []
-    for family, part, seconds in wanted:
-        later -= seconds
-        until = deadline - scale * later
-        file = folder / f"{family} {part}.json"
+    for part in ("telling", "rest"):
+        file = folder / f"{part}.json"
         jobs.append(
             Job(
-                f"{family}, {part}",
-                python(f"bench/gpu_{family}.py", file, part, until),
+                part,
+                python("bench/gpu_bench.py", file, part, deadline - LAST_CASE),
                 lambda status, _, file=file: {"ok": status == 0, **json.loads(file.read_text())},
                 environment,
             )
         )
-    return jobs
+    return [job for job in jobs if only in job.name]
 
 
 # ---- The machine ----
@@ -270,11 +260,9 @@ def run_target(target: str, only: str, deadline: float, facts: dict[str, Any]) -
     out = Path(os.environ.get("ADSC_OUT") or ROOT / "out")
     out.mkdir(parents=True, exist_ok=True)
     file = out / f"{'dry-run-' if DRY_RUN else ''}{name}.json"
-    # Tests share the device, which is idle most of the time. Of benches one has it, while the next
-    # one starts.
-    together = 2 if target == "bench" else min(len(os.sched_getaffinity(0)), 16)
-    if DRY_RUN:
-        together = 1
+    # Tests share the device, which is idle most of the time; what is timed has it for itself.
+    shared = target != "bench" and not DRY_RUN
+    together = min(len(os.sched_getaffinity(0)), 16) if shared else 1
     results: list[dict[str, Any]] = []
     ok, seconds = False, 0.0
     with tempfile.TemporaryDirectory() as folder, file.with_suffix(".log").open("w") as log:

@@ -91,8 +91,8 @@ struct BoundarySpace<void> {
   ScanSpace scan;
 };
 
-// What block `number` of num_blocks() does.
-template <class T>
+// What block `number` of num_blocks() does. A thread of the norm keeps kept_accesses of a row.
+template <int kept_accesses, class T>
 __device__ __forceinline__ void boundary_block(const BoundaryWork& work, int64_t number,
                                                BoundarySpace<T>& space) {
   if (work.writes_metadata && number-- == 0) {
@@ -119,29 +119,40 @@ __device__ __forceinline__ void boundary_block(const BoundaryWork& work, int64_t
   }
   if (work.has_layout) {
     find_rows(work.step.layout, work.step.boundary, begin, count, space.rows, space.scan);
-  } else {
+  } else if (!norms) {
     find_rows(work.map, begin, count, space.rows);
   }
   if constexpr (!std::is_void_v<T>) {
     if (norms) {
-      norm_tile<T, uint4>(work.norm, work.shape.group, begin, count, space.rows, space.partial);
+      const int row = row_of_group(work.shape.group);
+      int64_t source = kNoRow;
+      if (row < count) {
+        source = work.has_layout ? space.rows[row] : find_row(work.map, begin + row);
+      }
+      norm_tile<kept_accesses, T, uint4>(work.norm, work.shape.group, begin, count, source,
+                                         space.partial);
       return;
     }
   }
   copy_tile(*task, tile, space.rows);
 }
 
-// Calls body<T>() with the element of the norm that the work holds; void: none.
+// Calls body<kept_accesses, T>() with the accesses that a thread of the norm keeps, and with the
+// element of the norm that the work holds; void: none.
 template <class Body>
 void with_norm_type(const BoundaryWork& work, const Body& body) {
-  if (work.shape.num_tiles == 0) return body.template operator()<void>();
+  if (work.shape.num_tiles == 0) return body.template operator()<kFewKept, void>();
+  const auto with_type = [&]<class T>() {
+    if (work.shape.few) return body.template operator()<kFewKept, T>();
+    body.template operator()<kKept, T>();
+  };
   switch (work.norm.element) {
     case Element::kBFloat16:
-      return body.template operator()<BFloat16>();
+      return with_type.template operator()<BFloat16>();
     case Element::kHalf:
-      return body.template operator()<Half>();
+      return with_type.template operator()<Half>();
     default:
-      return body.template operator()<float>();
+      return with_type.template operator()<float>();
   }
 }
 

@@ -48,27 +48,35 @@ __device__ __forceinline__ int32_t largest(int32_t value, int32_t* warp_values) 
   return value;
 }
 
-// find_segment by all lanes of a warp, without its chain of loads: lane i gets the segment of
-// output row begin + i, for i below `count`, or an empty one where the table has none. Each lane
-// loads one of 32 segments, a ballot tells how many of them begin at a row or before, and the
-// fields come from the lane that holds them. In a longer table ballots over every n-th dst find the
-// 32 first: up to a thousand segments take one trip to memory more. (On an H100 a copy by a list of
-// rows was 6 % faster than by this on one image and 0 to 3 % beyond; than by a search 10 % and 2 to
-// 14 %.)
-__device__ __forceinline__ Segment segment_by_warp(const Segment* table, int32_t size,
-                                                   int64_t begin, int count) {
+// find_segment by all lanes of a warp, without its chain of loads. Each lane loads one of 32
+// segments, a ballot tells how many of them begin at a row or before, and what is asked for comes
+// from the lane that holds it. In a longer table ballots over every n-th dst find the 32 first: up
+// to a thousand segments take one trip to memory more. (On an H100 a copy by a list of rows was 6 %
+// faster than by this on one image and 0 to 3 % beyond; than by a search 10 % and 2 to 14 %.)
+
+// The number of the first of the 32 segments of which one holds output row `row`, if any does.
+__device__ __forceinline__ int32_t first_of_warp(const Segment* table, int32_t size, int64_t row) {
   const int32_t lane = threadIdx.x % kWarp;
-  int32_t low = 0;  // the segment of row `begin` is one of [low, low + left)
+  int32_t low = 0;  // the segment of the row is one of [low, low + left)
   for (int32_t left = size; left > kWarp;) {
     const int32_t step = (left + kWarp - 1) / kWarp;
     const int32_t offset = lane * step;
-    const bool begun = offset < left && load(&table[low + offset].dst) <= begin;
+    const bool begun = offset < left && load(&table[low + offset].dst) <= row;
     const int32_t above = __popc(__ballot_sync(kAllLanes, begun)) - 1;
     const int32_t skipped = (above > 0 ? above : 0) * step;
     low += skipped;
     left = left - skipped < step ? left - skipped : step;
   }
+  return low;
+}
+
+// Lane i gets the segment of output row begin + i, for i below `count`, or an empty one where the
+// table has none.
+__device__ __forceinline__ Segment segment_by_warp(const Segment* table, int32_t size,
+                                                   int64_t begin, int count) {
+  const int32_t lane = threadIdx.x % kWarp;
   Segment found{};
+  int32_t low = first_of_warp(table, size, begin);
   int begun = kWarp;  // of the 32, at the last row: if all, the next ones may be too
   for (; begun == kWarp && low < size; low += kWarp) {
     Segment segment{};
@@ -91,6 +99,36 @@ __device__ __forceinline__ Segment segment_by_warp(const Segment* table, int32_t
 // where the table was built on the device): it comes out as zeros.
 constexpr int64_t kNoRow = -1;
 
+// The source row of an output row that a segment holds, or kNoRow where it moves none there.
+__device__ __forceinline__ int64_t moved_row(const Segment& segment, int64_t row) {
+  const bool moved = segment.first + (row - segment.dst) < segment.keep;
+  return moved ? source_row(segment, row) : kNoRow;
+}
+
+// The source row of one output row, for all lanes of a warp. Each lane works it out as if its
+// segment held the row, so that one number comes from the lane that does, and not a segment.
+__device__ __forceinline__ int64_t find_row(const RowMap& map, int64_t row) {
+  if (map.indices64 != nullptr) return load(map.indices64 + row);
+  if (map.indices32 != nullptr) return load(map.indices32 + row);
+  const int32_t lane = threadIdx.x % kWarp;
+  const int32_t size = map.num_segments;
+  int64_t found = kNoRow;
+  int begun = kWarp;  // as in segment_by_warp
+  for (int32_t low = first_of_warp(map.segments, size, row); begun == kWarp && low < size;
+       low += kWarp) {
+    Segment segment{};
+    const bool has = low + lane < size;
+    if (has) segment = map.segments[low + lane];
+    const bool begins = has && segment.dst <= row;
+    begun = __popc(__ballot_sync(kAllLanes, begins));
+    // Rows are numbered in 32 bits.
+    const auto source = static_cast<int32_t>(begins ? moved_row(segment, row) : kNoRow);
+    const int32_t held = __shfl_sync(kAllLanes, source, (begun - 1) & (kWarp - 1));
+    if (begun > 0) found = held;
+  }
+  return found;
+}
+
 // rows[i] = the source row of output row begin + i, for i in [0, count). All threads of the block
 // call it; ends with a barrier.
 __device__ __forceinline__ void find_rows(const RowMap& map, int64_t begin, int count,
@@ -105,9 +143,7 @@ __device__ __forceinline__ void find_rows(const RowMap& map, int64_t begin, int 
     } else {
       const int rest = count - first < kWarp ? count - first : kWarp;
       const Segment segment = segment_by_warp(map.segments, map.num_segments, begin + first, rest);
-      const int64_t row = begin + i;
-      const bool moved = segment.first + (row - segment.dst) < segment.keep;
-      if (i < count) rows[i] = moved ? source_row(segment, row) : kNoRow;
+      if (i < count) rows[i] = moved_row(segment, begin + i);
     }
   }
   __syncthreads();

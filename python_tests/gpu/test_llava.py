@@ -14,7 +14,6 @@ from tiny_checkpoints import make_checkpoint
 
 import adsc_kernels as adsc
 from adsc_kernels.attention import reads_lengths_on_device
-from adsc_kernels.attention_backends import DECODE, PREFILL
 from adsc_kernels.cache import Phase
 from adsc_kernels.decode import DecodeState
 from adsc_kernels.llava import Llava, bundled_checkpoint, load_image
@@ -50,6 +49,10 @@ def answers(model: Llava, **options: int) -> list[list[list[int]]]:
     return [first.token_ids, second.token_ids]
 
 
+IN_FLOAT32 = pytest.mark.filterwarnings("ignore:attention by SDPA")  # no other kernel takes it
+
+
+@IN_FLOAT32
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_tokens_equal_the_cpus(folder: Path, schedule: str) -> None:
     with adsc.backend("auto"):
@@ -61,20 +64,19 @@ def test_tokens_equal_the_cpus(folder: Path, schedule: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits(folder: Path, dtype: torch.dtype) -> None:
-    """Under the reference PyTorch's ops rotate and norm, and round in between."""
+    """Under the backend nearly what it is under the reference: every layer's norms are its own."""
     model = Llava.from_pretrained(folder, "1:1/2,3:1/3", device=DEVICE, dtype=dtype)
     got = model.generate(PROMPTS, IMAGES, max_new_tokens=1)
     with adsc.backend("reference"):
         wanted = model.generate(PROMPTS, IMAGES, max_new_tokens=1)
     assert got.plan.stages[-1].seq_lens == wanted.plan.stages[-1].seq_lens
     caches = (got.conversation.cache, wanted.conversation.cache)
-    # Layer 0's values come of the same norm and GEMM, and are moved as they are.
-    assert torch.equal(*(cache.stages[0].v[0] for cache in caches))
     for stage in (0, -1):
         for mine, truth in zip(*(cache.stages[stage].k for cache in caches), strict=True):
             assert (mine - truth).float().norm() <= 0.02 * truth.float().norm()
 
 
+@IN_FLOAT32
 def test_bundled_checkpoint() -> None:
     """The demo's model and picture: what it says on the CPU, it says here."""
     questions = ["What is the largest digit?", "Read row 2.", "How many 4s are there?"]
@@ -101,8 +103,7 @@ def test_graphs_give_the_same_tokens(folder: Path, schedule: str) -> None:
     plain.graphs.enabled = False
     wanted = answers(plain)
     assert [answers(graphed) for _ in range(3)] == [wanted] * 3
-    kind = (DEVICE, torch.float16, plain.config.head_dim)
-    kernels = any(reads_lengths_on_device(phase, *kind) for phase in (PREFILL, DECODE))
+    kernels = reads_lengths_on_device(DEVICE, torch.float16, plain.config.head_dim)
     assert (len(graphed.graphs) > 0) == (kernels and not DRY_RUN)
 
 
