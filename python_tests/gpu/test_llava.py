@@ -103,7 +103,7 @@ def test_graphs_give_the_same_tokens(folder: Path, schedule: str) -> None:
     plain.graphs.enabled = False
     wanted = answers(plain)
     assert [answers(graphed) for _ in range(3)] == [wanted] * 3
-    kernels = reads_lengths_on_device(DEVICE, torch.float16, plain.config.head_dim)
+    kernels = reads_lengths_on_device("decode", DEVICE, torch.float16, plain.config.head_dim)
     assert (len(graphed.graphs) > 0) == (kernels and not DRY_RUN)
 
 

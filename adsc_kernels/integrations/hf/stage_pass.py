@@ -64,9 +64,9 @@ def upload(layout: BatchLayout, seen: int, device: torch.device) -> list[Tables]
     pieces, real_ones = iter(_copied(numbers, device)), iter(_copied(flags, device))
     tables = []
     for stage in layout.stages:
-        keep, columns, before, told = (next(pieces) for _ in range(4))
-        here = Tables(None if stage.keep is None else keep, columns, before, told, next(real_ones))
-        tables.append(here)
+        rows, columns, before, told = (next(pieces) for _ in range(4))
+        keep = None if stage.keep is None else rows
+        tables.append(Tables(keep, columns, before, told, next(real_ones)))
     return tables
 
 
