@@ -176,13 +176,13 @@ FP8 = torch.uint8  # as engines hold it
 TELLING = [Cache(LLAVA_7B, batch, block_size=size) for batch in (8, 1) for size in (0, 16)]
 CACHES = [  # most telling first
     *TELLING,
+    *(Cache(LLAVA_7B, 32, block_size=size) for size in (0, 16)),
     Cache(GQA, 8, block_size=16),
     Cache(LLAVA_7B, 8, block_size=16, dtype=FP8),
     Cache(LLAVA_7B, 8, layout="HND"),
     Cache(LLAVA_7B, 8, block_size=16, interleaved=True),
     Cache(LLAVA_13B, 8),
     Cache(LLAVA_7B, 8, keep="1/9"),
-    *(Cache(LLAVA_7B, 32, block_size=size) for size in (0, 16)),
     Cache(GQA, 8),
     Cache(LLAVA_7B, 8, dtype=FP8),
     Cache(LLAVA_13B, 8, block_size=16),

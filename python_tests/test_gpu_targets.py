@@ -100,6 +100,10 @@ def test_every_gpu_test_is_in_one_job_of_each_backend(gpu: ModuleType, tmp_path:
         if tests != {""}:
             assert tests == set(re.findall(r"def (test_\w+)", files[name].read_text()))
     assert {"parity::downsample, cuda", "traps, triton"} <= set(names)
+    of_triton = [job.name for job in gpu.test_jobs(tmp_path, "triton", 0)]
+    assert of_triton == names[half:]
+    llava = {job.name.partition("::")[0] for job in gpu.test_jobs(tmp_path, "llava", 0)}
+    assert llava == {"llava"}
 
 
 def test_a_process_whose_tests_are_skipped_has_not_failed(gpu: ModuleType, tmp_path: Path) -> None:
