@@ -365,7 +365,9 @@ def test_a_quantized_cache_is_refused(model, patched):
 
 
 @pytest.mark.skipif(not TOLD, reason="such caches are served here")
-def test_a_static_cache_that_is_told_where_to_write_is_refused(model, patched):
+def test_a_static_cache_that_is_told_where_to_write_is_refused():
+    model = MADE.model()  # which holds on to the cache that was refused
+    apply_adsc(model, SCHEDULES[0])
     with pytest.raises(UnsupportedError, match="counts its own columns, got a StaticCache"):
         model.generate(**MADE.inputs(MADE.rows()), **GREEDY, cache_implementation="static")
 
