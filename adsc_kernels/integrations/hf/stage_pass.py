@@ -56,11 +56,10 @@ def upload(layout: BatchLayout, seen: int, device: torch.device) -> list[Tables]
     numbers: list[np.ndarray] = []
     flags: list[np.ndarray] = []
     for stage in layout.stages:
-        real = stage.columns >= 0
         kept = np.empty(0, int) if stage.keep is None else stage.keep.ravel()
-        told = np.where(real, stage.columns + seen, -1)
-        numbers += [kept, stage.columns.clip(min=0), stage.before, told]
-        flags.append(real)
+        where = np.where(stage.columns >= 0, stage.columns + seen, -1)
+        numbers += [kept, stage.columns.clip(min=0), stage.before, where]
+        flags.append(stage.columns >= 0)
     pieces, real_ones = iter(_copied(numbers, device)), iter(_copied(flags, device))
     tables = []
     for stage in layout.stages:
