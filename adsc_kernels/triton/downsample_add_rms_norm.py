@@ -74,7 +74,8 @@ def add_rms_norm_row(norm, row, source, found, SHAPE: tl.constexpr):
         store_normed(total, scale, norm.weight, normed, column, SIZE)
     else:
         COMPUTE: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-        squares = tl.zeros([SHAPE.BLOCK], COMPUTE)
+        BLOCK: tl.constexpr = SHAPE.BLOCK  # Triton 3.6 takes no field in a shape
+        squares = tl.zeros([BLOCK], COMPUTE)
         for start in range(0, SIZE, SHAPE.BLOCK):
             column = start + tl.arange(0, SHAPE.BLOCK)
             total = add(x, residual, residual_out, column, found, SIZE)

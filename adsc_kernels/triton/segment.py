@@ -106,6 +106,10 @@ def source_rows(row_map, row, CHECK: tl.constexpr):
         if CHECK:
             ok = found & (source >= 0) & (source < row_map.num_rows) | ~wanted
             tl.device_assert(ok, "segments: an output row without a source row in x")
+            number = find_segment(row_map.rows, row_map.num_segments, row_map.steps, row)
+            pattern = tl.load(row_map.rows + number.to(tl.int64) * COLUMNS + 5)
+            ok = (pattern >= 0) & (pattern <= LINSPACE) | ~wanted
+            tl.device_assert(ok, "segments: a pattern that there isn't")
         found = found & wanted
     if CHECK:
         found = found & (source >= 0) & (source < row_map.num_rows)

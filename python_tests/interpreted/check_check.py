@@ -82,6 +82,12 @@ def test_segments(table: list[list[int]]) -> None:
         ops.downsample_add_rms_norm(x, x, torch.ones(4), stage)
 
 
+@pytest.mark.parametrize("pattern", [-1, 3, 7])
+def test_patterns(pattern: int) -> None:
+    with pytest.raises(Exception, match="segments: a pattern"):
+        ops.downsample(X, stage_of([[0, 0, 5, 5, 0, pattern]], 5, 10))
+
+
 @pytest.mark.parametrize(
     ("cu_seqlens", "spans", "message"),
     [
