@@ -5,17 +5,16 @@
 namespace adsc::cuda {
 namespace {
 
-template <int kept_accesses, class T>
-__global__ void __launch_bounds__(kThreads, kept_accesses == kFewKept ? 4 : 2)
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1)
     boundary_step_kernel(const __grid_constant__ BoundaryWork work) {
   __shared__ BoundarySpace<T> space;
-  boundary_block<kept_accesses, T>(work, blockIdx.x, space);
+  boundary_block<T>(work, blockIdx.x, space);
 }
 
 void launch_work(const BoundaryWork& work, Stream stream) {
-  with_norm_type(work, [&]<int kept_accesses, class T>() {
-    launch(boundary_step_kernel<kept_accesses, T>, work.num_blocks(), work.shape.threads, 0, stream,
-           work);
+  with_norm_type(work, [&]<class T>() {
+    launch(boundary_step_kernel<T>, work.num_blocks(), work.shape.threads, 0, stream, work);
   });
 }
 

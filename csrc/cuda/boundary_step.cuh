@@ -91,8 +91,8 @@ struct BoundarySpace<void> {
   ScanSpace scan;
 };
 
-// What block `number` of num_blocks() does. A thread of the norm keeps kept_accesses of a row.
-template <int kept_accesses, class T>
+// What block `number` of num_blocks() does.
+template <class T>
 __device__ __forceinline__ void boundary_block(const BoundaryWork& work, int64_t number,
                                                BoundarySpace<T>& space) {
   if (work.writes_metadata && number-- == 0) {
@@ -129,30 +129,24 @@ __device__ __forceinline__ void boundary_block(const BoundaryWork& work, int64_t
       if (row < count) {
         source = work.has_layout ? space.rows[row] : find_row(work.map, begin + row);
       }
-      norm_tile<kept_accesses, T, uint4>(work.norm, work.shape.group, begin, count, source,
-                                         space.partial);
+      norm_tile<T, uint4>(work.norm, work.shape.group, begin, count, source, space.partial);
       return;
     }
   }
   copy_tile(*task, tile, space.rows);
 }
 
-// Calls body<kept_accesses, T>() with the accesses that a thread of the norm keeps, and with the
-// element of the norm that the work holds; void: none.
+// Calls body<T>() with the element of the norm that the work holds; void: none.
 template <class Body>
 void with_norm_type(const BoundaryWork& work, const Body& body) {
-  if (work.shape.num_tiles == 0) return body.template operator()<kFewKept, void>();
-  const auto with_type = [&]<class T>() {
-    if (work.shape.few) return body.template operator()<kFewKept, T>();
-    body.template operator()<kKept, T>();
-  };
+  if (work.shape.num_tiles == 0) return body.template operator()<void>();
   switch (work.norm.element) {
     case Element::kBFloat16:
-      return with_type.template operator()<BFloat16>();
+      return body.template operator()<BFloat16>();
     case Element::kHalf:
-      return with_type.template operator()<Half>();
+      return body.template operator()<Half>();
     default:
-      return with_type.template operator()<float>();
+      return body.template operator()<float>();
   }
 }
 

@@ -13,8 +13,8 @@ constexpr int kTasks = 64;
 
 // First the blocks of the compaction, whose walks over a sequence take longest, then those of the
 // boundary; no block waits for another, and the two parts share no memory.
-template <int kept_accesses, class T>
-__global__ void __launch_bounds__(kThreads, kept_accesses == kFewKept ? 3 : 2)
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2)
     compress_step_kernel(const __grid_constant__ BoundaryWork work,
                          const __grid_constant__ Compaction c,
                          const __grid_constant__ CompactionOutputs out,
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads, kept_accesses == kFewKept ? 3 : 2)
   if (block < first) {
     compact_block(c, out, tasks, block, space.compaction);
   } else {
-    boundary_block<kept_accesses, T>(work, block - first, space.boundary);
+    boundary_block<T>(work, block - first, space.boundary);
   }
 }
 
@@ -40,9 +40,9 @@ void compress_step(const BoundaryMoves& boundary, const CacheMoves& cache, Strea
   const auto tasks = strip_tasks<kTasks>(cache.compaction, up_to(cache.tensors, kTasks));
   const int64_t blocks =
       work.num_blocks() + tasks.num_blocks + output_blocks(cache.compaction, cache.outputs);
-  with_norm_type(work, [&]<int kept_accesses, class T>() {
-    launch(compress_step_kernel<kept_accesses, T>, blocks, kThreads, 0, stream, work,
-           cache.compaction, cache.outputs, tasks);
+  with_norm_type(work, [&]<class T>() {
+    launch(compress_step_kernel<T>, blocks, kThreads, 0, stream, work, cache.compaction,
+           cache.outputs, tasks);
   });
   boundary_copies(fused, stream);
   if (const auto rest = after(cache.tensors, kTasks); !rest.empty()) {

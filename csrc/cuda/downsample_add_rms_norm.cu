@@ -5,8 +5,8 @@
 namespace adsc::cuda {
 namespace {
 
-template <int kept_accesses, class T, class Access>
-__global__ void __launch_bounds__(kThreads, kept_accesses == kFewKept ? 4 : 2)
+template <class T, class Access>
+__global__ void __launch_bounds__(kThreads, 2)
     downsample_add_rms_norm_kernel(const __grid_constant__ RowMap map,
                                    const __grid_constant__ RowNorm norm, int group, int tile_rows) {
   using Compute = decltype(widen(T{}));
@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kThreads, kept_accesses == kFewKept ? 4 : 2)
   const int count = static_cast<int>(left < tile_rows ? left : tile_rows);
   const int row = row_of_group(group);
   const int64_t source = row < count ? find_row(map, begin + row) : kNoRow;
-  norm_tile<kept_accesses, T, Access, Compute>(norm, group, begin, count, source, partial);
+  norm_tile<T, Access, Compute>(norm, group, begin, count, source, partial);
 }
 
 }  // namespace
@@ -24,12 +24,8 @@ __global__ void __launch_bounds__(kThreads, kept_accesses == kFewKept ? 4 : 2)
 void add_rms_norm_rows(const RowMap& map, const RowNorm& norm, Stream stream) {
   const NormShape shape = norm_shape(norm, map.num_tokens);
   with_element_types(norm.element, shape.wide, [&]<class T, class Access>(T, Access) {
-    const auto run = [&](auto kernel) {
-      launch(kernel, shape.num_tiles, shape.threads, 0, stream, map, norm, shape.group,
-             shape.tile_rows);
-    };
-    shape.few ? run(downsample_add_rms_norm_kernel<kFewKept, T, Access>)
-              : run(downsample_add_rms_norm_kernel<kKept, T, Access>);
+    launch(downsample_add_rms_norm_kernel<T, Access>, shape.num_tiles, shape.threads, 0, stream,
+           map, norm, shape.group, shape.tile_rows);
   });
 }
 

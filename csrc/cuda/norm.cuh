@@ -19,7 +19,6 @@ struct NormShape {
   int tile_rows;  // of a block: one for each group
   int64_t num_tiles;
   bool wide;  // accesses of 16 bytes
-  bool few;   // of a thread: kFewKept of a row are all
 };
 
 inline bool is_wide(const RowNorm& norm) {
@@ -39,9 +38,7 @@ inline NormShape norm_shape(const RowNorm& norm, int64_t num_tokens, int threads
   if (num_tokens == 0 || norm.width == 0) return shape;
   const int64_t bytes = element_bytes(norm.element);
   shape.wide = is_wide(norm);
-  const int64_t columns = norm.width * bytes / (shape.wide ? 16 : bytes);
-  shape.group = norm_group(columns);
-  shape.few = columns <= shape.group * kFewKept;
+  shape.group = norm_group(norm.width * bytes / (shape.wide ? 16 : bytes));
   shape.threads = threads != 0 ? threads : static_cast<int>(rounded_up(kLeastThreads, shape.group));
   shape.tile_rows = shape.threads / shape.group;
   shape.num_tiles = (num_tokens + shape.tile_rows - 1) / shape.tile_rows;
@@ -84,11 +81,10 @@ __device__ __forceinline__ int row_of_group(int group) {
 
 // Makes the output rows [begin, begin + count), one by each group of threads. source: the row that
 // this thread's group takes; a negative one stands for zeros. T: the element; Access: what a thread
-// reads and writes at once, and keeps kept_accesses of. `partial` is shared memory.
-template <int kept_accesses, class T, class Access, class Compute>
+// reads and writes at once. `partial` is shared memory.
+template <class T, class Access, class Compute>
 __device__ __forceinline__ void norm_tile(const RowNorm& norm, int group, int64_t begin, int count,
                                           int64_t source, Compute (&partial)[kThreads / kWarp]) {
-  constexpr bool kLong = kept_accesses > kFewKept;  // else all of the row is kept
   const int64_t columns = norm.width / Elements<T, Access>::kCount;
   const int64_t row_bytes = norm.width * static_cast<int64_t>(sizeof(T));
   const int row = row_of_group(group);
@@ -102,11 +98,11 @@ __device__ __forceinline__ void norm_tile(const RowNorm& norm, int group, int64_
   auto* sum_out = reinterpret_cast<Access*>(norm.residual_out + offset);
   auto* normed_out = reinterpret_cast<Access*>(norm.normed + offset);
 
-  Access sums[kept_accesses];
-  Access others[kept_accesses];
-  Access weights[kept_accesses];
+  Access sums[kKept];
+  Access others[kKept];
+  Access weights[kKept];
 #pragma unroll
-  for (int k = 0; k < kept_accesses; ++k) {
+  for (int k = 0; k < kKept; ++k) {
     const int64_t column = lane + k * group;
     sums[k] = Access{};
     others[k] = Access{};
@@ -116,21 +112,20 @@ __device__ __forceinline__ void norm_tile(const RowNorm& norm, int group, int64_
     }
   }
 #pragma unroll
-  for (int k = 0; k < kept_accesses; ++k) {
+  for (int k = 0; k < kKept; ++k) {
     const int64_t column = lane + k * group;
     if (column < columns) weights[k] = load(weight + column);
   }
   Compute squares = 0;
 #pragma unroll
-  for (int k = 0; k < kept_accesses; ++k) {
+  for (int k = 0; k < kKept; ++k) {
     const int64_t column = lane + k * group;
     sums[k] = add_access<T>(sums[k], others[k], squares);
     if (live && column < columns) store(sum_out + column, sums[k]);
   }
   if (live) {
 #pragma unroll 1  // few rows are that long, and the code for it holds registers of all
-    for (int64_t column = lane + kept_accesses * group; kLong && column < columns;
-         column += group) {
+    for (int64_t column = lane + kKept * group; column < columns; column += group) {
       Access a{}, b{};
       if (source >= 0) {
         a = x[column];
@@ -158,7 +153,7 @@ __device__ __forceinline__ void norm_tile(const RowNorm& norm, int group, int64_
   const bool zeros = source < 0;
   const Compute scale = 1 / std::sqrt(mean + static_cast<Compute>(norm.eps));
 #pragma unroll
-  for (int k = 0; k < kept_accesses; ++k) {
+  for (int k = 0; k < kKept; ++k) {
     const int64_t column = lane + k * group;
     if (column < columns) {
       store(normed_out + column,
@@ -166,7 +161,7 @@ __device__ __forceinline__ void norm_tile(const RowNorm& norm, int group, int64_
     }
   }
 #pragma unroll 1
-  for (int64_t column = lane + kept_accesses * group; kLong && column < columns; column += group) {
+  for (int64_t column = lane + kKept * group; column < columns; column += group) {
     store(normed_out + column,
           zeros ? Access{} : scale_access<T>(sum_out[column], load(weight + column), scale));
   }

@@ -9,10 +9,8 @@ namespace adsc::cuda {
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;  // of a block, at most
 
-// Accesses of a row that a thread of a norm keeps in registers, at most; kFewKept do where they
-// can, since fewer registers are more rows under way at once.
+// Accesses of a row that a thread of a norm keeps in registers.
 constexpr int kKept = 4;
-constexpr int kFewKept = 2;
 
 // `columns`, with those that idle lanes would have in the last round over a row.
 constexpr int64_t rounded_up(int64_t columns, int64_t lanes) {
@@ -20,16 +18,14 @@ constexpr int64_t rounded_up(int64_t columns, int64_t lanes) {
 }
 
 // Threads of a row in a norm, whole warps: those that leave the fewest lanes idle with at most
-// kKept columns each, kFewKept rather than more. Of a longer row kKept columns a thread are kept,
-// and the rest is read again. It depends on the row alone, so that a row's sum has the same order
-// in any batch. Measured with 16-bit rows of 4096: on an H100 128 threads by four and 256 by two
-// are level where there are many rows; on an H200 the former take 15 % longer on one image than
-// the latter. Of 5120, on an H100: 256 by four, of which a third are idle, take 15 % longer than
-// 160 by four.
+// kKept columns each, and the fewest of those. Of a longer row kKept columns a thread are kept, and
+// the rest is read again. Measured on an H100 with 16-bit rows of 4096: 128 threads by four and 256
+// by two are level; of 5120: so are 160 by four and 320 by two, and 256 by four, of which a third
+// are idle, take 15 % longer.
 constexpr int norm_group(int64_t columns) {
   int best = kThreads;
   int64_t least = INT64_MAX;
-  for (const int kept : {kFewKept, kKept, 3, 1}) {
+  for (const int kept : {kKept, 2, 3, 1}) {
     const int64_t group = rounded_up((columns + kept - 1) / kept, kWarp);
     if (group <= kThreads && group * kept < least) {
       best = static_cast<int>(group);

@@ -15,7 +15,7 @@ void test_norm_group() {
     CHECK(columns % group == 0);
     CHECK(columns / group <= kKept);
   }
-  CHECK(norm_group(4096 * 2 / 16) == 256 && norm_group(5120 * 2 / 16) == 160);  // as measured
+  CHECK(norm_group(4096 * 2 / 16) == 128 && norm_group(5120 * 2 / 16) == 160);  // as measured
   for (int64_t columns = 1; columns <= 3000; ++columns) {
     const int group = norm_group(columns);
     CHECK(group % kWarp == 0 && group <= kThreads);
