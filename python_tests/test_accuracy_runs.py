@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -10,25 +9,18 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from digits_example import example
 from training_case import write_data
 
 from adsc_kernels.schedule import CompressionSchedule
 from adsc_kernels.training.config import TrainConfig
 from adsc_kernels.training.curriculum import Curriculum, average
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "digits"
-
 
 @pytest.fixture(scope="module")
 def accuracy() -> ModuleType:
-    pytest.importorskip("sklearn")
-    sys.path.insert(0, str(EXAMPLE))
-    try:
-        yield importlib.import_module("accuracy")
-    finally:
-        sys.path.remove(str(EXAMPLE))
-        for path in EXAMPLE.glob("*.py"):
-            sys.modules.pop(path.stem, None)
+    with example("accuracy") as module:
+        yield module
 
 
 @pytest.fixture

@@ -1,27 +1,18 @@
 """examples/digits/train.py: an interrupted training ends where an uninterrupted one does."""
 
 import argparse
-import importlib
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-
-EXAMPLE = Path(__file__).parents[1] / "examples" / "digits"
+from digits_example import example
 
 
 @pytest.fixture(scope="module")
 def train() -> ModuleType:
-    pytest.importorskip("sklearn")
-    sys.path.insert(0, str(EXAMPLE))
-    try:
-        yield importlib.import_module("train")
-    finally:
-        sys.path.remove(str(EXAMPLE))
-        for path in EXAMPLE.glob("*.py"):
-            sys.modules.pop(path.stem, None)
+    with example("train") as module:
+        yield module
 
 
 def arguments(work: Path, **changes: object) -> argparse.Namespace:

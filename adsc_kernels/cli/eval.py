@@ -61,13 +61,12 @@ def execute(args: argparse.Namespace) -> None:
     from adsc_kernels.baselines import make_method
     from adsc_kernels.evaluation.results import Results, digest
     from adsc_kernels.evaluation.run import evaluate, questions_of, summary
-    from adsc_kernels.hub import bundled_checkpoint, find_folder
     from adsc_kernels.llava import Llava
     from adsc_kernels.training.records import Records
 
     records = Records(args.data)
     questions = questions_of(records)[: args.limit]
-    folder = find_folder(bundled_checkpoint() if args.model is None else args.model)
+    folder = options.model_folder(args.model)
     about = {"data": digest(records.file), "questions": len(questions), "model": folder.name}
     results = Results(args.out, about)
     model = Llava.from_pretrained(folder, None, device, dtype, adapter=args.adapter)

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from adsc_kernels.cli import options
+
 
 def add_parser(commands: Any) -> None:
     """Add ``merge`` and its options to the commands."""
@@ -25,7 +27,6 @@ def add_parser(commands: Any) -> None:
 def execute(args: argparse.Namespace) -> None:
     """Print the folder and the schedule; ``ValueError`` or ``OSError`` for bad input."""
     from adsc_kernels.adapters import merge_checkpoint
-    from adsc_kernels.hub import bundled_checkpoint, find_folder
 
-    folder = find_folder(bundled_checkpoint() if args.model is None else args.model)
+    folder = options.model_folder(args.model)
     print(f"{args.out}, for {merge_checkpoint(folder, args.adapter, args.out)}")

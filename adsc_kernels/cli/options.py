@@ -11,10 +11,12 @@ import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from adsc_kernels import checks
 from adsc_kernels.budget import PRESETS
+from adsc_kernels.hub import bundled_checkpoint, find_folder
 from adsc_kernels.schedule import CompressionSchedule
 
 if TYPE_CHECKING:
@@ -116,3 +118,8 @@ def bar(what: str, total: int | None = None, steps: Iterable[Any] | None = None)
 
     hidden = True if sys.stderr is None else None  # None: tqdm asks whether it is a terminal
     return tqdm(steps, what, total, leave=False, disable=hidden, dynamic_ncols=True)
+
+
+def model_folder(path_or_id: str | None) -> Path:
+    """Of `--model`, which is the bundled checkpoint where it isn't given; FileNotFoundError."""
+    return find_folder(bundled_checkpoint() if path_or_id is None else path_or_id)

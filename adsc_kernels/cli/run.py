@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from adsc_kernels import checks
 from adsc_kernels.budget import PRESETS
 from adsc_kernels.cli import options, png, report, run_transformers
-from adsc_kernels.hub import bundled_checkpoint, find_folder, read_config
+from adsc_kernels.hub import bundled_checkpoint, read_config
 from adsc_kernels.images import load_image
 from adsc_kernels.schedule import CompressionSchedule
 
@@ -135,7 +135,7 @@ def execute(args: argparse.Namespace) -> None:
     from adsc_kernels.sampling import check_options
 
     dtype = options.dtype(args.dtype, device)
-    folder = find_folder(bundled if args.model is None else args.model)
+    folder = options.model_folder(args.model)
     if args.engine == "transformers":
         run_transformers.check(args)
         asked = [question.text for question in questions]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from adsc_kernels.cli import options
 from adsc_kernels.cli.bench_e2e.cases import TEXT, Case
 from adsc_kernels.cli.bench_e2e.device_time import device_time, share_outside
 from adsc_kernels.cli.bench_e2e.models import Models
-from adsc_kernels.cli.bench_e2e.ways import Way, make_way
+from adsc_kernels.cli.bench_e2e.ways import Decoding, Way, make_way
 from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.schedule import CompressionSchedule
 
@@ -88,7 +89,7 @@ def layer_macs(shape: ModelShape, tokens: Sequence[int]) -> int:
 
 def steps_of(way: Way, case: Case) -> int:
     """Of decode: the first token is the prompt's."""
-    return case.new_tokens - 1 if way.decodes else 0
+    return case.new_tokens - 1 if isinstance(way, Decoding) else 0
 
 
 def answer(way: Way, steps: int, device: torch.device) -> Answer:
@@ -96,7 +97,7 @@ def answer(way: Way, steps: int, device: torch.device) -> Answer:
     begin = now(device)
     tokens = way.prefill()
     first = now(device)
-    if steps == 0:
+    if steps == 0 or not isinstance(way, Decoding):
         return Answer((first - begin) * 1e3, None)
     way.decode(tokens, steps)
     return Answer((first - begin) * 1e3, (now(device) - first) * 1e3 / steps)
@@ -118,7 +119,7 @@ def _timed(way: Way, case: Case, answers: list[Answer]) -> dict[str, Any]:
         "tokens_per_second": None,
         "cache_bytes": way.cache_bytes,
     }
-    if way.decodes:
+    if isinstance(way, Decoding):
         times = [answer.step for answer in answers if answer.step is not None]
         step = statistics.median(times) if times else 0.0
         seconds = (first + step * (case.new_tokens - 1)) / 1e3
@@ -131,9 +132,11 @@ def _on_device(way: Way, case: Case, device: torch.device) -> dict[str, Any]:
     """Where the time of a prompt and of a step goes."""
     prompt = device_time(way.prefill, device)
     found: dict[str, Any] = {"prefill": prompt, "share_outside": share_outside(prompt)}
+    found["step"] = {}
     steps = min(PROFILED, steps_of(way, case))
-    tokens = torch.zeros(case.batch, dtype=torch.int64, device=device)
-    found["step"] = device_time(lambda: way.decode(tokens, steps), device, steps) if steps else {}
+    if steps > 0 and isinstance(way, Decoding):
+        decode = partial(way.decode, torch.zeros(case.batch, dtype=torch.int64, device=device))
+        found["step"] = device_time(partial(decode, steps), device, steps)
     return found
 
 

@@ -21,6 +21,7 @@ from adsc_kernels.cli.bench_e2e.cases import TEXT, Case, average, schedules_of, 
 from adsc_kernels.cli.bench_e2e.models import Models
 from adsc_kernels.decode import DecodeState
 from adsc_kernels.graphs import Graphs
+from adsc_kernels.llava import Llava
 from adsc_kernels.plan import CompressionPlan, make_plan
 from adsc_kernels.schedule import CompressionSchedule
 
@@ -30,7 +31,6 @@ class Way(ABC):
 
     tokens: list[int]
     weight_bytes: int
-    decodes = True
 
     def __init__(self, models: Models, case: Case) -> None:
         self.models, self.case = models, case
@@ -46,17 +46,21 @@ class Way(ABC):
     def prefill(self) -> Tensor:
         """The first token of each answer, int64 [B]."""
 
-    def decode(self, tokens: Tensor, steps: int) -> None:
-        """So many tokens more, behind the prompt that was run last."""
-        raise NotImplementedError
-
     @property
     def cache_bytes(self) -> int | None:
         """Of the K and V that are held; None where there are none."""
         return None
 
 
-class Ours(Way):
+class Decoding(Way):
+    """One that goes on behind its prompt."""
+
+    @abstractmethod
+    def decode(self, tokens: Tensor, steps: int) -> None:
+        """So many tokens more, behind the prompt that was run last."""
+
+
+class Ours(Decoding):
     """The thin model under a schedule, with graphs and a cache that it holds, as a server would."""
 
     def __init__(
@@ -68,7 +72,7 @@ class Ours(Way):
         self.model = models.ours.with_schedule(schedule)
         self.model.graphs = Graphs()
         self.tokens = tokens_by_layer(schedule, self.case.vision)
-        self.weight_bytes = _bytes_of(models.ours.language_model) + models.ours.head.weight.nbytes
+        self.weight_bytes = _bytes_of_ours(models)
         self.cache = self.model.new_cache(case.batch)
 
     def fill(self) -> None:
@@ -94,12 +98,10 @@ class Ours(Way):
         plan = self.plan()
         self.cache.fit(plan, extra=self.case.new_tokens - 1)
         hidden = self.model(self.x, plan, Phase.PREFILL, self.cache)
-        last = torch.tensor(list(accumulate(plan.stages[-1].seq_lens))) - 1
-        rows = hidden[last.to(hidden.device, non_blocking=True)]
-        return self.model.logits(rows).argmax(-1)
+        return _first_tokens(self.model, hidden, list(accumulate(plan.stages[-1].seq_lens)))
 
     def decode(self, tokens: Tensor, steps: int) -> None:
-        """As `Way.decode`."""
+        """As `Decoding.decode`."""
         state = DecodeState(self.cache, [self.case.length] * self.case.batch, steps)
         for _ in range(steps):
             tokens = self.model.decode(tokens, state).argmax(-1)
@@ -110,7 +112,7 @@ class Ours(Way):
         return sum(self.cache.bytes_per_stage)
 
 
-class Theirs(Way):
+class Theirs(Decoding):
     """transformers' own decoder, dense."""
 
     def __init__(self, models: Models, case: Case) -> None:
@@ -134,7 +136,7 @@ class Theirs(Way):
         return self._run(inputs_embeds=self.x.view(self.case.batch, self.case.length, -1))
 
     def decode(self, tokens: Tensor, steps: int) -> None:
-        """As `Way.decode`."""
+        """As `Decoding.decode`."""
         for _ in range(steps):
             tokens = self._run(input_ids=tokens[:, None])
 
@@ -149,8 +151,6 @@ class Theirs(Way):
 class InLayers(Way):
     """A method that scores tokens inside the decoder, on our layers: its prompt, and no cache."""
 
-    decodes = False
-
     def __init__(self, models: Models, case: Case, name: str, budget: int) -> None:
         """Raises UnsupportedError where the method can't go as low."""
         super().__init__(models, case)
@@ -158,7 +158,7 @@ class InLayers(Way):
         config = dataclasses.replace(self.model.config, tokens_per_image=case.vision)
         self.method: Method = make_method(name, config, budget=budget)
         self.tokens = self.method.tokens
-        self.weight_bytes = _bytes_of(models.ours.language_model) + models.ours.head.weight.nbytes
+        self.weight_bytes = _bytes_of_ours(models)
 
     @cached_property
     def rows(self) -> Rows:
@@ -173,9 +173,7 @@ class InLayers(Way):
         assert isinstance(self.method, InDecoder)
         select = self.method.selector(self.x, self.rows, self._batch())
         hidden, left = run(self.model, self.x, self.rows, select)
-        last = torch.tensor(left.firsts[1:]) - 1
-        rows = hidden[last.to(hidden.device, non_blocking=True)]
-        return self.model.logits(rows).argmax(-1)
+        return _first_tokens(self.model, hidden, left.firsts[1:])
 
     def _batch(self) -> Batch:
         case, numbers = self.case, list(range(self.case.batch))
@@ -200,6 +198,16 @@ def make_way(name: str, models: Models, case: Case) -> Way:
         vision = budget if name == "smaller" else None
         return Ours(models, case, CompressionSchedule.dense(depth), vision)
     return Theirs(models, case) if name == "transformers" else InLayers(models, case, name, budget)
+
+
+def _first_tokens(model: Llava, hidden: Tensor, ends: Sequence[int]) -> Tensor:
+    """Of each answer, by the last of its prompt's rows, which end at `ends`."""
+    last = torch.tensor(ends) - 1
+    return model.logits(hidden[last.to(hidden.device, non_blocking=True)]).argmax(-1)
+
+
+def _bytes_of_ours(models: Models) -> int:
+    return _bytes_of(models.ours.language_model) + models.ours.head.weight.nbytes
 
 
 def _bytes_of(module: torch.nn.Module) -> int:
