@@ -15,6 +15,7 @@ from adsc_kernels.kv.cache import Blocks, CacheStage, DenseCache, PagedCache
 from adsc_kernels.kv.pages import CompactionResult, HostRows, Ints, Pages, check_pages
 from adsc_kernels.kv.rows import check_ints, check_rows
 from adsc_kernels.kv.tensors import Caches, axis, check_caches, usual_caches
+from adsc_kernels.plan import to_device
 from adsc_kernels.rows import check_table, check_tensor, is_readable
 
 
@@ -268,12 +269,9 @@ def _unseen_blocks(blocks: Blocks | None, like: Tensor, num_blocks: int) -> Tens
 
 def _uploaded(blocks: np.ndarray, like: Tensor) -> Tensor:
     """read_only_blocks where the caches are."""
-    tensor = torch.from_numpy(blocks)
-    if like.device.type != "cuda":
-        return tensor
-    if torch.cuda.is_current_stream_capturing():
+    if like.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise ValueError(
             f"read_only_blocks: expected blocks on {like.device} while a graph is captured, since "
             "no graph keeps what an upload reads, got them in host memory"
         )
-    return tensor.pin_memory().to(like.device, non_blocking=True)
+    return to_device(blocks, like.device)

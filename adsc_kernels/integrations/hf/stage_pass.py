@@ -21,6 +21,7 @@ from adsc_kernels.integrations.hf.compat import columns_seen, known_parameters
 from adsc_kernels.integrations.hf.layout import BatchLayout, StageLayout
 from adsc_kernels.integrations.hf.ledger import Ledger, StagedCache
 from adsc_kernels.integrations.hf.masks import MaskMaker, MaskRequest, of_kind
+from adsc_kernels.plan import to_device
 from adsc_kernels.schedule import CompressionSchedule
 
 if TYPE_CHECKING:
@@ -71,9 +72,7 @@ def upload(layout: BatchLayout, seen: int, device: torch.device) -> list[Tables]
 
 def _copied(parts: list[np.ndarray], device: torch.device) -> list[Tensor]:
     """Arrays of one dtype on the device, by one copy."""
-    packed = torch.from_numpy(np.concatenate([part.ravel() for part in parts]))
-    if device.type != "cpu":
-        packed = packed.pin_memory().to(device, non_blocking=True)
+    packed = to_device(np.concatenate([part.ravel() for part in parts]), device)
     pieces = packed.split([part.size for part in parts])
     return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from adsc_kernels.integrations.vllm.layout import RequestLayout, alignment
-from adsc_kernels.plan import CompressionPlan, make_plan
+from adsc_kernels.plan import CompressionPlan, make_plan, to_device
 from adsc_kernels.schedule import CompressionSchedule
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class Step:
         counts, starts, requests = np.diff(self._starts), self._starts, None
         dropped = self._dropped[stage]
         seq_lens_cpu = common.seq_lens_cpu_upper_bound[: len(counts)] - torch.from_numpy(dropped)
-        seq_lens = common.seq_lens[: len(counts)] - upload(dropped, device)
+        seq_lens = common.seq_lens[: len(counts)] - to_device(dropped, device)
         query_start_loc = common.query_start_loc
         if self.plan is not None:
             counts = np.array(self.plan.stages[stage].seq_lens, np.int32)
@@ -150,12 +150,12 @@ class Step:
                 # Kernels need not expect a request without a row, or without a key.
                 chosen = counts.nonzero()[0]
                 counts, seq_lens_cpu = counts[chosen], seq_lens_cpu[torch.from_numpy(chosen)]
-                requests = upload(chosen, device)
+                requests = to_device(chosen, device)
                 seq_lens = seq_lens[requests]
             starts = np.concatenate([[0], counts.cumsum()]).astype(np.int32)
-            query_start_loc = upload(starts, device)
+            query_start_loc = to_device(starts, device)
         num_tokens = int(starts[-1])
-        request_of_row = upload(np.repeat(np.arange(len(counts)), counts), device)
+        request_of_row = to_device(np.repeat(np.arange(len(counts)), counts), device)
         # A chunk's survivors follow one another, up to the request's last key.
         first = (seq_lens - query_start_loc[1 : len(counts) + 1]).long()
         positions = torch.arange(num_tokens, device=device) + first[request_of_row]
@@ -170,7 +170,7 @@ class Step:
             query_start_loc_cpu=torch.from_numpy(starts),
             positions=positions,
             request_of_row=request_of_row,
-            masked=upload(masked, device)[request_of_row] if masked.any() else None,
+            masked=to_device(masked, device)[request_of_row] if masked.any() else None,
         )
 
 
@@ -179,11 +179,3 @@ class EmptyStage:
     """The metadata of a stage without rows in this step: its layers do not run."""
 
     adsc: Step
-
-
-def upload(values: np.ndarray, device: torch.device) -> Tensor:
-    """To the device without waiting for it."""
-    tensor = torch.from_numpy(values)
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
