@@ -42,6 +42,7 @@ $(VENV)/.installed: pyproject.toml setup.py | $(VENV)/.native
 # vLLM for a CPU, in an environment of its own: it pins torch and transformers. What PyPI has of
 # torchaudio and torchcodec is built for CUDA and can't be imported beside a CPU build of torch, and
 # Triton is of no use there; torchvision is needed, and cpu_torchvision.py lets it be imported.
+# What .venv has built is of the stable ABI and in the package's folder: not built again here.
 VENV_VLLM := .venv-vllm
 VLLM_PYTHON := $(VENV_VLLM)/bin/python
 VLLM_PIP := $(VLLM_PYTHON) -m pip install $(PIP_FLAGS)
@@ -59,7 +60,7 @@ $(VENV_VLLM)/.tools: python_tests/vllm_engine/environment/cpu_torchvision.py
 	@touch $@
 
 $(VENV_VLLM)/.native: $(NATIVE) pyproject.toml | $(VENV_VLLM)/.tools
-	$(VLLM_PYTHON) setup.py --quiet build_ext --inplace
+	@$(MAKE) --question $(VENV)/.native 2> /dev/null || $(VLLM_PYTHON) setup.py --quiet build_ext --inplace
 	$(VLLM_PIP) --no-build-isolation --no-deps -e .
 	@touch $@
 
