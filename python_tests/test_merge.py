@@ -33,7 +33,9 @@ def test_weights_are_the_models_and_the_adapters_rounded_once(merged: Path) -> N
     scale, pairs = read_lora(ADAPTER)
     assert scale == 2 and len(pairs) == 16 * 7
     added = {
-        name.replace("model.language_model", "language_model.model") + ".weight": scale * b.float() @ a.float()
+        f"{name.replace('model.language_model', 'language_model.model')}.weight": (
+            scale * b.float() @ a.float()
+        )
         for name, (a, b) in pairs.items()
     }
     assert before.keys() == after.keys() > added.keys()
