@@ -16,6 +16,7 @@ from adsc_kernels import ops
 
 pytestmark = needs_simt
 
+WIDTHS = [0, 4, 128, 520, 1040, 2056, 4096, 5120, 8200]
 DTYPES = [torch.uint8, torch.bfloat16, torch.float32, torch.int64, torch.complex128]
 TRAILING = [(), (1,), (3,), (8,), (2, 3), (16,), (33,), (128,), (0,)]
 rows = drawn_rows(DTYPES, TRAILING)
@@ -51,6 +52,21 @@ def test_wide_rows(stage: FakeStage, width: int, gap: int, schedule: Schedule) -
     """Around what a block takes a row at a time, packed, with gaps, and not aligned."""
     x = random_bits(stage.num_tokens_in, (width + gap,), torch.bfloat16, 0)[:, :width]
     check(stage, x, emulating(schedule))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    stages(max_length=20),
+    st.lists(
+        st.sampled_from([0, 4, 128, 520, 1040, 2056, 4096, 5120, 8200]), min_size=2, max_size=6
+    ),
+    schedules,
+)
+def test_wide_rows_beside_narrow(stage: FakeStage, widths: list[int], schedule: Schedule) -> None:
+    """Some take a block each, with all threads or with half, and some are cut into tiles."""
+    count = stage.num_tokens_in
+    xs = [random_bits(count, (width,), torch.bfloat16, i) for i, width in enumerate(widths)]
+    check_many(stage, xs, emulating(schedule))
 
 
 @pytest.mark.parametrize("count", [33, 1100])

@@ -17,6 +17,7 @@ constexpr int kMaxCopies = 16;
 // One tensor, cut into tiles of rows and of columns. A column is what a thread moves at once.
 struct CopyTask {
   RowCopy copy;
+  bool whole_rows;       // each a block's, and no tiles
   int32_t column_bytes;  // 16, 8, 4, 2 or 1: the most that all its addresses are multiples of
   int32_t lanes;         // threads side by side on a row
   int32_t tile_rows;
