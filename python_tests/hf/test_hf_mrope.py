@@ -12,7 +12,7 @@ import pytest
 import torch
 from cache_name import CACHE
 from hf_models import CASES, IMAGE, LAYERS, VIDEO, Row, noise
-from hf_oracle import Axes, oracle, pictures_of, renumbered
+from hf_oracle import Axes, oracle, renumbered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
@@ -26,12 +26,13 @@ SHARES = st.sampled_from(["1", "3/4", "2/3", "1/2", "1/3", "1/5", "0"])
 
 
 class Prompt:
-    """Tokens with positions by the model's rule, and where its images and frames lie."""
+    """Tokens with positions by the model's rule, and where its images, frames and pictures lie."""
 
     def __init__(self) -> None:
         self.ids: list[Axes] = []
         self.kinds: list[int] = []
         self.images: list[list[list[int]]] = []
+        self.pictures: list[list[int]] = []
 
     def at(self) -> int:
         return max((max(n) for n in self.ids), default=-1) + 1
@@ -42,7 +43,7 @@ class Prompt:
         self.kinds += [0] * count
 
     def picture(self, kind: int, frames: int, height: int, width: int, seconds: int) -> None:
-        at = self.at()
+        at, begin = self.at(), len(self.ids)
         for frame in range(frames):
             first = len(self.ids)
             self.images.append(
@@ -51,6 +52,7 @@ class Prompt:
             time = at + frame * seconds
             self.ids += [(time, at + r, at + c) for r in range(height) for c in range(width)]
         self.kinds += [kind] * frames * height * width
+        self.pictures.append(list(range(begin, len(self.ids))))
 
 
 @st.composite
@@ -59,9 +61,11 @@ def prompts(draw: Any) -> Prompt:
     made.text(draw(st.integers(1, 3)))
     for _ in range(draw(st.integers(0, 3))):
         frames, seconds = draw(st.sampled_from([(1, 1), (1, 1), (2, 1), (3, 1), (2, 5), (3, 9)]))
-        size = st.integers(1, 6)
-        made.picture(2 if frames > 1 else 1, frames, draw(size), draw(size), seconds)
-        made.text(draw(st.integers(1, 3)))
+        kind, size = 2 if frames > 1 else 1, st.integers(1, 6)
+        # An image may touch a video; two of one kind would be one picture.
+        made.text(draw(st.integers(int(made.kinds[-1] == kind), 3)))
+        made.picture(kind, frames, draw(size), draw(size), seconds)
+    made.text(draw(st.integers(1, 3)))
     return made
 
 
@@ -103,11 +107,10 @@ def test_positions_are_those_of_the_plain_rule(made, schedule, how):
         for one, row, at in zip(made, rows, offsets, strict=True):
             mine = (stage[row] >= at) & (stage[row] < at + len(one.ids))
             alive = (stage[row][mine] - at).tolist()
-            whole = pictures_of(one.images)
-            want = renumbered(one.ids, whole, alive)
+            want = renumbered(one.ids, one.pictures, alive)
             assert got[:, row, torch.from_numpy(mine)].T.tolist() == [list(n) for n in want]
             for end in range(1, len(one.ids) + 1):
-                before = [p for p in whole if p[-1] < end]
+                before = [p for p in one.pictures if p[-1] < end]
                 kept = [n for n in alive if n < end]
                 *_, probe = renumbered([*one.ids[:end], (99,) * 3], before, [*kept, end])
                 assert int(moved[row, at + end - 1]) == 99 - probe[0]
@@ -237,13 +240,13 @@ def test_a_static_cache_and_beams_give_the_same(case, text):
 @torch.no_grad()
 @pytest.mark.parametrize("text", SCHEDULES)
 def test_a_later_turn_is_the_whole_conversation(case, text):
-    """With pictures of its own, behind text alone; positions are the whole conversation's."""
+    """Text alone, pictures, and text again; positions are the whole conversation's."""
     made, model = case
     schedule = CompressionSchedule.parse(text, LAYERS)
     row = made.rows()[0]
     first = len(row.ids)
     row.text(21, 22)
-    row.text(7).grid(4, 5).text(8, 23)
+    row.text(7).grid(4, 5).text(8, 23, 24, 25)
     row.give(pixel_values=noise(5, 80, 96), image_grid_thw=torch.tensor([[1, 8, 10]]))
     inputs = made.inputs([row])
     sizes = [(1, 3, 4), (1, 2, 3), (1, 4, 5)]
@@ -253,7 +256,8 @@ def test_a_later_turn_is_the_whole_conversation(case, text):
     turns = [
         (0, first, {name: torch.cat(pictures[name][:2]) for name in pictures}),
         (first, first + 2, {}),
-        (first + 2, len(row.ids), {name: pictures[name][2] for name in pictures}),
+        (first + 2, len(row.ids) - 2, {name: pictures[name][2] for name in pictures}),
+        (len(row.ids) - 2, len(row.ids), {}),
     ]
     cache = DynamicCache()
     with apply_adsc(model, schedule):
