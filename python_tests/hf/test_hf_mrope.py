@@ -78,7 +78,7 @@ def schedules(draw: Any) -> CompressionSchedule:
     return CompressionSchedule.parse(f"1:{shares[0]},2:{shares[1]}@{pattern}@renumber", LAYERS)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(prompts(), min_size=1, max_size=3), schedules(), st.sampled_from("lrp"))
 def test_positions_are_those_of_the_plain_rule(made, schedule, how):
     """Left- and right-padded, and packed into one row; and what follows any column goes on."""
@@ -149,7 +149,7 @@ def prompt_of(sizes: list[tuple[int, int, int]], between: tuple[int, ...]) -> Ro
 @settings(deadline=None, max_examples=25)
 @given(data=st.data())
 def test_a_grid_is_numbered_as_the_model_numbers_a_smaller_picture(models, name, between, data):
-    """Videos whose rows or columns reach as far as their time: else transformers since 5.3 lets
+    """Videos whose rows or columns reach as far as their time: else transformers 5.17 to 5.24 let
     text begin within it."""
     model, seconds = models[name], 4 if name == "qwen2_5_vl" else 1
     half = Fraction(1, 2)
@@ -178,14 +178,14 @@ def test_a_grid_is_numbered_as_the_model_numbers_a_smaller_picture(models, name,
 
 NAMES = ["qwen2_5_vl", "qwen3_vl"]
 SCHEDULES = ["1:1/2,3:1/3@center@renumber", "0:1/2x2/3,2:1x1/2@grid@renumber"]
-NEW = 5
+NEW, START = 5, 7
 GREEDY: dict[str, Any] = dict(
     max_new_tokens=NEW,
     min_new_tokens=NEW,
     do_sample=False,
     pad_token_id=0,
     disable_compile=True,
-    suppress_tokens=[IMAGE, VIDEO],
+    suppress_tokens=[IMAGE, VIDEO, START],  # 5.0 looks for a picture behind each start
 )
 
 
