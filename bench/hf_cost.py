@@ -8,7 +8,9 @@ Made for a machine that others use too. On a CPU times are CPU seconds of one th
 count waiting; on a GPU they lie between events, so that waiting for the host counts. Each round
 calls the model dense, with a schedule that keeps all (the hooks alone) and compressed, beginning
 with another one each time; and what is told is the median over rounds of the ratio to the dense
-call beside it, with its quartiles. The decoder's MACs say what the compressed call should take.
+call beside it, with its quartiles. MACs say what the compressed call should take, those of the
+projector among them, which no schedule makes fewer; and the decoder's matrix products alone, which
+are timed in the same rounds, what they take here with so few rows.
 What the hooks do does not depend on the width, so they are timed on a narrow decoder as well, where
 their share is large, and what they call is counted there.
 """
@@ -21,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adsc_kernels import CompressionSchedule, apply_adsc
 
-TEXT_TOKENS = 64
+TEXT_TOKENS, TOWER_WIDTH = 64, 32
 
 
 class Shape(NamedTuple):
@@ -41,13 +44,14 @@ class Shape(NamedTuple):
     kv_heads: int
     head: int
 
-    def macs(self, rows: list[int]) -> int:
-        """Of layers with so many rows: projections, MLP, and attention as sdpa computes it, not
-        halved."""
+    def macs(self, tokens: int, rows: list[int]) -> int:
+        """Of the projector, and of layers with so many rows: projections, MLP, and attention, which
+        is not halved."""
         attended = self.heads * self.head
         linear = self.width * (2 * attended + 2 * self.kv_heads * self.head)
         linear += 3 * self.width * self.inner
-        return sum(n * linear + 2 * n * n * attended for n in rows)
+        projector = tokens * (TOWER_WIDTH + self.width) * self.width
+        return projector + sum(n * linear + 2 * n * n * attended for n in rows)
 
 
 SHAPES = {
@@ -69,7 +73,7 @@ def model_of(shape: Shape, layers: int, tokens: int) -> Any:
         vocab_size=1000,
     )
     vision = hf.CLIPVisionConfig(
-        hidden_size=32,
+        hidden_size=TOWER_WIDTH,
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -95,24 +99,41 @@ class Ways:
         self.inputs = {"input_ids": ids.to(device), "pixel_values": pixels.to(device)}
         keep_all = ",".join(f"{b.layer}:1" for b in schedule.boundaries)
         self.schedules = {"dense": None, "hooks alone": keep_all, "compressed": schedule}
+        stages = [schedule.stage_of_layer(n) for n in range(schedule.num_layers)]
+        kept = schedule.kept(tokens)
+        self.rows = dict.fromkeys(self.schedules, [TEXT_TOKENS + tokens] * len(stages))
+        self.operands: dict[tuple[int, int], torch.Tensor] = {}
+        self.rows["compressed"] = [TEXT_TOKENS + kept[stage] for stage in stages]
 
     def applied(self, way: str) -> AbstractContextManager[Any]:
         schedule = self.schedules[way]
         return nullcontext() if schedule is None else apply_adsc(self.model, schedule)
 
-    def call(self) -> None:
+    def call(self, way: str) -> None:
         self.model(**self.inputs, logits_to_keep=1)
 
-    def seconds(self, rounds: int, call: Callable[[], Any]) -> dict[str, list[float]]:
-        """What the call took each way in each round."""
-        took: dict[str, list[float]] = {way: [] for way in self.schedules}
-        order = list(took)
+    def products(self, way: str) -> None:
+        """The decoder's matrix products alone, of as many rows."""
+        layers = self.model.model.language_model.layers
+        for layer, rows in zip(layers, self.rows[way], strict=True):
+            for module in layer.modules():
+                if isinstance(module, torch.nn.Linear):
+                    size = rows * len(self.inputs["input_ids"]), module.in_features
+                    if size not in self.operands:
+                        self.operands[size] = torch.randn(size, device=self.model.device)
+                    module(self.operands[size])
+
+    def seconds(self, rounds: int, *calls: Callable[[str], Any]) -> list[dict[str, list[float]]]:
+        """What each of the calls took each way in each round."""
+        took: list[dict[str, list[float]]] = [{way: [] for way in self.schedules} for _ in calls]
+        order = list(self.schedules)
         for turn in range(-1, rounds):
             for way in order:
                 with self.applied(way):
-                    one = timed(call, self.model.device.type)
+                    ones = [timed(partial(call, way), self.model.device.type) for call in calls]
                 if turn >= 0:
-                    took[way].append(one)
+                    for found, one in zip(took, ones, strict=True):
+                        found[way].append(one)
             order.append(order.pop(0))
         return took
 
@@ -132,10 +153,10 @@ class Ways:
     def counts(self, way: str) -> tuple[int, int]:
         """Python functions and torch ops that a call goes through."""
         with self.applied(way):
-            self.call()
-            calls = _counted_calls(self.call)
+            self.call(way)
+            calls = _counted_calls(partial(self.call, way))
             with _Dispatches() as dispatches:
-                self.call()
+                self.call(way)
         return calls, dispatches.count
 
 
@@ -186,7 +207,7 @@ def spread(values: list[float], scale: float = 1) -> str:
 def show_narrow(device: str, schedule: CompressionSchedule, tokens: int, rounds: int) -> float:
     """Prints what the hooks do; returns their seconds."""
     ways = Ways(device, NARROW, schedule, tokens)
-    took = ways.seconds(rounds, ways.call)
+    (took,) = ways.seconds(rounds, ways.call)
     print("narrow decoder: ms a call, Python calls, torch ops")
     for way in took:
         calls, dispatches = ways.counts(way)
@@ -226,19 +247,20 @@ def main() -> None:
 
     shape = SHAPES[args.shape]
     ways = Ways(args.device, shape, schedule, args.tokens, args.batch)
-    took = ways.seconds(args.rounds, ways.call)
+    took, alone = ways.seconds(args.rounds, ways.call, ways.products)
     print(f"{args.shape}, {args.layers} layers, batch {args.batch}: seconds and share of dense")
     show(took)
+    print("the decoder's matrix products alone")
+    show(alone)
     dense = statistics.median(took["dense"])
     print(f"  hooks alone, of the narrow decoder's: {extra / dense:.2%}")
-    kept = schedule.kept(args.tokens)
-    rows = [TEXT_TOKENS + kept[schedule.stage_of_layer(n)] for n in range(args.layers)]
-    promised = shape.macs(rows) / shape.macs([TEXT_TOKENS + args.tokens] * args.layers)
+    macs = {way: shape.macs(args.tokens, rows) for way, rows in ways.rows.items()}
+    promised = macs["compressed"] / macs["dense"]
     saved = [1 - a / b for a, b in zip(took["compressed"], took["dense"], strict=True)]
     print(f"  MACs promise {promised:.3f}; of the saving came {spread(saved, 1 / (1 - promised))}")
     if args.new_tokens:
         print(f"the same and {args.new_tokens} tokens", flush=True)
-        show(ways.seconds(max(2, args.rounds // 4), lambda: ways.generate(args.new_tokens)))
+        show(*ways.seconds(max(2, args.rounds // 4), lambda way: ways.generate(args.new_tokens)))
         sizes = {way: ways.cache_bytes(way) for way in ("dense", "compressed")}
         print(f"  bytes of the prompt's cache: {sizes}")
 

@@ -81,7 +81,6 @@ class Case:
     rows: Callable[[], list[Row]]
     types: str | None = None  # the name of the argument that tells token types
     blocks: Callable[[Row], list[int] | None] = lambda row: None  # who sees whom both ways
-    mrope: bool = False
     refused: bool = False
     join: Callable[[list[list[Tensor]]], Tensor] = lambda rows: torch.cat(
         [value for row in rows for value in row]
@@ -387,16 +386,9 @@ CASES: dict[str, Case] = {
     "llava_next": Case(_next, _next_rows),
     "llava_onevision": Case(_onevision("anyres_max_9"), _onevision_rows(10, 6)),
     "llava_onevision-1": Case(_onevision("anyres_max_1"), _onevision_rows(6, 3)),
-    "qwen2_vl": Case(_qwen(hf.Qwen2VLConfig, QWEN2_VISION), _qwen_rows(()), TYPES, mrope=True),
-    "qwen2_5_vl": Case(
-        _qwen(hf.Qwen2_5_VLConfig, QWEN25_VISION), _qwen_rows(()), TYPES, mrope=True
-    ),
-    "qwen3_vl": Case(
-        _qwen(hf.Qwen3VLConfig, QWEN3_VISION),
-        _qwen_rows((8, 30, 7)),
-        TYPES,
-        mrope=True,
-    ),
+    "qwen2_vl": Case(_qwen(hf.Qwen2VLConfig, QWEN2_VISION), _qwen_rows(()), TYPES),
+    "qwen2_5_vl": Case(_qwen(hf.Qwen2_5_VLConfig, QWEN25_VISION), _qwen_rows(()), TYPES),
+    "qwen3_vl": Case(_qwen(hf.Qwen3VLConfig, QWEN3_VISION), _qwen_rows((8, 30, 7)), TYPES),
     "internvl": Case(_internvl, _fixed(3, SMALL)),
     "idefics3": Case(
         _idefics(hf.Idefics3Config, hf.Idefics3VisionConfig), _idefics_rows, join=_idefics_join

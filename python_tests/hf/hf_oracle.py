@@ -55,6 +55,49 @@ def _mask(decoder: Any, layer: int, alive: list[int], blocks: list[int]) -> Tens
     return torch.zeros(count, count).masked_fill(~sees, -torch.inf)[None, None]
 
 
+Axes = tuple[int, ...]  # a token's time, row and column
+
+
+def pictures_of(images: list[list[list[int]]]) -> list[list[int]]:
+    """Tokens of each picture, from the rows of images and frames: frames that touch are one."""
+    found: list[list[int]] = []
+    for image in images:
+        tokens = [i for row in image for i in row]
+        if found and found[-1][-1] + 1 == tokens[0]:
+            found[-1] += tokens
+        else:
+            found.append(tokens)
+    return found
+
+
+def renumbered(ids: list[Axes], pictures: list[list[int]], alive: list[int]) -> list[Axes]:
+    """M-RoPE positions of the tokens that are alive, from those of all tokens of a sequence.
+
+    Token after token: `up` is how far what comes next moves up.
+    """
+    picture_of = {picture[0]: picture for picture in pictures}
+    found: dict[int, Axes] = {}
+    up, token = 0, 0
+    while token < len(ids):
+        picture = picture_of.get(token)
+        if picture is None:
+            found[token] = tuple(n - up for n in ids[token])
+            token += 1
+            continue
+        begin = ids[token]
+        left = [i for i in picture if i in alive]
+        rows, columns = (sorted({ids[i][axis] for i in left}) for axis in (1, 2))
+        for i in left:
+            time, row, column = ids[i]
+            place = (time - begin[0], rows.index(row), columns.index(column))
+            found[i] = tuple(first - up + n for first, n in zip(begin, place, strict=True))
+        before = max(ids[i][axis] - begin[axis] for i in picture for axis in range(3)) + 1
+        ends = [found[i][axis] - (begin[axis] - up) for i in left for axis in range(3)]
+        up += before - (max(ends) + 1 if ends else 0)
+        token += len(picture)
+    return [found[i] for i in alive]
+
+
 @torch.no_grad()
 def oracle(
     model: Any,
@@ -76,6 +119,7 @@ def oracle(
     features = given.get("deepstack_visual_embeds") or []
     visual = given["visual_pos_masks"][0].nonzero().flatten().tolist() if features else []
     keep, blocks = shares(schedule), blocks or [-1] * width
+    pictures = pictures_of(images)
     vision = {i for image in images for row in image for i in row}
     text = [i for i in range(width) if i not in vision]
     alive, stages = list(range(width)), [list(range(width))]
@@ -87,7 +131,11 @@ def oracle(
             stages.append(alive)
         where = ids[..., alive]
         if schedule.positions == "renumber":
-            where = ids[..., :1] + torch.arange(len(alive))
+            if ids.dim() == 3:
+                axes = [tuple(n) for n in ids[:, 0].T.tolist()]
+                where = torch.tensor(renumbered(axes, pictures, alive)).T[:, None]
+            else:
+                where = ids[..., :1] + torch.arange(len(alive))
         types = getattr(decoder.config, "layer_types", None)
         # Gemma 3 turns the two kinds of layers by different angles.
         kind = {"layer_type": types[n]} if decoder.config.model_type == "gemma3_text" else {}

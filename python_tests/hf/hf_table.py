@@ -29,13 +29,12 @@ def line(name: str, case: Case) -> str:
     kinds = ["images"]
     if any("pixel_values_videos" in row.inputs for row in rows):
         kinds.append("videos")
-    positions = "original" if case.mrope else "original, renumber"
     pictures = " and ".join(kinds)
-    return f"| {NAMES[name]} | `{case.config().model_type}` | {pictures} | {positions} |"
+    return f"| {NAMES[name]} | `{case.config().model_type}` | {pictures} |"
 
 
 def table() -> str:
-    head = ["| model | `model_type` | pictures | positions |", "| --- | --- | --- | --- |"]
+    head = ["| model | `model_type` | pictures |", "| --- | --- | --- |"]
     return "\n".join(head + [line(name, CASES[name]) for name in NAMES])
 
 

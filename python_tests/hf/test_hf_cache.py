@@ -212,7 +212,7 @@ def test_a_cropped_cache_is_that_of_the_shorter_prompt(model, patched, left):
     kept = [sum(column < left for column in stage) for stage in stages]
     assert lengths(cache) == [kept[schedule.stage_of_layer(n)] for n in range(LAYERS)]
     if schedule.positions == "renumber":
-        assert [int(n) for n in cache.ledger.dropped] == [left - n for n in kept]
+        assert [int(n) for n in cache.ledger.shifts] == [left - n for n in kept]
     got = model(input_ids=torch.tensor([[32, 33]]), **{CACHE: cache})
     # What was dropped of a picture that is cut is what the whole one lost.
     mask = torch.ones(1, len(row.ids) + 4)

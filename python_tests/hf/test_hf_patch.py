@@ -222,7 +222,6 @@ class Other(torch.nn.Module):
         (MADE.model, "9:1/2", ValueError, "0 to 3"),
         (MADE.model, 3, TypeError, "CompressionSchedule or its text, got int"),
         (MADE.model, None, ValueError, "config holds none"),
-        (CASES["qwen2_vl"].model, "1:1/2@renumber", UnsupportedError, "three axes"),
     ],
 )
 def test_bad_models_and_schedules(make, schedule, error, says):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from adsc_kernels.errors import UnsupportedError
-from adsc_kernels.integrations.hf.stage_pass import StagePass, Tables
+from adsc_kernels.integrations.hf.stage_pass import StagePass
+from adsc_kernels.integrations.hf.tables import Tables
 
 
 @dataclass

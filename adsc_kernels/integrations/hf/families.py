@@ -35,7 +35,7 @@ class Family:
         model_type: of the config of the whole model.
         images, videos: what the pictures of a call are made of; None where there are none.
         decoder: the name of the decoder within the model; it has `layers` and `rotary_emb`.
-        mrope: positions are three-dimensional, and can't be renumbered.
+        mrope: positions have three axes: time, height and width.
         masks: makes a stage's masks.
         blocks: which tokens see each other both ways, where `token_type_ids` say so.
         deepstack: features of pictures are added between the first layers, too.

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from adsc_kernels.errors import UnsupportedError
-from adsc_kernels.integrations.hf import deepstack
+from adsc_kernels.integrations.hf import deepstack, mrope
 from adsc_kernels.integrations.hf.compat import cache_name, get_cache, parameters
 from adsc_kernels.integrations.hf.families import Family
 from adsc_kernels.integrations.hf.ledger import StagedCache, stage_cache
@@ -140,6 +140,8 @@ class Patch:
         for name in ("cache", "past_key_values"):
             arguments.pop(name, None)
         arguments[cache_name(names)] = cache
+        if self.family.mrope and self.schedule.positions == "renumber":
+            read.axes = mrope.axes(arguments.get("position_ids"), cache, x)
         rows, make = x.new_empty((*x.shape[:2], 0)), self.family.masks
         build = text_pass if read.layout is None else picture_pass
         arguments[PASS] = build(self.schedule, module, cache, read, rows, make)

@@ -108,6 +108,13 @@ class BatchLayout:
             stages.append(StageLayout(grid, keep, before, False, stage.seq_lens, ids))
         return stages
 
+    def dropped_through(self, stage: StageLayout) -> np.ndarray:
+        """[B, S], how many tokens of its row were dropped in front of a column or with it."""
+        dropped = self.stages[0].columns >= 0
+        rows, at = np.nonzero(stage.columns >= 0)
+        dropped[rows, stage.columns[rows, at]] = False
+        return dropped.cumsum(1)
+
 
 def _ranks(seq_lens: Sequence[int]) -> np.ndarray:
     lens = np.array(seq_lens, int)

@@ -31,8 +31,9 @@ class Ledger:
             cached column is, -1 for padding.
         is_full: for each stage, nothing has been dropped in it.
         has_padding: for each stage, some of its columns are padding.
-        dropped: for each stage int64 [B, 1] on the device, how many tokens each row has lost in it;
-            under renumbered positions only.
+        behind: for each stage int64 [B, length] on the device, how far the positions of what
+            follows each column of stage 0 have moved up; under renumbered positions only.
+        shifts: for each stage int64 [B, 1], the last of these.
     """
 
     def __init__(self, schedule: CompressionSchedule) -> None:
@@ -46,7 +47,8 @@ class Ledger:
         self.columns: list[Tensor] = []
         self.is_full = [True] * self.schedule.num_stages
         self.has_padding = [False] * self.schedule.num_stages
-        self.dropped: list[Tensor] = []
+        self.behind: list[Tensor] = []
+        self.shifts: list[Tensor] = []
 
     def missing(self, stage: int) -> int:
         """How many columns stage 0 has more than this one."""
@@ -69,30 +71,49 @@ class Ledger:
         known = known & mask.gather(1, columns.clamp(min=0))
         return torch.cat([known, mask[:, self.length : self.length + rest]], 1)
 
+    def shift(self, stage: int) -> Tensor | None:
+        """How far what comes next has moved up in a stage, [B, 1]; None where nothing has."""
+        return self.shifts[stage] if self.shifts else None
+
+    def moved_on(self, stage: int, seen: int, moved: Tensor) -> Tensor:
+        """`behind` of a stage to which a pass is added behind `seen` columns, from [B, S] of that
+        pass alone."""
+        if not seen:
+            return moved
+        shift = self.shift(stage)
+        shift = moved.new_zeros((len(moved), 1)) if shift is None else shift
+        tail = shift.expand(-1, seen - self.length)
+        return torch.cat([*self.behind[stage : stage + 1], tail, shift + moved], 1)
+
     def extended(
-        self, length: int, columns: list[Tensor], is_full: list[bool], padding: list[bool]
+        self,
+        length: int,
+        columns: list[Tensor],
+        behind: list[Tensor],
+        is_full: list[bool],
+        padding: list[bool],
     ) -> Ledger:
         """That of a cache to which a pass with pictures has been added.
 
         length: columns of stage 0 then. columns: [B, n] of each stage, all that it then holds.
-        is_full, padding: for each stage, of the pass.
+        behind: of each stage, or none. is_full, padding: for each stage, of the pass.
         """
         after = copy(self)
-        after.length, after.columns = length, columns
+        after.length, after.columns, after.behind = length, columns, behind
         after.is_full = [a and b for a, b in zip(self.is_full, is_full, strict=True)]
         after.has_padding = [a or b for a, b in zip(self.has_padding, padding, strict=True)]
-        after._count()
+        after._settle()
         return after
 
-    def _count(self) -> None:
-        if self.schedule.positions == "renumber":
-            counts = [(table >= 0).sum(1, keepdim=True) for table in self.columns]
-            self.dropped = [counts[0] - count for count in counts]
+    def _settle(self) -> None:
+        """Copies, so that a compiled step depends on no prompt's length."""
+        self.shifts = [table[:, -1:].contiguous() for table in self.behind] if self.length else []
 
     def select(self, change: Any) -> None:
         """Apply `change` to the rows of every stage."""
         self.columns = [change(table) for table in self.columns]
-        self._count()
+        self.behind = [change(table) for table in self.behind]
+        self._settle()
 
     def crop(self, length: int) -> list[int]:
         """Forget what lies behind the first `length` columns of stage 0.
@@ -107,7 +128,8 @@ class Ledger:
             self.columns[stage] = table[:, : kept[-1]]
             self.has_padding[stage] = bool((self.columns[stage] < 0).any())
         self.length = length
-        self._count()
+        self.behind = [table[:, :length] for table in self.behind]
+        self._settle()
         return kept
 
 

@@ -73,11 +73,6 @@ def apply_adsc(
     family = _family(model)
     decoder = _decoder(model, family)
     schedule = _schedule(model, schedule, len(decoder.layers))
-    if family.mrope and schedule.positions == "renumber":
-        raise UnsupportedError(
-            f"schedule: expected original positions with {family.model_type}, whose positions have "
-            "three axes, got renumber"
-        )
     patch = Patch(model, schedule, family)
     patch.config_before = getattr(model.config, CONFIG, None)
     setattr(model, ATTRIBUTE, patch)

@@ -18,6 +18,7 @@ from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.integrations.hf.compat import get_cache
 from adsc_kernels.integrations.hf.families import Family
 from adsc_kernels.integrations.hf.layout import BatchLayout
+from adsc_kernels.integrations.hf.mrope import Pictures
 from adsc_kernels.integrations.hf.pictures import Piece, Span, place, runs
 from adsc_kernels.integrations.hf.stage_pass import VARLEN, PassInput
 from adsc_kernels.schedule import CompressionSchedule
@@ -76,13 +77,18 @@ def _read_layout(
     reader = _Reader(family, base, arguments, mask)
     if spans is None:
         spans = reader.spans(kinds)
-    layout = BatchLayout(schedule, reader.real, [tuple(span) for span in spans], reader.starts)
+    spans = [tuple(span) for span in spans]
+    layout = BatchLayout(schedule, reader.real, spans, reader.starts)
+    pictures = None
+    if family.mrope and schedule.positions == "renumber":
+        pictures = Pictures.of(spans, reader.kinds, reader.starts)
     return PassInput(
         layout,
         mask,
         hides=reader.hides,
         block_ids=reader.block_ids,
         is_varlen=arguments.get(VARLEN[0]) is not None,
+        pictures=pictures,
     )
 
 

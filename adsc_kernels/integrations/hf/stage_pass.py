@@ -10,18 +10,18 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from adsc_kernels import ops
 from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.integrations.hf import ledger as ledgers
+from adsc_kernels.integrations.hf import mrope
 from adsc_kernels.integrations.hf.compat import columns_seen, known_parameters
 from adsc_kernels.integrations.hf.layout import BatchLayout, StageLayout
 from adsc_kernels.integrations.hf.ledger import Ledger, StagedCache
 from adsc_kernels.integrations.hf.masks import MaskMaker, MaskRequest, of_kind
-from adsc_kernels.plan import to_device
+from adsc_kernels.integrations.hf.tables import Tables, copied, upload
 from adsc_kernels.schedule import CompressionSchedule
 
 if TYPE_CHECKING:
@@ -31,59 +31,13 @@ VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 @dataclass
-class Tables:
-    """A stage's rows on the device.
-
-    Attributes:
-        keep: int64 [B * S_s], rows of the stage before; None where they are the same.
-        columns: int64 [B, S_s], the columns of this pass they came from; 0 for padding.
-        before: int64 [B, S_s], how many tokens of their sequence were dropped in front of them.
-        told: int64 [B, S_s], the columns of the conversation they came from; -1 for padding.
-        real: bool [B, S_s], False for padding.
-    """
-
-    keep: Tensor | None
-    columns: Tensor
-    before: Tensor
-    told: Tensor
-    real: Tensor
-
-
-def upload(layout: BatchLayout, seen: int, device: torch.device) -> list[Tables]:
-    """The tables of all stages, in two copies to the device and nothing to compute on it.
-
-    seen: columns of the conversation before this pass.
-    """
-    numbers: list[np.ndarray] = []
-    flags: list[np.ndarray] = []
-    for stage in layout.stages:
-        kept = np.empty(0, int) if stage.keep is None else stage.keep.ravel()
-        where = np.where(stage.columns >= 0, stage.columns + seen, -1)
-        numbers += [kept, stage.columns.clip(min=0), stage.before, where]
-        flags.append(stage.columns >= 0)
-    pieces, real_ones = iter(_copied(numbers, device)), iter(_copied(flags, device))
-    tables = []
-    for stage in layout.stages:
-        rows, columns, before, told = (next(pieces) for _ in range(4))
-        keep = None if stage.keep is None else rows
-        tables.append(Tables(keep, columns, before, told, next(real_ones)))
-    return tables
-
-
-def _copied(parts: list[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Arrays of one dtype on the device, by one copy."""
-    packed = to_device(np.concatenate([part.ravel() for part in parts]), device)
-    pieces = packed.split([part.size for part in parts])
-    return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
-
-
-@dataclass
 class StageRun:
     """What the layers of one stage are given in place of what the decoder gives them."""
 
     mask: Any  # or a dict by layer type
     tables: Tables | None  # None in a pass without pictures: all stages run the same rows
-    shift: Tensor | None  # [B, 1]: tokens dropped in earlier passes, for renumbered positions
+    shift: Tensor | None  # [B, 1]: how far positions moved up in earlier passes, if renumbered
+    axes: Tensor | None = None  # [3, B, S_s]: M-RoPE's positions, if renumbered
     varlen: dict[str, Any] = field(default_factory=dict)
     rope: dict[Any, Any] = field(default_factory=dict)  # by layer type: source, result
 
@@ -144,13 +98,18 @@ class StagePass:
                 # Without gaps: attention that looks for packed sequences takes a gap for one.
                 ids = ids.expand(len(columns), -1).gather(1, columns) - tables.before.to(x.device)
         if self.rotary is not None:
-            if ids is None:
-                raise UnsupportedError("positions: expected layers that are given position_ids")
-            if run.shift is not None:
-                ids = ids - run.shift.to(x.device)
+            where = run.axes
+            if where is None:
+                if ids is None:
+                    raise UnsupportedError("positions: expected layers that are given position_ids")
+                where = ids = _moved(ids, run.shift)
             kinds = {"layer_type": kind} if self.by_type else {}
-            rope = self.rotary(x, position_ids=ids, **kinds)
+            rope = self.rotary(x, position_ids=where.to(x.device), **kinds)
         return ids, rope
+
+
+def _moved(ids: Tensor, shift: Tensor | None) -> Tensor:
+    return ids if shift is None else ids - shift.to(ids.device)
 
 
 def _take(part: Tensor, columns: Tensor) -> Tensor:
@@ -172,6 +131,7 @@ class PassInput:
         hides: there are zeros in the mask, where the pass has a layout.
         block_ids: [B, S] or None; see MaskRequest.
         is_varlen: the lengths of packed sequences are among the arguments.
+        pictures, axes: where M-RoPE positions are renumbered, the layout's pictures and [3, B, S].
     """
 
     layout: BatchLayout | None
@@ -180,6 +140,8 @@ class PassInput:
     hides: bool = False
     block_ids: Tensor | None = None
     is_varlen: bool = False
+    pictures: mrope.Pictures | None = None
+    axes: Tensor | None = None
 
 
 def stage_masks(
@@ -220,9 +182,9 @@ def text_pass(
         if cache is None or cache.ledger.is_full[stage]:
             runs.append(None)
         else:
-            renumber = schedule.positions == "renumber"
-            shift = cache.ledger.dropped[stage] if renumber else None
-            runs.append(StageRun(mask, None, shift))
+            shift = cache.ledger.shift(stage)
+            axes = None if given.axes is None else _moved(given.axes, shift)
+            runs.append(StageRun(mask, None, shift, axes))
     return StagePass(schedule, decoder, runs)
 
 
@@ -240,11 +202,12 @@ def picture_pass(
     assert layout is not None
     seen = 0 if cache is None else int(cache.get_seq_length())
     tables = upload(layout, seen, rows.device)
+    axes, moved = _renumbered(schedule, layout, given, rows.device)
     shifts: list[Tensor | None] = [None] * len(tables)
     after = None
     if cache is not None:
-        shifts = [*cache.ledger.dropped, *shifts][: len(tables)]
-        after = _tell(cache, seen, layout, tables, given)
+        shifts = [cache.ledger.shift(stage) for stage in range(len(tables))]
+        after = _tell(cache, seen, layout, tables, moved, given)
     runs: list[StageRun | None] = []
     for stage, (here, table) in enumerate(zip(layout.stages, tables, strict=True)):
         if here.is_full and (after is None or after.is_full[stage]):
@@ -254,15 +217,35 @@ def picture_pass(
         if cache is not None and after is not None:
             _behind_cached(request, cache, after, stage, given)
         varlen = _varlen(here.seq_lens, rows.device) if given.is_varlen else {}
-        runs.append(StageRun(make(request), table, shifts[stage], varlen))
+        where = _moved(axes[stage], shifts[stage]) if axes else None
+        runs.append(StageRun(make(request), table, shifts[stage], where, varlen))
     run = StagePass(schedule, decoder, runs)
     if cache is not None and after is not None:
         run.after = (cache, after)
     return run
 
 
+def _renumbered(
+    schedule: CompressionSchedule, layout: BatchLayout, given: PassInput, device: torch.device
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Of each stage, where positions are renumbered: those of M-RoPE, [3, B, S_s]; and [B, S], how
+    far what follows a column of this pass has moved up."""
+    if schedule.positions == "original":
+        return [], []
+    if given.axes is None or given.pictures is None:
+        return [], copied([layout.dropped_through(here) for here in layout.stages], device)
+    stages = [here.columns for here in layout.stages]
+    found = mrope.renumbered(given.axes, given.pictures, stages)
+    return [axes for axes, _ in found], [moved for _, moved in found]
+
+
 def _tell(
-    cache: StagedCache, seen: int, layout: BatchLayout, tables: list[Tables], given: PassInput
+    cache: StagedCache,
+    seen: int,
+    layout: BatchLayout,
+    tables: list[Tables],
+    moved: list[Tensor],
+    given: PassInput,
 ) -> Ledger:
     """Which columns of the conversation each stage holds after this pass."""
     ledger = cache.ledger
@@ -277,7 +260,8 @@ def _tell(
     ledgers.shorten(cache, [layout.width - here.columns.shape[1] for here in layout.stages])
     full = [here.is_full for here in layout.stages]
     padding = [given.hides or here.has_padding for here in layout.stages]
-    return ledger.extended(seen + layout.width, columns, full, padding)
+    behind = [ledger.moved_on(stage, seen, new) for stage, new in enumerate(moved)]
+    return ledger.extended(seen + layout.width, columns, behind, full, padding)
 
 
 def _request(
