@@ -81,7 +81,7 @@ def compress_step(
         outputs, results, compaction = _call(op, *given)
         increment_version(compaction.caches.tensors)
     return CompressStep(
-        step_of(outputs, residual is not None, len(others)),
+        step_of(outputs, residual is not None, len(others), layout is not None),
         compaction.result(*(results[:2] if compaction.paged is None else results)),
     )
 
