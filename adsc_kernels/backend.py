@@ -194,7 +194,7 @@ def resolve(device: torch.device) -> str:
 
 def native_for(x: torch.Tensor) -> bool:
     """Whether `resolve` names native kernels for x; it raises nothing. Asked in each call."""
-    name = current()
+    name = getattr(_choice, "name", _default)  # current()
     if name == "auto":
         if x.is_cpu:
             return _automatic_on_cpu == "cpu"

@@ -19,6 +19,7 @@ from torch import Tensor
 from adsc_kernels import CompressionSchedule, StagePlan, make_plan, ops
 
 Caches = tuple[list[Tensor], list[Tensor]]
+Kept = tuple[list[Tensor], list[Tensor], ops.DenseCache | ops.PagedCache]  # K, V, and an object
 
 
 @dataclass(frozen=True)
@@ -111,17 +112,23 @@ def compact(cache: Cache) -> Case:
     target = cache.slots(sequence[moving], new[moving])
     table = torch.from_numpy(cache.table()).to(DEVICE)
 
-    def ours(caches: Caches) -> None:
+    def make() -> Kept:
+        k, v = cache.make()
         if cache.block_size:
-            ops.compact_paged_kv_(*caches, table, stage, layout=cache.layout)
+            return k, v, ops.PagedCache(k, v, table, layout=cache.layout)
+        return k, v, ops.DenseCache(k, v, layout=cache.layout)
+
+    def ours(caches: Kept) -> None:
+        if isinstance(caches[2], ops.PagedCache):
+            ops.compact_paged_kv_(caches[2], stage=stage)
         else:
-            ops.compact_kv_(*caches, stage, layout=cache.layout)
+            ops.compact_kv_(caches[2], stage=stage)
 
     def by_slot(tensor: Tensor) -> Tensor:
         """[slots, heads, D], a view; only for NHD."""
         return tensor.flatten(0, 1)
 
-    def index_copy(caches: Caches) -> None:
+    def index_copy(caches: Kept) -> None:
         """index_select to a buffer, and index_copy_ from there."""
         for tensor in (*caches[0], *caches[1]):
             slots = by_slot(tensor)
@@ -130,14 +137,14 @@ def compact(cache: Cache) -> Case:
     size = cache.block_size or LENGTH
     to, of = ((slots // size, slots % size) for slots in (target, source))
 
-    def index_put(caches: Caches) -> None:
+    def index_put(caches: Kept) -> None:
         """By block and row: a view of every second block can't be flattened."""
         for tensor in (*caches[0], *caches[1]):
             tensor.index_put_(to, tensor[of])
 
     kept = cache.slots(sequence, old)
 
-    def select_and_back(caches: Caches) -> None:
+    def select_and_back(caches: Kept) -> None:
         """The rows of every sequence to a buffer, and back in one piece: dense, all alike."""
         for tensor in (*caches[0], *caches[1]):
             rows = by_slot(tensor).index_select(0, kept).unflatten(0, (cache.sequences, -1))
@@ -145,7 +152,7 @@ def compact(cache: Cache) -> Case:
 
     by_head = torch.from_numpy(old[: lens[0]]).to(DEVICE)
 
-    def select_by_head(caches: Caches) -> None:
+    def select_by_head(caches: Kept) -> None:
         """The same for [B, H, S, D]."""
         for tensor in (*caches[0], *caches[1]):
             rows = tensor.index_select(2, by_head)
@@ -163,7 +170,7 @@ def compact(cache: Cache) -> Case:
         "compact_paged_kv_" if cache.block_size else "compact_kv_",
         cache.name,
         2 * int(moving.sum()) * row_bytes * 2 * cache.model.layers,
-        cache.make,
+        make,
         ours,
         baselines,
         compiled=cache.model == FEW,

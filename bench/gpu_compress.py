@@ -22,7 +22,8 @@ from adsc_kernels import ops
 
 LAYERS, HEAD = (2, 8) if DRY_RUN else (8, 128)  # in front of the boundary
 LENGTH = TEXT + VISION
-Buffers = tuple[list[Tensor], list[Tensor], list[Tensor]]  # rows and positions; K; V
+# Rows and positions; K; V; the object of those
+Buffers = tuple[list[Tensor], list[Tensor], list[Tensor], ops.DenseCache]
 
 
 def step(batch: Batch, telling: bool) -> Iterator[Case]:
@@ -42,23 +43,24 @@ def step(batch: Batch, telling: bool) -> Iterator[Case]:
             return torch.randint(-9, 9, shape, device=DEVICE, dtype=torch.int8).bfloat16()
 
         layers = range(LAYERS)
-        return [*rows, positions], [cache() for _ in layers], [cache() for _ in layers]
+        k, v = [cache() for _ in layers], [cache() for _ in layers]
+        return [*rows, positions], k, v, ops.DenseCache(k, v)
 
     def boundary(rows: list[Tensor]) -> dict[str, object]:
         _, residual, weight, positions = rows
         return {"residual": residual, "weight": weight, "eps": EPS, "others": [positions]}
 
     def fused(buffers: Buffers) -> None:
-        rows, k, v = buffers
-        ops.compress_step(rows[0], ops.DenseCache(k, v), stage, **boundary(rows))
+        rows, _, _, caches = buffers
+        ops.compress_step(rows[0], caches, stage, **boundary(rows))
 
     def pair(buffers: Buffers) -> None:
-        rows, k, v = buffers
+        rows, _, _, caches = buffers
         ops.boundary_step(rows[0], stage, **boundary(rows))
-        ops.compact_kv_(k, v, stage)
+        ops.compact_kv_(caches, stage=stage)
 
     def eager(buffers: Buffers) -> None:
-        (x, residual, weight, positions), k, v = buffers
+        (x, residual, weight, positions), k, v, _ = buffers
         summed = torch.index_select(x, 0, kept) + torch.index_select(residual, 0, kept)
         rms_norm(summed, weight.shape, weight, EPS)
         torch.index_select(positions, 0, kept)

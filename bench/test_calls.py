@@ -32,6 +32,8 @@ SPANS = torch.tensor([[0, 2, 8], [1, 2, 8]], dtype=torch.int32)
 K, V = ([torch.zeros(2, 12, 1, 8) for _ in range(32)] for _ in range(2))
 K_PAGES, V_PAGES = ([torch.zeros(6, 4, 1, 8) for _ in range(32)] for _ in range(2))
 TABLE = torch.arange(6, dtype=torch.int32).reshape(2, 3)
+CACHE, FEW = ops.DenseCache(K, V), ops.DenseCache(K[:8], V[:8])
+PAGES = ops.PagedCache(K_PAGES, V_PAGES, TABLE)
 
 OPS: dict[str, Callable[[], object]] = {
     "downsample": lambda: ops.downsample(HIDDEN, STAGE),
@@ -43,13 +45,15 @@ OPS: dict[str, Callable[[], object]] = {
         HIDDEN, STAGE, others=OTHERS, **NORM
     ),
     "compact_kv_, 64 tensors": lambda: ops.compact_kv_(K, V, STAGE),
+    "compact_kv_, an object of 64": lambda: ops.compact_kv_(CACHE, stage=STAGE),
     "compact_paged_kv_, 64 tensors": lambda: ops.compact_paged_kv_(K_PAGES, V_PAGES, TABLE, STAGE),
-    "compress_step, 16 tensors": lambda: ops.compress_step(
-        HIDDEN, ops.DenseCache(K[:8], V[:8]), STAGE, others=OTHERS[:1], **NORM
+    "compact_paged_kv_, an object of 64": lambda: ops.compact_paged_kv_(PAGES, stage=STAGE),
+    "compress_step, an object of 16": lambda: ops.compress_step(
+        HIDDEN, FEW, STAGE, others=OTHERS[:1], **NORM
     ),
     "its two ops": lambda: (
         ops.boundary_step(HIDDEN, STAGE, others=OTHERS[:1], **NORM),
-        ops.compact_kv_(K[:8], V[:8], STAGE),
+        ops.compact_kv_(FEW, stage=STAGE),
     ),
 }
 

@@ -52,13 +52,24 @@ def compact(layers: int) -> Callable[[], object]:
     return lambda: ops.compact_kv_(k, v, STAGE)
 
 
+def compact_object(layers: int) -> Callable[[], object]:
+    cache = ops.DenseCache(*caches(layers, 2, 12, 1, 8))
+    return lambda: ops.compact_kv_(cache, stage=STAGE)
+
+
 def compact_paged(layers: int) -> Callable[[], object]:
     k, v = caches(layers, 6, 4, 1, 8)
     return lambda: ops.compact_paged_kv_(k, v, TABLE, STAGE)
 
 
+def compact_paged_object(layers: int) -> Callable[[], object]:
+    cache = ops.PagedCache(*caches(layers, 6, 4, 1, 8), TABLE)
+    return lambda: ops.compact_paged_kv_(cache, stage=STAGE)
+
+
 def counted(run: Callable[[], object]) -> Counter[str]:
-    """What the second call of `run` calls: "call", in Python, and "c_call"."""
+    """What the third call of `run` calls: "call", in Python, and "c_call"."""
+    run()
     run()
     calls: Counter[str] = Counter()
 
@@ -95,6 +106,8 @@ CALLS: dict[str, tuple[Callable[[], object], int, int]] = {
     ),
     "compact_kv_": (compact(32), 17, 24),
     "compact_paged_kv_": (compact_paged(32), 28, 36),
+    "compact_kv_, an object": (compact_object(32), 18, 25),
+    "compact_paged_kv_, an object": (compact_paged_object(32), 29, 37),
     "compress_step": (step(8), 24, 26),
 }  # fmt: skip
 
@@ -107,7 +120,7 @@ def test_calls(name: str) -> None:
     assert calls["c_call"] <= c
 
 
-@pytest.mark.parametrize("op", [compact, compact_paged, step])
+@pytest.mark.parametrize("op", [compact, compact_object, compact_paged, compact_paged_object, step])
 def test_no_function_is_called_for_each_layer(op: Callable[[int], Callable[[], object]]) -> None:
     """Python runs nothing of its own for a tensor of a cache; 8 layers or 64 are one call."""
     assert counted(op(8))["call"] == counted(op(64))["call"]
@@ -136,10 +149,11 @@ CHANGES: dict[str, tuple[Callable[[list[torch.Tensor], list[torch.Tensor]], obje
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("calls", [1, 3])
 @pytest.mark.parametrize("op", ["compact_kv_", "compress_step"])
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_changed_since_the_last_call_is_refused(name: str, op: str) -> None:
-    """Nothing of a call is kept for the next one, the same objects or not."""
+def test_what_changed_since_the_last_call_is_refused(name: str, op: str, calls: int) -> None:
+    """Also where the library keeps an object's tensors, from its second call on."""
     change, message = CHANGES[name]
     k, v = caches(4, 2, 12, 1, 8)
     cache = ops.DenseCache(k, v, stage=STAGE)
@@ -149,7 +163,8 @@ def test_what_changed_since_the_last_call_is_refused(name: str, op: str) -> None
             return ops.compact_kv_(cache)
         return ops.compress_step(HIDDEN, cache, STAGE)
 
-    run()
+    for _ in range(calls):
+        run()
     change(k, v)
     before = [x.clone() for x in (*k, *v)]
     with pytest.raises((TypeError, ValueError), match=message):

@@ -1,13 +1,14 @@
 """What describes a KV cache and the rows of it that stay: `DenseCache` and `PagedCache`."""
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from adsc_kernels.kv.kept import KeptCaches
 from adsc_kernels.kv.pages import Ints
 from adsc_kernels.rows import Stage
 
@@ -53,11 +54,21 @@ class _Cache:
     seq_lens: IntsLike | None = None
     k_scales: Tensors | None = None
     v_scales: Tensors | None = None
+    # Of this object and all that `replace` makes of it: empty before the first call, then a list of
+    # one. None for tensors that a call names itself.
+    _kept: list[KeptCaches | None] | None = field(default_factory=list, repr=False)
 
     def first(self) -> Any:
         """The tensor that says where the cache lies, as far as anybody has looked at it yet."""
         k = self.k_caches
-        return k[0] if isinstance(k, list | tuple) and k else k
+        return k[0] if (type(k) is list or type(k) is tuple) and k else k
+
+    def forget(self) -> bool:
+        """Forgets what is kept of the tensors, if anything is; then a call may be made anew."""
+        if self._kept in (None, [], [None]):
+            return False
+        self._kept[:] = ()
+        return True
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,30 +162,32 @@ def cache_of(kind: type[Kind], given: DenseCache | PagedCache | Tensors, **words
     words: all fields but k_caches; None, False and v_caches=() say nothing.
     Raises TypeError for a cache of the other kind, ValueError for what is said in both.
     """
-    if not isinstance(given, DenseCache | PagedCache):
+    traced = torch.compiler.is_compiling()
+    if not isinstance(given, _Cache):
         if words["layout"] is None:
             words["layout"] = "NHD"
-        if torch.compiler.is_compiling():
+        if traced:
             return kind(given, **words)
         cache = object.__new__(kind)  # in a third of the time that a frozen class takes
-        cache.__dict__.update(words, k_caches=given)
+        cache.__dict__.update(words, k_caches=given, _kept=None)
         return cache
     if not isinstance(given, kind):
         raise TypeError(
             f"k_caches: expected tensors or a {kind.__name__}, got a {type(given).__name__}"
         )
-    said = {}
-    for name, value in words.items():
-        if value is None or value is False or (name == "v_caches" and _is_empty(value)):
-            continue
+    if isinstance(words["v_caches"], tuple) and not words["v_caches"]:
+        words["v_caches"] = None
+    said = {name: x for name, x in words.items() if x is not None and x is not False}
+    for name in said:
         own = getattr(given, name)
         if own is not None and own is not False:
             raise ValueError(
                 f"{name}: expected it in the {kind.__name__} or in the call, got it in both"
             )
-        said[name] = value
-    return replace(given, **said)
-
-
-def _is_empty(value: Tensors) -> bool:
-    return isinstance(value, tuple) and not value
+    if not said:
+        return given
+    if traced:
+        return replace(given, **said)
+    cache = object.__new__(kind)
+    cache.__dict__.update(given.__dict__, **said)
+    return cache

@@ -11,23 +11,47 @@ from torch import Tensor
 from adsc_kernels import checks
 from adsc_kernels.backend import CHECK
 from adsc_kernels.errors import UnsupportedError
-from adsc_kernels.kv.cache import Blocks, CacheStage, DenseCache, PagedCache
+from adsc_kernels.kv.cache import Blocks, CacheLayout, CacheStage, DenseCache, PagedCache
 from adsc_kernels.kv.pages import CompactionResult, HostRows, Ints, Pages, check_pages
-from adsc_kernels.kv.rows import check_ints, check_rows
-from adsc_kernels.kv.tensors import Caches, axis, check_caches, usual_caches
+from adsc_kernels.kv.rows import Rows, check_ints, check_rows
+from adsc_kernels.kv.tensors import Caches, axis, check_caches, native_caches
 from adsc_kernels.plan import to_device
 from adsc_kernels.rows import check_table, check_tensor, is_readable
+
+
+class PageArguments(NamedTuple):
+    """What the ops take of a paged cache besides its tensors and its rows."""
+
+    block_table: Tensor | None = None
+    block_size: int = 0
+    edit_table: bool = False
+    read_only_blocks: Tensor | None = None
 
 
 class CompactionCall(NamedTuple):
     """The arguments of one of the two ops, checked, and what the host knows of its results."""
 
-    arguments: tuple[Any, ...]  # in the order of the op's schema
     caches: Caches
+    layout: CacheLayout
+    rows: Rows
     new_lens: tuple[int, ...]
-    paged: bool
-    block_table: Tensor | None = None  # where the op makes no new one
+    seq_starts: Tensor | None = None  # of a packed cache
+    paged: PageArguments | None = None
     pages: Pages | None = None
+
+    def arguments(self, of_step: bool = False) -> tuple[Any, ...]:
+        """In the order of the op's schema, or of its overload's for caches that are kept.
+
+        of_step: those of `compress_step`, which takes either kind.
+        """
+        rows: tuple[Any, ...] = (*self.rows, self.seq_starts)
+        if self.paged is not None or of_step:
+            table, size, edit_table, read_only = self.paged or PageArguments()
+            rows = (table, size, *(rows if of_step else self.rows), edit_table, read_only)
+        caches = self.caches
+        if caches.number is not None:
+            return (caches.number, *rows)
+        return (caches.tensors, caches.num_layers, *rows, self.layout)
 
     @property
     def device(self) -> torch.device:
@@ -42,15 +66,23 @@ class CompactionCall(NamedTuple):
         new_table: Tensor | None = None,
     ) -> CompactionResult:
         """lens and on: what the op returned."""
-        return CompactionResult(
-            Ints(self.new_lens, lens),
-            slots,
-            new_table if self.block_table is None else self.block_table,
-            last_page_len,
-            indptr,
-            None if self.pages is None else self.pages.released,
-            None if self.pages is None else self.pages.free,
-        )
+        pages = self.pages
+        fields: dict[str, Any] = {
+            "seq_lens": Ints(self.new_lens, lens),
+            "slot_mapping": slots,
+            "block_table": new_table,
+            "last_page_len": last_page_len,
+            "indptr": indptr,
+            "released_blocks": None if pages is None else pages.released,
+            "free_blocks": None if pages is None else pages.free,
+        }
+        if self.paged is not None and not self.paged.edit_table:
+            fields["block_table"] = self.paged.block_table
+        if torch.compiler.is_compiling():
+            return CompactionResult(**fields)
+        result = object.__new__(CompactionResult)  # in less time than a frozen class takes
+        result.__dict__.update(fields)
+        return result
 
 
 def check_dense(
@@ -61,7 +93,7 @@ def check_dense(
     stage: the cache's, or what stands for one.
     native: but for what the native op checks itself, and is left to.
     """
-    caches = usual_caches(cache) if native else check_caches(cache)
+    caches = native_caches(cache) if native else check_caches(cache)
     rows, host = check_rows(cache, stage, caches, with_sources=False, native=native)
     starts, room = _room(cache, stage, caches, host.batch)
     if any(map(operator.gt, host.seq_lens, room)):
@@ -70,8 +102,7 @@ def check_dense(
             f"seq_lens: expected at most {room[b]} rows, the room of sequence {b}, "
             f"got {host.seq_lens[b]}"
         )
-    arguments = (caches.tensors, caches.num_layers, *rows, starts, cache.layout)
-    return CompactionCall(arguments, caches, host.new_lens, paged=False)
+    return CompactionCall(caches, cache.layout, rows, host.new_lens, starts)
 
 
 def _room(
@@ -114,7 +145,7 @@ def check_paged(
 ) -> CompactionCall:
     """`check_dense` for `compact_paged_kv_`."""
     checks.flag("edit_table", cache.edit_table)
-    caches = usual_caches(cache) if native else check_caches(cache)
+    caches = native_caches(cache) if native else check_caches(cache)
     size, num_blocks = _block_size(cache, caches)
     with_sources = cache.edit_table or cache.read_only_blocks is not None
     rows, host = check_rows(cache, stage, caches, with_sources, native)
@@ -134,23 +165,8 @@ def check_paged(
         pages = check_pages(table, host, size, num_blocks, cache.edit_table, blocks, name)
         checked = first.device.type == "cuda" and not CHECK  # nothing is left for the op
         read_only = None if checked or cache.read_only_blocks is None else _uploaded(blocks, first)
-    return CompactionCall(
-        (
-            caches.tensors,
-            caches.num_layers,
-            cache.block_table,
-            size,
-            *rows,
-            cache.edit_table,
-            read_only,
-            cache.layout,
-        ),
-        caches,
-        host.new_lens,
-        paged=True,
-        block_table=None if cache.edit_table else cache.block_table,
-        pages=pages,
-    )
+    paged = PageArguments(cache.block_table, size, cache.edit_table, read_only)
+    return CompactionCall(caches, cache.layout, rows, host.new_lens, paged=paged, pages=pages)
 
 
 def _block_size(cache: PagedCache, caches: Caches) -> tuple[int, int]:

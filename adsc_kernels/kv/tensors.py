@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from adsc_kernels import checks
 from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.kv.cache import CacheLayout, DenseCache, PagedCache, Tensors
+from adsc_kernels.kv.kept import KeptCaches
 from adsc_kernels.kv.overlap import check_overlap, lie_apart
 from adsc_kernels.rows import is_plain
 
@@ -27,6 +28,7 @@ class Caches(NamedTuple):
     blocks: int  # 1 for caches without that dimension
     tokens: int
     kinds: tuple[str, ...]  # of each num_layers tensors: "k_caches" and so on
+    number: int | None = None  # by which the native library keeps them
 
     @property
     def names(self) -> list[str]:
@@ -108,11 +110,30 @@ def has_place(x: Tensor) -> bool:
     return not (traced or x.device.type == "meta" or isinstance(x, FakeTensor))
 
 
-def usual_caches(cache: DenseCache | PagedCache) -> Caches:
-    """`check_caches` in front of a native op, which itself checks places, shapes and strides, that
-    the caches of a kind are alike and that no two share memory: of the usual caches, K and V
-    without scales, only what the op isn't told is looked at here. Whatever else comes goes the
-    whole way."""
+def native_caches(cache: DenseCache | PagedCache) -> Caches:
+    """`check_caches` in front of a native op. From an object's second call on the library keeps its
+    tensors, so that a call needs no list of them."""
+    memory = cache._kept
+    if memory is None:
+        return _usual_caches(cache)
+    for kept in memory[:]:  # one, or none before the first call; other threads may change it
+        if kept is None or not kept.holds(cache):
+            kept = KeptCaches(cache, _usual_caches(cache))
+            memory[:] = (kept,)
+        elif (torch.is_grad_enabled() and torch._C._any_requires_grad(kept.caches.tensors)) or (
+            kept.any_inference and not torch.is_inference_mode_enabled()
+        ):
+            return check_caches(cache)
+        return kept.caches
+    memory[:] = (None,)
+    return _usual_caches(cache)
+
+
+def _usual_caches(cache: DenseCache | PagedCache) -> Caches:
+    """`check_caches` but for what the native library checks itself: places, shapes and strides,
+    that the caches of a kind are alike and that no two share memory. So of the usual caches, K and
+    V without scales, only what it isn't told is looked at here. Whatever else comes goes the whole
+    way."""
     k, v = cache.k_caches, cache.v_caches
     k = [k] if isinstance(k, Tensor) else k
     v = [v] if isinstance(v, Tensor) else [] if v is None else v
@@ -120,7 +141,10 @@ def usual_caches(cache: DenseCache | PagedCache) -> Caches:
     rank = first.dim()
     if (
         (rank != 3 and rank != 4)
-        or (cache.v_caches is not None and (len(v) != len(k) or not _goes_with(first, v[0])))
+        or (
+            cache.v_caches is not None
+            and (len(v) != len(k) or v[0].dtype != first.dtype or v[0].dim() != rank)
+        )
         or cache.k_scales is not None
         or cache.v_scales is not None
         or (layout != "NHD" and layout != "HND")
@@ -155,10 +179,6 @@ _FORM: tuple[Callable[[Tensor], Any], ...] = (
     Tensor.stride,
     Tensor.is_inference,
 )
-
-
-def _goes_with(k: Tensor, v: Tensor) -> bool:
-    return v.dtype == k.dtype and v.dim() == k.dim()
 
 
 def _check_type(x: Tensor, name: str, i: int, like: Tensor, first: Tensor) -> None:

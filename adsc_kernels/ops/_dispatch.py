@@ -24,7 +24,8 @@ _ON_META = "triton" if native_problem() else "cpu"
 
 # The native ops by name, in C alone (OpOverload's own __call__ is a function in Python): the one
 # that autograd passes by, whose kernel in Python takes longer than moving a small tensor does, and
-# the one that it sees. So one is told by whether a gradient is asked for.
+# the one that it sees. So one is told by whether a gradient is asked for. An op that writes to
+# caches has in its place the one that takes them by the number under which the library keeps them.
 _native: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
 
 # Each is asked in each call, and takes longer to find than to answer.
@@ -65,8 +66,13 @@ def register(
         torch.library.register_fake(f"{namespace}::{name}", _on_one_device(fake))
         op = getattr(getattr(torch.ops, namespace), name).default
         if namespace == "adsc_kernels":
+            packet = getattr(torch.ops.adsc_kernels, name)
             library.impl(f"{name}.raw", torch.library.fallthrough_kernel, "Autograd")
-            _native[name] = getattr(torch.ops.adsc_kernels, name).raw._op, op._op
+            other = op
+            if op._schema.is_mutable:
+                other = packet.kept
+                library.impl(f"{name}.kept", torch.library.fallthrough_kernel, "Autograd")
+            _native[name] = packet.raw._op, other._op
         if backward is not None and setup is not None and composed is not None:
             setup_here = _with_namespace(setup, getattr(torch.ops, namespace))
             info = Info(backward, setup_here)
@@ -165,7 +171,8 @@ def choose(name: str, device: torch.device) -> Callable[..., Any]:
 
 def native(name: str, like: Any) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
     """The native op for `like` and what goes with it, where nothing comes in between, as a pair:
-    the one to call where no gradient is asked for, and the one where one is.
+    the one to call where no gradient is asked for, and the one where one is; of the ops on caches
+    the one that takes their tensors, and the one that takes a number (`Caches.number`).
 
     It checks its arguments itself before it writes. So a public function hands them over as they
     are, and looks at them only when they are refused (`explain`). None where another backend

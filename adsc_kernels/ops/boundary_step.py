@@ -114,12 +114,12 @@ def boundary_step(
         outputs = call(choose("boundary_step", hidden.device), *arguments, grad=grad)
     else:
         try:
-            grad = needs_grad(hidden, residual, weight, others)
-            outputs = op[grad and torch.is_grad_enabled()](*boundary_arguments(*given))
+            grad = torch.is_grad_enabled() and needs_grad(hidden, residual, weight, others)
+            outputs = op[grad](*boundary_arguments(*given))
         except Exception:
             explain(check_boundary, *given)
             raise
-    return step_of(outputs, residual is not None, len(others))
+    return step_of(outputs, residual is not None, len(others), layout is not None)
 
 
 def needs_grad(
@@ -239,7 +239,9 @@ def _check_inputs(
             )
 
 
-def step_of(outputs: Sequence[Tensor], has_residual: bool, num_others: int) -> BoundaryStep:
+def step_of(
+    outputs: Sequence[Tensor], has_residual: bool, num_others: int, has_layout: bool
+) -> BoundaryStep:
     """outputs: what the op returns."""
     first = 1 + has_residual
     last = first + num_others
@@ -247,7 +249,7 @@ def step_of(outputs: Sequence[Tensor], has_residual: bool, num_others: int) -> B
         outputs[0],
         outputs[1] if has_residual else None,
         list(outputs[first:last]),
-        Metadata(*outputs[last:]) if len(outputs) > last else None,
+        Metadata(*outputs[last:]) if has_layout else None,
     )
 
 

@@ -144,15 +144,18 @@ def _compact(
     if op is None:
         call = check(cache, cache.stage)
         chosen = choose(name, call.device)
-        return call.result(*call_in_place(chosen, *call.arguments, written=call.caches.tensors))
+        return call.result(*call_in_place(chosen, *call.arguments(), written=call.caches.tensors))
     try:
         call = check(cache, cache.stage, native=True)
-        results = op[False](*call.arguments)
+        results = op[call.caches.number is not None](*call.arguments())
     except Exception:
-        explain(check, cache, cache.stage)
-        raise
-    increment_version(call.caches.tensors)
-    return call.result(*results)
+        if not cache.forget():
+            explain(check, cache, cache.stage)
+            raise
+    else:
+        increment_version(call.caches.tensors)
+        return call.result(*results)
+    return _compact(name, check, cache)
 
 
 # ---- Schemas ----

@@ -1,6 +1,6 @@
 """A boundary's step and the compaction of caches written before it, in one launch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -75,20 +75,30 @@ def compress_step(
         arguments, compaction = _check(*given)
         outputs = fakes.boundary_step(*arguments)
         chosen = choose("compress_step", hidden.device)
-        both = (*arguments, *_op_arguments(compaction), outputs)
+        both = (*arguments, *compaction.arguments(of_step=True), outputs)
         results = call_in_place(chosen, *both, written=compaction.caches.tensors)
     else:
-        try:
-            arguments, compaction = _usual_arguments(*given)
-            outputs, results = op[False](*arguments, *_op_arguments(compaction))
-        except Exception:
-            explain(_check, *given)
-            raise
+        outputs, results, compaction = _call(op, *given)
         increment_version(compaction.caches.tensors)
     return CompressStep(
-        step_of(outputs, residual is not None, len(others)),
-        compaction.result(*(results if compaction.paged else results[:2])),
+        step_of(outputs, residual is not None, len(others), layout is not None),
+        compaction.result(*(results[:2] if compaction.paged is None else results)),
     )
+
+
+def _call(
+    op: tuple[Callable[..., Any], ...], hidden: Tensor, cache: DenseCache | PagedCache, *given: Any
+) -> tuple[list[Tensor], list[Tensor], CompactionCall]:
+    """What a native op returns, which checks what it is told of."""
+    try:
+        arguments, compaction = _usual_arguments(hidden, cache, *given)
+        both = (*arguments, *compaction.arguments(of_step=True))
+        return *op[compaction.caches.number is not None](*both), compaction
+    except Exception:
+        if not isinstance(cache, DenseCache | PagedCache) or not cache.forget():
+            explain(_check, hidden, cache, *given)
+            raise
+    return _call(op, hidden, cache, *given)
 
 
 def _usual_arguments(
@@ -169,15 +179,6 @@ def _check_cache(
     if isinstance(cache, DenseCache):
         return check_dense(cache, own, native)
     return check_paged(cache, own, native)
-
-
-def _op_arguments(call: CompactionCall) -> tuple[Any, ...]:
-    """Those of one of the compaction ops as this op's."""
-    if call.paged:
-        caches, layers, table, size, *rows, edit_table, read_only, layout = call.arguments
-        return (caches, layers, table, size, *rows, None, edit_table, read_only, layout)
-    caches, layers, *rows, seq_starts, layout = call.arguments
-    return (caches, layers, None, 0, *rows, seq_starts, False, None, layout)
 
 
 # ---- Schema ----

@@ -1,12 +1,12 @@
 // boundary_step: norm, moves and metadata of one boundary.
 #include "cuda/boundary_step.h"
 
-#include <string>
 #include <vector>
 
 #include "ops/boundary_call.h"
 #include "ops/on_device.h"
 #include "ops/registration.h"
+#include "ops/string_argument.h"
 
 namespace adsc::ops {
 namespace {
@@ -16,7 +16,7 @@ std::vector<Tensor> boundary_step(const Tensor& hidden, const OptionalTensor& re
                                   const std::vector<Tensor>& others, const OptionalTensor& segments,
                                   const OptionalTensor& keep_indices,
                                   const OptionalTensor& cu_seqlens, const OptionalTensor& spans,
-                                  const std::vector<int64_t>& keep, const std::string& pattern,
+                                  const std::vector<int64_t>& keep, const StringArgument& pattern,
                                   int64_t max_height, int64_t num_tokens) {
   BoundaryCall call = boundary_call({.hidden = hidden,
                                      .residual = residual,

@@ -29,7 +29,7 @@ IntList int_list(const OptionalTensor& list, const char* name, int64_t count, co
 
 // How long the parts of each sequence are.
 void set_lengths(const CompactionArguments& a, Compaction& c) {
-  const Tensor& first = a.caches[0];
+  const Tensor& first = a.caches.first();
   check(a.cu_kept.dim() == 1 && a.cu_kept.size(0) >= 1 && a.cu_kept.size(0) <= kMost,
         "cu_kept: expected shape [B + 1], got ", Shape{a.cu_kept});
   const int64_t batch = a.cu_kept.size(0) - 1;
@@ -44,7 +44,7 @@ void set_lengths(const CompactionArguments& a, Compaction& c) {
 
 // Which rows stay.
 void set_rows(const CompactionArguments& a, Compaction& c) {
-  const Tensor& first = a.caches[0];
+  const Tensor& first = a.caches.first();
   if (a.segments.has_value()) {
     const SegmentTable table = segment_table(*a.segments, first, "caches[0]");
     c.by_segments = true;
@@ -58,8 +58,8 @@ void set_rows(const CompactionArguments& a, Compaction& c) {
         "keep_indices: expected contiguous int32 or int64 [layers or 1, heads or 1, rows], got "
         "shape ",
         Shape{indices});
-  check(indices.size(0) == 1 || indices.size(0) == a.num_layers, "keep_indices: expected 1 or ",
-        a.num_layers, " layers, got shape ", Shape{indices});
+  check(indices.size(0) == 1 || indices.size(0) == a.caches.num_layers,
+        "keep_indices: expected 1 or ", a.caches.num_layers, " layers, got shape ", Shape{indices});
   check(indices.size(1) >= 1 && indices.size(1) <= kMost,
         "keep_indices: expected at least one head, got shape ", Shape{indices});
   c.indices = ints(indices);
@@ -68,115 +68,18 @@ void set_rows(const CompactionArguments& a, Compaction& c) {
   c.num_indices = indices.size(2);
 }
 
-// Where the dimensions of a tensor are; -1: it has none of that name.
-struct Axes {
-  int64_t block, token, head, last;
-};
-
-// own: the rank of a tensor; rank: that of the caches. Scales may lack the last dimension, or that
-// and the heads.
-Axes axes_of(size_t own, size_t rank, const std::string& cache_layout) {
-  const int64_t first = rank == 4 ? 1 : 0;
-  const bool hnd = cache_layout == "HND";
-  if (own + 2 == rank) return {first - 1, first, -1, -1};
-  return {first - 1, first + hnd, first + !hnd, own == rank ? first + 2 : -1};
-}
-
-CacheTensor cache_tensor(const StridedMemory& x, size_t i, const Compaction& c, const Axes& axes,
-                         int32_t layer) {
-  const auto size = [&](int64_t axis) { return axis < 0 ? 1 : x.sizes[axis]; };
-  const auto stride = [&](int64_t axis) {
-    return axis < 0 ? 0 : x.strides[axis] * x.element_bytes;
-  };
-  check(size(axes.last) == 1 || x.strides[axes.last] == 1, "caches[", i,
-        "]: expected unit stride on the last dimension, got stride ",
-        axes.last < 0 ? 0 : x.strides[axes.last]);
-  const int64_t heads = size(axes.head);
-  int64_t line_bytes = size(axes.last) * x.element_bytes;
-  int64_t lines = heads;
-  // Heads that lie behind one another are one line, unless each keeps rows of its own.
-  if (c.index_heads == 1 && (heads == 1 || stride(axes.head) == line_bytes)) {
-    line_bytes *= heads;
-    lines = 1;
-  }
-  check(line_bytes <= kMost && lines <= kMost, "caches[", i, "]: expected rows below 2^31 bytes");
-  check(c.index_heads == 1 || (axes.head >= 0 && heads == c.index_heads),
-        "keep_indices: expected 1 or ", heads, " heads, as in caches[", i, "], got ",
-        c.index_heads);
-  return {.base = reinterpret_cast<std::byte*>(x.address),
-          .block_stride = stride(axes.block),
-          .token_stride = stride(axes.token),
-          .line_stride = stride(axes.head),
-          .line_bytes = static_cast<int32_t>(line_bytes),
-          .num_lines = static_cast<int32_t>(lines),
-          .layer = layer};
-}
-
-void check_apart(const std::vector<StridedMemory>& memory, const std::vector<Tensor>& caches) {
-  const auto found = find_overlap(memory).found;
-  if (!found.has_value()) return;
-  const auto [i, j] = *found;
-  check(i != j, "caches[", i, "]: expected elements that don't share memory, got shape ",
-        Shape{caches[i]}, " with other strides");
-  check(false, "caches[", i, "], caches[", j, "]: expected tensors that don't share memory");
-}
-
-// The caches that hold anything, of one shape in blocks and tokens. Those of a kind (K, V or the
-// scales of either, num_layers each) have a dtype and a rank of their own.
-void set_tensors(const CompactionArguments& a, CompactionCall& call) {
-  Compaction& c = call.compaction;
-  const Tensor& first = a.caches[0];
-  const auto rank = static_cast<size_t>(first.dim());
-  const Axes axes = axes_of(rank, rank, a.cache_layout);
-  c.num_blocks = axes.block < 0 ? 1 : first.size(axes.block);
-  c.num_tokens = first.size(axes.token);
-  check(c.num_tokens <= kMost || rank == 3, "caches[0]: expected below 2^31 tokens a block");
-  check_devices(a.caches, "caches", first, "caches[0]");
-  std::vector<StridedMemory> memory;
-  memory.reserve(a.caches.size());
-  call.tensors.reserve(a.caches.size());
-  int32_t dtype = 0;
-  size_t kind = 0;  // where it begins
-  for (size_t i = 0; i < a.caches.size(); ++i) {
-    const Tensor& tensor = a.caches[i];
-    const auto layer = static_cast<int32_t>(static_cast<int64_t>(i) % a.num_layers);
-    const StridedMemory& x = memory.emplace_back(mutable_memory_of(tensor));
-    if (layer == 0) {
-      kind = i;
-      dtype = dtype_of(tensor);
-    }
-    check(dtype_of(tensor) == dtype && x.rank == memory[kind].rank, "caches[", i,
-          "]: expected dtype and dimensions of caches[", kind, "], got others");
-    check(x.rank <= rank && x.rank + 2 >= rank, "caches[", i, "]: expected ", rank - 2, " to ",
-          rank, " dimensions, got shape ", Shape{tensor});
-    const Axes own = axes_of(x.rank, rank, a.cache_layout);
-    check(
-        (own.block < 0 || x.sizes[own.block] == c.num_blocks) && x.sizes[own.token] == c.num_tokens,
-        "caches[", i, "]: expected ", c.num_blocks, " blocks of ", c.num_tokens,
-        " tokens, as caches[0], got shape ", Shape{tensor});
-    if (is_empty(x)) continue;
-    call.tensors.push_back(cache_tensor(x, i, c, own, layer));
-  }
-  check_apart(memory, a.caches);
-}
-
 // All but the placement.
 CompactionCall compaction_of(const CompactionArguments& a) {
-  check(!a.caches.empty(), "caches: expected at least one tensor, got none");
-  const Tensor& first = a.caches[0];
-  check(first.dim() == 3 || first.dim() == 4, "caches[0]: expected 3 or 4 dimensions, got shape ",
-        Shape{first});
-  check(a.cache_layout == "NHD" || a.cache_layout == "HND",
-        "cache_layout: expected NHD or HND, got ", a.cache_layout);
-  check(a.num_layers >= 1 && static_cast<int64_t>(a.caches.size()) % a.num_layers == 0,
-        "num_layers: expected a divisor of the ", a.caches.size(), " caches, got ", a.num_layers);
   check(a.segments.has_value() != a.keep_indices.has_value(),
         "segments, keep_indices: expected exactly one of them, got ",
         a.segments.has_value() ? "both" : "neither");
   CompactionCall call;
-  set_lengths(a, call.compaction);
-  set_rows(a, call.compaction);
-  set_tensors(a, call);
+  Compaction& c = call.compaction;
+  set_lengths(a, c);
+  set_rows(a, c);
+  c.num_blocks = a.caches.num_blocks;
+  c.num_tokens = a.caches.num_tokens;
+  call.tensors = cache_tensors(a.caches, c.index_heads);
   return call;
 }
 
@@ -249,7 +152,7 @@ cuda::CacheMoves CompactionCall::moves() const {
 CompactionCall dense_compaction(const CompactionArguments& a, const OptionalTensor& seq_starts) {
   CompactionCall call = compaction_of(a);
   Compaction& c = call.compaction;
-  const Tensor& first = a.caches[0];
+  const Tensor& first = a.caches.first();
   if (first.dim() == 3) {
     check(seq_starts.has_value(), "seq_starts: expected it for packed caches, got none");
     c.placement = Placement::kPacked;
@@ -268,7 +171,7 @@ CompactionCall dense_compaction(const CompactionArguments& a, const OptionalTens
 CompactionCall paged_compaction(const CompactionArguments& a, const PageArguments& pages) {
   CompactionCall call = compaction_of(a);
   Compaction& c = call.compaction;
-  const Tensor& first = a.caches[0];
+  const Tensor& first = a.caches.first();
   c.placement = Placement::kPaged;
   c.edit_table = pages.edit_table;
   set_blocks(first, pages.block_size, call);

@@ -2,25 +2,23 @@
 // compress_step.
 #pragma once
 
-#include <string>
 #include <vector>
 
 #include "cuda/compact.h"
+#include "ops/caches.h"
 #include "ops/check.h"
 
 namespace adsc::ops {
 
 // Those of a dense and of a paged cache alike.
 struct CompactionArguments {
-  const std::vector<Tensor>& caches;
-  int64_t num_layers;
+  const Caches& caches;
   const OptionalTensor& segments;
   const OptionalTensor& keep_indices;
   const Tensor& cu_kept;
   const OptionalTensor& cu_rows;
   const OptionalTensor& prefix_lens;
   const OptionalTensor& seq_lens;
-  const std::string& cache_layout;
 };
 
 struct PageArguments {

@@ -1,18 +1,18 @@
 // compress_step: a boundary's step and the compaction of a cache that was written before it.
 #include "cuda/compress_step.h"
 
-#include <string>
 #include <vector>
 
 #include "ops/boundary_call.h"
 #include "ops/compaction_call.h"
 #include "ops/on_device.h"
 #include "ops/registration.h"
+#include "ops/string_argument.h"
 
 namespace adsc::ops {
 namespace {
 
-// The arguments of either form of the op, in the order of its schema.
+// The arguments of either form of the op, in the order of its schema, but the caches.
 struct StepArguments {
   Tensor hidden;
   OptionalTensor residual;
@@ -24,11 +24,9 @@ struct StepArguments {
   OptionalTensor cu_seqlens;
   OptionalTensor spans;
   std::vector<int64_t> keep;
-  std::string pattern;
+  StringArgument pattern;
   int64_t max_height;
   int64_t num_tokens;
-  std::vector<Tensor> caches;
-  int64_t num_layers;
   OptionalTensor block_table;
   int64_t block_size;
   OptionalTensor cache_segments;
@@ -40,7 +38,6 @@ struct StepArguments {
   OptionalTensor seq_starts;
   bool edit_table;
   OptionalTensor read_only_blocks;
-  std::string cache_layout;
 };
 
 BoundaryCall boundary_of(const StepArguments& a) {
@@ -59,16 +56,14 @@ BoundaryCall boundary_of(const StepArguments& a) {
                         .num_tokens = a.num_tokens});
 }
 
-CompactionCall compaction_of(const StepArguments& a) {
-  const CompactionArguments cache{.caches = a.caches,
-                                  .num_layers = a.num_layers,
+CompactionCall compaction_of(const StepArguments& a, const Caches& caches) {
+  const CompactionArguments cache{.caches = caches,
                                   .segments = a.cache_segments,
                                   .keep_indices = a.cache_keep_indices,
                                   .cu_kept = a.cu_kept,
                                   .cu_rows = a.cu_rows,
                                   .prefix_lens = a.prefix_lens,
-                                  .seq_lens = a.seq_lens,
-                                  .cache_layout = a.cache_layout};
+                                  .seq_lens = a.seq_lens};
   if (a.block_table.has_value()) {
     check(!a.seq_starts.has_value(),
           "block_table, seq_starts: expected at most one of them, got both");
@@ -83,24 +78,25 @@ CompactionCall compaction_of(const StepArguments& a) {
 }
 
 // What is read while the caches are written.
-void check_apart(const StepArguments& a) {
+void check_apart(const StepArguments& a, const Caches& caches) {
   std::vector<StridedMemory> read{memory_of(a.hidden)};
   if (a.residual.has_value()) read.push_back(memory_of(*a.residual));
   if (a.weight.has_value()) read.push_back(memory_of(*a.weight));
   for (const Tensor& x : a.others) read.push_back(memory_of(x));
   std::vector<StridedMemory> written;
-  written.reserve(a.caches.size());
-  for (const Tensor& x : a.caches) written.push_back(mutable_memory_of(x));
+  written.reserve(caches.places.size());
+  for (const CachePlace& place : caches.places) written.push_back(place.memory());
   const auto found = find_shared(read, written);
   check(!found.has_value(), "caches[", found.has_value() ? found->second : 0,
         "]: expected a tensor that doesn't share memory with hidden, residual, weight or others");
 }
 
 // boundary: its outputs are set. Returns what the compaction does.
-std::vector<Tensor> step(const StepArguments& a, const BoundaryCall& boundary) {
-  check_devices(a.caches, "caches", a.hidden, "hidden");
-  check_apart(a);
-  const CompactionCall compaction = compaction_of(a);
+std::vector<Tensor> step(const StepArguments& a, const Caches& caches,
+                         const BoundaryCall& boundary) {
+  check_device(caches.first(), "caches", a.hidden, "hidden");
+  check_apart(a, caches);
+  const CompactionCall compaction = compaction_of(a, caches);
   run_on_device_of(
       a.hidden,
       [&] {
@@ -120,47 +116,53 @@ std::vector<Tensor> step(const StepArguments& a, const BoundaryCall& boundary) {
 using torch::stable::detail::from;
 using torch::stable::detail::to;
 
-constexpr uint64_t kArguments = 27;
-
-StepArguments arguments_of(StableIValue* stack) {
-  const auto tensor = [&](size_t i) { return to<OptionalTensor>(stack[i]); };
+// Those of the boundary lie first on the stack, and `rest` points behind the caches.
+StepArguments arguments_of(const StableIValue* stack, const StableIValue* rest) {
+  const auto tensor = [](StableIValue value) { return to<OptionalTensor>(value); };
   return {.hidden = to<Tensor>(stack[0]),
-          .residual = tensor(1),
-          .weight = tensor(2),
+          .residual = tensor(stack[1]),
+          .weight = tensor(stack[2]),
           .eps = to<double>(stack[3]),
           .others = to<std::vector<Tensor>>(stack[4]),
-          .segments = tensor(5),
-          .keep_indices = tensor(6),
-          .cu_seqlens = tensor(7),
-          .spans = tensor(8),
+          .segments = tensor(stack[5]),
+          .keep_indices = tensor(stack[6]),
+          .cu_seqlens = tensor(stack[7]),
+          .spans = tensor(stack[8]),
           .keep = to<std::vector<int64_t>>(stack[9]),
-          .pattern = to<std::string>(stack[10]),
+          .pattern = to<StringArgument>(stack[10]),
           .max_height = to<int64_t>(stack[11]),
           .num_tokens = to<int64_t>(stack[12]),
-          .caches = to<std::vector<Tensor>>(stack[13]),
-          .num_layers = to<int64_t>(stack[14]),
-          .block_table = tensor(15),
-          .block_size = to<int64_t>(stack[16]),
-          .cache_segments = tensor(17),
-          .cache_keep_indices = tensor(18),
-          .cu_kept = to<Tensor>(stack[19]),
-          .cu_rows = tensor(20),
-          .prefix_lens = tensor(21),
-          .seq_lens = tensor(22),
-          .seq_starts = tensor(23),
-          .edit_table = to<bool>(stack[24]),
-          .read_only_blocks = tensor(25),
-          .cache_layout = to<std::string>(stack[26])};
+          .block_table = tensor(rest[0]),
+          .block_size = to<int64_t>(rest[1]),
+          .cache_segments = tensor(rest[2]),
+          .cache_keep_indices = tensor(rest[3]),
+          .cu_kept = to<Tensor>(rest[4]),
+          .cu_rows = tensor(rest[5]),
+          .prefix_lens = tensor(rest[6]),
+          .seq_lens = tensor(rest[7]),
+          .seq_starts = tensor(rest[8]),
+          .edit_table = to<bool>(rest[9]),
+          .read_only_blocks = tensor(rest[10])};
+}
+
+constexpr size_t kCaches = 13;         // where they begin
+constexpr size_t kRest = kCaches + 2;  // behind a list and the number of layers
+constexpr size_t kLayout = kRest + 11;
+
+Caches listed(const StableIValue* stack) {
+  const auto tensors = to<std::vector<Tensor>>(stack[kCaches]);
+  return caches_of(tensors, to<int64_t>(stack[kCaches + 1]), to<StringArgument>(stack[kLayout]));
 }
 
 // Into outs, which functionalization needs: it knows no op that writes and returns a list.
 void compress_step(StableIValue* stack, uint64_t, uint64_t num_results) {
-  const StepArguments a = arguments_of(stack);
-  const auto outs = to<std::vector<Tensor>>(stack[kArguments]);
+  const StepArguments a = arguments_of(stack, stack + kRest);
+  const auto outs = to<std::vector<Tensor>>(stack[kLayout + 1]);
+  const Caches caches = listed(stack);
   BoundaryCall boundary = boundary_of(a);
   check_outputs(outs, boundary.outputs, "outs");
   boundary.set_outputs(outs);
-  std::vector<Tensor> results = step(a, boundary);
+  std::vector<Tensor> results = step(a, caches, boundary);
   while (results.size() < num_results) {
     results.push_back(empty(a.hidden, {0}, aoti_torch_dtype_int32()));
   }
@@ -168,27 +170,41 @@ void compress_step(StableIValue* stack, uint64_t, uint64_t num_results) {
 }
 
 // Into new tensors, which takes a call from Python much less time.
-void compress_step_raw(StableIValue* stack, uint64_t, uint64_t) {
-  const StepArguments a = arguments_of(stack);
+void step_into_new(const StepArguments& a, const Caches& caches, StableIValue* stack) {
   BoundaryCall boundary = boundary_of(a);
   const std::vector<Tensor> outs = allocate(boundary.outputs);
   boundary.set_outputs(outs);
-  stack[1] = from(step(a, boundary));
+  stack[1] = from(step(a, caches, boundary));
   stack[0] = from(outs);
 }
 
-#define ADSC_STEP                                                                                \
-  "Tensor hidden, Tensor? residual, Tensor? weight, float eps, Tensor[] others, "                \
-  "Tensor? segments, Tensor? keep_indices, Tensor? cu_seqlens, Tensor? spans, int[] keep, "      \
-  "str pattern, SymInt max_height, SymInt num_tokens, Tensor(a!)[] caches, int num_layers, "     \
-  "Tensor? block_table, SymInt block_size, Tensor? cache_segments, Tensor? cache_keep_indices, " \
-  "Tensor cu_kept, Tensor? cu_rows, Tensor? prefix_lens, Tensor? seq_lens, Tensor? seq_starts, " \
-  "bool edit_table, Tensor? read_only_blocks, str cache_layout"
+void compress_step_raw(StableIValue* stack, uint64_t, uint64_t) {
+  const StepArguments a = arguments_of(stack, stack + kRest);
+  step_into_new(a, listed(stack), stack);
+}
+
+void compress_step_kept(StableIValue* stack, uint64_t, uint64_t) {
+  const StepArguments a = arguments_of(stack, stack + kCaches + 1);
+  step_into_new(a, *kept_caches(to<int64_t>(stack[kCaches])), stack);
+}
+
+#define ADSC_BOUNDARY                                                                       \
+  "Tensor hidden, Tensor? residual, Tensor? weight, float eps, Tensor[] others, "           \
+  "Tensor? segments, Tensor? keep_indices, Tensor? cu_seqlens, Tensor? spans, int[] keep, " \
+  "str pattern, SymInt max_height, SymInt num_tokens, "
+#define ADSC_ROWS                                                                                  \
+  ", Tensor? block_table, SymInt block_size, Tensor? cache_segments, Tensor? cache_keep_indices, " \
+  "Tensor cu_kept, Tensor? cu_rows, Tensor? prefix_lens, Tensor? seq_lens, Tensor? seq_starts, "   \
+  "bool edit_table, Tensor? read_only_blocks"
+#define ADSC_LISTED \
+  "(" ADSC_BOUNDARY "Tensor(a!)[] caches, int num_layers" ADSC_ROWS ", str cache_layout"
 
 ADSC_BOXED_OP("compress_step", compress_step,
-              "(" ADSC_STEP ", Tensor(b!)[] outs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
-// outs, and what a compaction returns
-ADSC_BOXED_OP("compress_step.raw", compress_step_raw, "(" ADSC_STEP ") -> (Tensor[], Tensor[])")
+              ADSC_LISTED ", Tensor(b!)[] outs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+// Both return outs, and what a compaction returns.
+ADSC_BOXED_OP("compress_step.raw", compress_step_raw, ADSC_LISTED ") -> (Tensor[], Tensor[])")
+ADSC_BOXED_OP("compress_step.kept", compress_step_kept,
+              "(" ADSC_BOUNDARY "int caches" ADSC_ROWS ") -> (Tensor[], Tensor[])")
 
 }  // namespace
 }  // namespace adsc::ops

@@ -1,7 +1,6 @@
 // rebuild_metadata.
 #include "cpu/rebuild_metadata.h"
 
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -10,13 +9,14 @@
 #include "ops/metadata_call.h"
 #include "ops/on_device.h"
 #include "ops/registration.h"
+#include "ops/string_argument.h"
 
 namespace adsc::ops {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rebuild_metadata(
     const Tensor& cu_seqlens, const Tensor& spans, const std::vector<int64_t>& keep,
-    const std::string& pattern, int64_t max_height) {
+    const StringArgument& pattern, int64_t max_height) {
   MetadataCall call = metadata_call({.cu_seqlens = cu_seqlens,
                                      .spans = spans,
                                      .keep = keep,
