@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from adsc_kernels import checks
-from adsc_kernels.attention_backends import BACKENDS, DECODE, PREFILL, choose
+from adsc_kernels.attention_backends import BACKENDS, DECODE, PREFILL, choose, lacks_triton
 from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.plan import to_device
 
@@ -47,6 +47,8 @@ class CachedKeys:
     The varlen kernels know cumulative lengths, but no unused capacity. So the gap behind each
     sequence's keys is told to them as one more sequence, of keys that no query row asks for:
     `cu_seqlens_q` and `cu_seqlens_k` (int32, [2B + 1]) list sequence, gap, sequence, gap ...
+    address: int64 [2] on the device, where the cache of the call lies in place of k and v, which
+    then only show its form: for a graph, which is to serve other caches too.
     """
 
     starts: tuple[int, ...]
@@ -54,6 +56,7 @@ class CachedKeys:
     max_len: int
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
+    address: Tensor | None = None
 
     @classmethod
     def build(
@@ -123,6 +126,8 @@ def varlen_attention(
         backend, _ = choose(*kind)
     elif reason := BACKENDS[backend].why_not(*kind):
         raise UnsupportedError(f"attention backend {backend!r}: {reason}")
+    if keys is not None and keys.address is not None and not BACKENDS[backend].by_address:
+        raise UnsupportedError(f"attention backend {backend!r}: takes keys by no address")
     if q.shape[0] == 0:
         return torch.empty_like(q)
     return BACKENDS[backend].run(q, k, v, stage, keys, scale)
@@ -140,17 +145,19 @@ def available(
     }
 
 
-def reads_lengths_on_device(
-    phase: str, device: torch.device, dtype: torch.dtype, head_dim: int
-) -> bool:
-    """Whether "auto" takes a backend that a graph may be captured of: one that the host tells no
-    lengths, but an upper bound. Where a GPU has none for 16 bits, a warning says why."""
+def graphable(phase: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether a graph may be captured of "auto" that serves any cache: what it takes is told no
+    lengths by the host, but an upper bound, and of a cache only an address, by which Triton reads
+    and writes. Where a GPU has nothing like it for 16 bits, a warning says why."""
     name, reasons = choose(phase, device, dtype, head_dim)
-    narrow = device.type == "cuda" and dtype.itemsize == 2
-    if narrow and not BACKENDS[name].on_device:  # Python shows it once
+    lacks = lacks_triton(device)
+    by_address = BACKENDS[name].by_address if phase == DECODE else lacks is None
+    fits = BACKENDS[name].on_device and by_address
+    if device.type == "cuda" and dtype.itemsize == 2 and not fits:  # Python shows it once
+        reasons |= {} if lacks is None else {"triton": lacks}
         why = "; ".join(f"{other} {reason}" for other, reason in reasons.items())
         warnings.warn(f"{phase} by {name}, and so without CUDA graphs: {why}", stacklevel=2)
-    return BACKENDS[name].on_device
+    return fits
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, stage: Rows, keys: CachedKeys | None) -> None:

@@ -35,6 +35,7 @@ class Backend:
         phases: what it is for.
         dtypes, head_dims, capability (from and to): None takes any, and any device.
         on_device: it reads lengths on the device, so that a CUDA graph may be captured of it.
+        by_address: it finds the keys by `CachedKeys.address`, so that one graph serves all caches.
         shares: it cuts the keys of few long sequences into shares that run at once.
     """
 
@@ -45,6 +46,7 @@ class Backend:
     head_dims: Sequence[int] | None = range(8, 257, 8)
     capability: tuple[tuple[int, int], tuple[int, int]] | None = ((8, 0), (99, 9))
     on_device: bool = True
+    by_address: bool = False
     shares: bool = False
 
     def why_not(
@@ -256,10 +258,12 @@ def _triton(
         if x.stride()[1:] != (x.shape[2], 1):
             raise ValueError(f"{name}: expected rows contiguous inside, got strides {x.stride()}")
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    return decode_attention(q, k, v, keys.cu_seqlens_k, keys.max_len, scale)
+    bounds, address = keys.cu_seqlens_k, keys.address
+    return decode_attention(q, k, v, bounds, keys.max_len, scale, address=address)
 
 
-def _lacks_triton(device: torch.device) -> str | None:
+def lacks_triton(device: torch.device) -> str | None:
+    """Why no kernel of ours in Triton runs there; None where it does."""
     if triton_runs(device):
         return None
     return f"Triton doesn't serve tensors on {device} here, or the backend in force leaves it out"
@@ -280,11 +284,12 @@ BACKENDS: dict[str, Backend] = {
     "torch_varlen": Backend(_torch_varlen, lambda device: _lacks_varlen()),
     "triton": Backend(
         _triton,
-        _lacks_triton,
+        lacks_triton,
         phases=(DECODE,),
         dtypes=(torch.float16, torch.bfloat16, torch.float32),
         head_dims=range(1, 257),
         capability=None,
+        by_address=True,
         shares=True,
     ),
     "flashinfer": Backend(

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -37,19 +37,26 @@ class Phase(Enum):
     DECODE = "decode"  # the token generated last, of every sequence still going
 
 
+class LayerRows(NamedTuple):
+    """K and V of a layer, [rows, H_kv, D]. address: see `CachedKeys`; of what is written too."""
+
+    k: Tensor
+    v: Tensor
+    address: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class StagePass:
     """What a stage's layers share in one pass; everything that is uploaded for them is.
 
-    The cache's own rows are no part of it: a graph keeps its tables, and not the memory of every
-    cache that it was ever run over.
+    The cache's own rows are no part of it: a graph keeps its tables, and no cache's memory.
     """
 
     layers: range
     rows: StagePlan | StepRows  # this stage's, and where they come from
     same: StagePlan | StepRows  # the mapping of this stage's rows to themselves
     positions: Tensor
-    slots: Tensor | None = None  # int64: the cache's rows that the chunk's go to
+    slots: Tensor | None = None  # int64: the cache's rows that the chunk's go to; below 0: none
     keys: CachedKeys | None = None  # where the keys lie in it; None: they are the chunk's own rows
 
 
@@ -206,15 +213,26 @@ class KVCache:
         return self.stages[-1].k[0].dtype
 
     @property
-    def layers(self) -> list[tuple[Tensor, Tensor]]:
+    def layers(self) -> list[LayerRows]:
         """K and V of each layer."""
-        return [pair for stage in self.stages for pair in zip(stage.k, stage.v, strict=True)]
+        pairs = (zip(stage.k, stage.v, strict=True) for stage in self.stages)
+        return [LayerRows(k, v) for stage in pairs for k, v in stage]
+
+    def at(self, addresses: Tensor) -> list[LayerRows]:
+        """The same of any cache of this form, by its addresses."""
+        return [LayerRows(k, v, a) for (k, v, _), a in zip(self.layers, addresses, strict=True)]
 
     @property
-    def place(self) -> tuple[Hashable, ...]:
-        """Equal for caches whose rows lie in the same memory, sequence by sequence."""
-        tensors = [t.data_ptr() for pair in self.layers for t in pair]
-        return (self.dtype, *tensors, *(stage.capacities for stage in self.stages))
+    def form(self) -> tuple[Hashable, ...]:
+        """Equal for caches that one program writes and reads, wherever their rows lie."""
+        rows = self.stages[-1].k[0]
+        return (self.schedule, *rows.shape[1:], rows.dtype, rows.device)
+
+    def addresses(self) -> Tensor:
+        """Where each layer's K and V begin, int64 [layers, 2] on the device: until the next `fit`
+        or compaction."""
+        found = [(rows.k.data_ptr(), rows.v.data_ptr()) for rows in self.layers]
+        return to_device(np.array(found, np.int64), self.device)
 
     def advance(self, plan: CompressionPlan) -> None:
         """The plan's chunk has been written in every layer: it now counts as cached."""

@@ -140,7 +140,7 @@ class Stubs:
         assert float_workspace_buffer.nbytes == 128 << 20
         return Ragged()
 
-    def decode_attention(self, q, k, v, bounds, longest, scale, shares=0):
+    def decode_attention(self, q, k, v, bounds, longest, scale, shares=0, address=None):
         """Our own, which Triton's interpreter runs in interpreted/."""
         cu = bounds.tolist()
         spans = zip(cu[::2], cu[1::2], strict=False)

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from adsc_kernels import checks
 from adsc_kernels.cache import KVCache, Phase
-from adsc_kernels.decode import DecodeState
 from adsc_kernels.plan import CompressionPlan, make_plan, to_device
 from adsc_kernels.sampling import Inbox, check_options, check_stop, choose
 from adsc_kernels.schedule import parse_share
@@ -159,7 +158,7 @@ def generate(
     ids: list[list[int]] = [[] for _ in prompts]
     shown = ["" for _ in prompts]
     going = list(range(len(prompts)))
-    state = DecodeState(talk.cache, talk.cached, max_new_tokens - 1)
+    state = model.begin_decode(talk.cache, talk.cached, max_new_tokens - 1)
     inbox = Inbox(max_new_tokens, tokens)
     for step in tqdm(range(max_new_tokens), "tokens", disable=not progress):
         inbox.send(step, tokens)

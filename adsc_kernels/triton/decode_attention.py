@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adsc_kernels.triton.address import rows_at
 from adsc_kernels.triton.launch import start
 
 _BLOCK = 64  # keys at once, at most
@@ -29,16 +30,20 @@ def attention_shares_kernel(
     q, k, v, bounds, out, sums, scale, q_stride, k_stride, v_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, SHARES: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
+    BY_ADDRESS: tl.constexpr,
 ):  # fmt: skip
     """One program: a share of a sequence's keys, one key head, the GROUP query heads that ask it.
 
     bounds: `CachedKeys.cu_seqlens_k`. out [B, heads, SHARES, SIZE] and sums [B, heads, SHARES]: a
     share's own attention and the logarithm of its sum of exponentials, or with one share only the
     attention. Strides count elements between rows. ROWS and COLUMNS: GROUP and SIZE in tiles.
+    BY_ADDRESS: the keys and values lie where int64 `k` and `v` say.
     """
     share = tl.program_id(0) % SHARES
     kv_head = tl.program_id(0) // SHARES % KV_HEADS
     sequence = tl.program_id(0) // (SHARES * KV_HEADS)
+    k = rows_at(k, q, BY_ADDRESS)
+    v = rows_at(v, q, BY_ADDRESS)
     begin = tl.load(bounds + 2 * sequence)
     end = tl.load(bounds + 2 * sequence + 1)
     each = tl.cdiv(tl.cdiv(end - begin, SHARES), BLOCK) * BLOCK
@@ -93,11 +98,19 @@ def attention_merge_kernel(
 
 
 def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float, shares: int = 0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Tensor,
+    longest: int,
+    scale: float,
+    shares: int = 0,
+    address: Tensor | None = None,
 ) -> Tensor:
     """q [B, Hq, D] over caches k, v [rows, Hkv, D]; bounds as `CachedKeys.cu_seqlens_k`.
 
     Every sequence has a key, and at most `longest`. shares: of its keys, a power of two; 0 chooses.
+    address: int64 [2], where caches of the form of k and v lie that are read in their place.
     """
     num_sequences, heads, size = q.shape
     kv_heads = k.shape[1]
@@ -110,11 +123,12 @@ def decode_attention(
         parts = q.new_empty((num_sequences, heads, shares, size), dtype=torch.float32)
         sums = q.new_empty((num_sequences, heads, shares), dtype=torch.float32)
     strides = (q.stride(0), k.stride(0), v.stride(0))
+    keys, values = (k, v) if address is None else address.split(1)
     start(
         attention_shares_kernel,
         num_sequences * kv_heads * shares,
         q.device,
-        (q, k, v, bounds, parts, sums, scale * _TWO_LOG, *strides),
+        (q, keys, values, bounds, parts, sums, scale * _TWO_LOG, *strides),
         KV_HEADS=kv_heads,
         GROUP=group,
         SIZE=size,
@@ -123,6 +137,7 @@ def decode_attention(
         COLUMNS=columns,
         BLOCK=min(_BLOCK, _TILE // (columns * q.element_size())),
         EXACT=q.dtype is torch.float32,
+        BY_ADDRESS=address is not None,
         num_warps=4,
         num_stages=3,
     )

@@ -13,9 +13,8 @@ from llava_case import IMAGES, PROMPTS, SECOND, SECOND_IMAGES, begin
 from tiny_checkpoints import make_checkpoint
 
 import adsc_kernels as adsc
-from adsc_kernels.attention import reads_lengths_on_device
+from adsc_kernels.attention import graphable
 from adsc_kernels.cache import Phase
-from adsc_kernels.decode import DecodeState
 from adsc_kernels.llava import Llava, bundled_checkpoint, load_image
 from adsc_kernels.llava.generate import run
 from adsc_kernels.plan import make_plan
@@ -103,7 +102,7 @@ def test_graphs_give_the_same_tokens(folder: Path, schedule: str) -> None:
     plain.graphs.enabled = False
     wanted = answers(plain)
     assert [answers(graphed) for _ in range(3)] == [wanted] * 3
-    kernels = reads_lengths_on_device("decode", DEVICE, torch.float16, plain.config.head_dim)
+    kernels = graphable("decode", DEVICE, torch.float16, plain.config.head_dim)
     assert (len(graphed.graphs) > 0) == (kernels and not DRY_RUN)
 
 
@@ -121,7 +120,8 @@ def test_the_host_never_waits(folder: Path) -> None:
             talk.cache.fit(make_plan(model.schedule, [0, *accumulate(ends)], talk.vision_spans), 4)
             hidden = run(model, talk, ends, Phase.PREFILL, pictures)
             tokens = choose(model.logits(hidden), 0.7, 0.9, rng)
-            state, inbox = DecodeState(talk.cache, talk.cached, 4), Inbox(5, tokens)
+            state = model.begin_decode(talk.cache, talk.cached, 4)
+            inbox = Inbox(5, tokens)
             for step in range(5):
                 inbox.send(step, tokens)
                 if step < 4:

@@ -37,6 +37,10 @@ def test_decode(dtype: torch.dtype, heads: int, kv_heads: int, size: int, shares
     truth = exact(q, k, v, keys, 0.3)
     assert got.dtype is dtype
     assert float((got - truth).abs().max()) <= ERROR[dtype] * float(truth.abs().max()) * 2
+    # By its address another cache is read than the one that shows the form, and to the same bits.
+    address, form = torch.tensor([k.data_ptr(), v.data_ptr()]), torch.full_like(k, torch.nan)
+    options = (keys.cu_seqlens_k, max(lens), 0.3, shares)
+    assert torch.equal(decode_attention(q, form, form, *options, address=address), got)
 
 
 def test_shares() -> None:
