@@ -10,16 +10,17 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adsc_kernels.attention_keys import Keys, PagedKeys, Rows
 from adsc_kernels.backend import constant_in_graphs, triton_runs
-
-if TYPE_CHECKING:
-    from adsc_kernels.attention import CachedKeys, Rows
+from adsc_kernels.kv.tables import block_table_to_csr
+from adsc_kernels.plan import to_device
 
 PREFILL = "prefill"  # any number of query rows
 DECODE = "decode"  # one of each sequence, over keys in a cache
@@ -37,6 +38,7 @@ class Backend:
         on_device: it reads lengths on the device, so that a CUDA graph may be captured of it.
         by_address: it finds the keys by `CachedKeys.address`, so that one graph serves all caches.
         shares: it cuts the keys of few long sequences into shares that run at once.
+        paged: it takes a cache in blocks of a multiple of so many rows; None: in none.
     """
 
     run: Callable[..., Tensor]
@@ -48,9 +50,15 @@ class Backend:
     on_device: bool = True
     by_address: bool = False
     shares: bool = False
+    paged: int | None = None
 
     def why_not(
-        self, phase: str, device: torch.device, dtype: torch.dtype, head_dim: int
+        self,
+        phase: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dim: int,
+        block_size: int | None = None,
     ) -> str | None:
         """Why it doesn't run a call; None where it does."""
         if phase not in self.phases:
@@ -62,6 +70,8 @@ class Backend:
             return f"takes {self.takes_dtypes}, the tensors are {dtype}"
         if self.head_dims is not None and head_dim not in self.head_dims:
             return f"takes head sizes {self.takes_head_dims}, got {head_dim}"
+        if block_size is not None and (self.paged is None or block_size % self.paged):
+            return f"takes {self.takes_blocks}, the cache is in blocks of {block_size}"
         if self.capability is None:
             return None
         if device.type != "cuda":
@@ -87,6 +97,17 @@ class Backend:
         return ", ".join(map(str, sizes or ())) or "any"
 
     @property
+    def takes_blocks(self) -> str:
+        sizes = {None: "no blocks", 1: "blocks of any size"}
+        return sizes.get(self.paged, f"blocks of a multiple of {self.paged} rows")
+
+    @property
+    def graphed(self) -> list[str]:
+        """The phases in which a graph may be captured of it: see `attention.graphable`."""
+        prompts = [PREFILL] if self.on_device and PREFILL in self.phases else []
+        return prompts + ([DECODE] if self.by_address else [])
+
+    @property
     def takes_capability(self) -> str:
         if self.capability is None:
             return "any device"
@@ -95,12 +116,16 @@ class Backend:
 
 
 def choose(
-    phase: str, device: torch.device, dtype: torch.dtype, head_dim: int
+    phase: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: int | None = None,
 ) -> tuple[str, dict[str, str]]:
     """The first backend that runs such a call, and why those before it don't."""
     reasons: dict[str, str] = {}
     for name in ORDER[phase]:
-        reason = BACKENDS[name].why_not(phase, device, dtype, head_dim)
+        reason = BACKENDS[name].why_not(phase, device, dtype, head_dim, block_size)
         if reason is None:
             return name, reasons
         reasons[name] = reason
@@ -125,13 +150,15 @@ def _import_problem(name: str, package: str) -> str | None:
     return None
 
 
-def _arguments(stage: Rows, keys: CachedKeys | None) -> dict[str, Any]:
+def _arguments(stage: Rows, keys: Keys | None) -> dict[str, Any]:
     """The cumulative lengths of queries and keys, and upper bounds on either's longest."""
     # At a bound of 1 and grouped heads flash-attn 2 folds the groups into the rows, for which each
     # sequence must have exactly one row: our gaps, and sequences that are done, have none.
     longest = max(2, stage.max_seqlen)
     if keys is None:
         cu, of_keys = (stage.cu_seqlens, stage.cu_seqlens), stage.max_seqlen
+    elif isinstance(keys, PagedKeys):
+        cu, of_keys = (stage.cu_seqlens, keys.cu_seqlens_k), keys.max_len
     else:
         cu, of_keys = (keys.cu_seqlens_q, keys.cu_seqlens_k), keys.max_len
     names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
@@ -145,10 +172,18 @@ def _flash_attn(
     more = options or {}
 
     def run(
-        q: Tensor, k: Tensor, v: Tensor, stage: Rows, keys: CachedKeys | None, scale: float | None
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        stage: Rows,
+        keys: Keys | None,
+        scale: float | None,
     ) -> Tensor:
         function = importlib.import_module(module).flash_attn_varlen_func
-        out = function(q, k, v, **_arguments(stage, keys), softmax_scale=scale, causal=True, **more)
+        given = {**_arguments(stage, keys), **more}
+        if isinstance(keys, PagedKeys):
+            k, v, given["block_table"] = *map(keys.in_blocks, (k, v)), keys.block_table
+        out = function(q, k, v, **given, softmax_scale=scale, causal=True)
         return out if isinstance(out, Tensor) else out[0]  # some add the log-sum-exp
 
     return Backend(run, lambda device: _lacks_module(module, package), **limits)
@@ -183,7 +218,12 @@ def asks_for_groups() -> bool:
 
 
 def _torch_varlen(
-    q: Tensor, k: Tensor, v: Tensor, stage: Rows, keys: CachedKeys | None, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    stage: Rows,
+    keys: Keys | None,
+    scale: float | None,
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -196,13 +236,25 @@ def _torch_varlen(
 
 
 def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, stage: Rows, keys: CachedKeys | None, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    stage: Rows,
+    keys: Keys | None,
+    scale: float | None,
 ) -> Tensor:
     """One call per sequence: for CPU, float32, and machines without a varlen kernel."""
     outs = []
     first = 0
     for b, rows in enumerate(stage.seq_lens):
-        start, length = (first, rows) if keys is None else (keys.starts[b], keys.lens[b])
+        if isinstance(keys, PagedKeys):
+            length = keys.lens[b]
+            blocks = keys.block_table[b, : -(-length // keys.block_size)]
+            found = (keys.in_blocks(x).index_select(0, blocks) for x in (k, v))
+            mine = [x.flatten(0, 1)[:length] for x in found]
+        else:
+            start, length = (first, rows) if keys is None else (keys.starts[b], keys.lens[b])
+            mine = [x[start : start + length] for x in (k, v)]
         # is_causal aligns top-left, so it is right only where the keys are the queries' own rows.
         # A single row sees all keys.
         mask, causal = None, False
@@ -210,13 +262,11 @@ def _sdpa(
             causal = True
         elif rows > 1:
             mask = torch.ones(rows, length, dtype=torch.bool, device=q.device).tril(length - rows)
-        heads_first = (
-            q[first : first + rows].transpose(0, 1)[None],
-            k[start : start + length].transpose(0, 1)[None],
-            v[start : start + length].transpose(0, 1)[None],
-        )
+        query, key, value = (x.transpose(0, 1)[None] for x in (q[first : first + rows], *mine))
         out = F.scaled_dot_product_attention(
-            *heads_first,
+            query,
+            key,
+            value,
             attn_mask=mask,
             is_causal=causal,
             scale=scale,
@@ -236,21 +286,37 @@ def _workspace(device: torch.device) -> Tensor:
 
 
 def _flashinfer(
-    q: Tensor, k: Tensor, v: Tensor, stage: Rows, keys: CachedKeys | None, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    stage: Rows,
+    keys: Keys | None,
+    scale: float | None,
 ) -> Tensor:
     """Planned on the host, which waits for the lengths: so only where it is asked for by name."""
     module = importlib.import_module("flashinfer")
-    wrapper = module.BatchPrefillWithRaggedKVCacheWrapper(_workspace(q.device), "NHD")
-    of_queries, of_keys, *_ = _arguments(stage, keys).values()
     heads = (q.shape[1], k.shape[1], q.shape[2])
-    dtypes = {"q_data_type": q.dtype, "kv_data_type": k.dtype}
-    wrapper.plan(of_queries, of_keys, *heads, causal=True, sm_scale=scale, **dtypes)
-    out: Tensor = wrapper.run(q, k, v)
+    options = {"sm_scale": scale, "q_data_type": q.dtype, "kv_data_type": k.dtype}
+    space = _workspace(q.device)
+    if isinstance(keys, PagedKeys):
+        size = keys.block_size
+        wrapper = module.BatchPrefillWithPagedKVCacheWrapper(space, "NHD")
+        indices, indptr = block_table_to_csr(keys.block_table, [-(-n // size) for n in keys.lens])
+        last = np.array([n and (n - 1) % size + 1 for n in keys.lens], np.int32)
+        of_keys = (indptr, indices, to_device(last, q.device))
+        wrapper.plan(stage.cu_seqlens, *of_keys, *heads, size, causal=True, **options)
+        given: tuple[Any, ...] = ((keys.in_blocks(k), keys.in_blocks(v)),)
+    else:
+        wrapper = module.BatchPrefillWithRaggedKVCacheWrapper(space, "NHD")
+        lengths = list(_arguments(stage, keys).values())[:2]
+        wrapper.plan(*lengths, *heads, causal=True, **options)
+        given = (k, v)
+    out: Tensor = wrapper.run(q, *given)
     return out
 
 
 def _triton(
-    q: Tensor, k: Tensor, v: Tensor, stage: Rows, keys: CachedKeys, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, stage: Rows, keys: Keys, scale: float | None
 ) -> Tensor:
     from adsc_kernels.triton.decode_attention import decode_attention
 
@@ -258,8 +324,11 @@ def _triton(
         if x.stride()[1:] != (x.shape[2], 1):
             raise ValueError(f"{name}: expected rows contiguous inside, got strides {x.stride()}")
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    bounds, address = keys.cu_seqlens_k, keys.address
-    return decode_attention(q, k, v, bounds, keys.max_len, scale, address=address)
+    bounds = keys.bounds if isinstance(keys, PagedKeys) else keys.cu_seqlens_k
+    blocks = (keys.block_table, keys.block_size) if isinstance(keys, PagedKeys) else None
+    return decode_attention(
+        q, k, v, bounds, keys.max_len, scale, address=keys.address, blocks=blocks
+    )
 
 
 def lacks_triton(device: torch.device) -> str | None:
@@ -280,7 +349,7 @@ BACKENDS: dict[str, Backend] = {
     "flash_attn_4": _flash_attn(
         "flash_attn.cute", "flash-attn 4", capability=((9, 0), (99, 9)), head_dims=range(8, 129, 8)
     ),
-    "flash_attn": _flash_attn("flash_attn", "flash-attn 2"),
+    "flash_attn": _flash_attn("flash_attn", "flash-attn 2", paged=256),
     "torch_varlen": Backend(_torch_varlen, lambda device: _lacks_varlen()),
     "triton": Backend(
         _triton,
@@ -291,15 +360,23 @@ BACKENDS: dict[str, Backend] = {
         capability=None,
         by_address=True,
         shares=True,
+        paged=1,
     ),
     "flashinfer": Backend(
         _flashinfer,
         lambda device: _lacks_module("flashinfer", "FlashInfer"),
         head_dims=(64, 128, 256),
         on_device=False,
+        paged=1,
     ),
     "sdpa": Backend(
-        _sdpa, lambda device: None, dtypes=None, head_dims=None, capability=None, on_device=False
+        _sdpa,
+        lambda device: None,
+        dtypes=None,
+        head_dims=None,
+        capability=None,
+        on_device=False,
+        paged=1,
     ),
 }
 # Which "auto" tries, the first that runs a call taken. A step of decoding has one query row of each

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from adsc_kernels import checks
-from adsc_kernels.attention import CachedKeys
+from adsc_kernels.attention_keys import CachedKeys, Keys, PagedKeys
 from adsc_kernels.cache import KVCache, StagePass
+from adsc_kernels.paged_cache import PagedStageCache
 from adsc_kernels.plan import to_device
 
 
@@ -68,7 +69,9 @@ class DecodeState:
     counters: int64 [stages, 2, B], the cache row that a sequence's next key goes to and its
     position. bounds: int32 [stages, 2 * B + 1], `CachedKeys.cu_seqlens_k` with that key. Both on
     the cache's device. `tables`: what else a step reads, and no step writes. `done`: steps so far.
-    `longest`: an upper bound on the keys of a sequence in each stage, over all steps.
+    `longest`: an upper bound on the keys of a sequence in each stage, over all steps. Of a paged
+    cache rows are counted within their sequence, and block_tables, int32 [B, blocks] of each stage,
+    say where those are. `inputs`: all these tensors, as `passes` takes them.
 
     Padded, B is `padded`, and the rows behind the batch's own go to row -1 and see row 0: no list
     of cumulative lengths, but for what reads it pair by pair (`Backend.by_address`). Then the steps
@@ -99,6 +102,12 @@ class DecodeState:
         self.longest = tuple(1 << max(n - 1, 0).bit_length() for n in capacities)
         device = cache.device
         self.counters, self.bounds = to_device(counters, device), to_device(bounds, device)
+        self.block_tables = tuple(
+            to_device(stage.block_table(rows, -(-n // stage.block_size)), device)
+            for stage, n in zip(cache.stages, self.longest, strict=True)
+            if isinstance(stage, PagedStageCache)
+        )
+        self.inputs = (self.counters, self.bounds, *self.block_tables)
         each = np.arange(rows + 1, dtype=np.int32)
         # Of a sequence and the gap behind it the sequence has all rows: 0, 1, 1, 2, 2 ...
         queries = np.repeat(each, 2)[1:]
@@ -121,7 +130,7 @@ class DecodeState:
         ends = [n + self.steps for n in stage.lens]
         if any(n > c for n, c in zip(ends, stage.capacities, strict=True)):
             raise ValueError(f"cache: expected room for {ends}, got {stage.capacities}")
-        starts = np.array([0, *accumulate(stage.capacities)])
+        starts = np.array(stage.starts)
         counters[0, :size], counters[0, size:] = starts[:-1] + stage.lens, -1
         gone = [len(rows) for rows in stage.gone]  # a plan counts these too
         renumber = self.cache.schedule.positions == "renumber"
@@ -130,26 +139,31 @@ class DecodeState:
         bounds[1 : 2 * size : 2] = starts[:-1] + stage.lens + 1
         bounds[2 * size + 1 :: 2], bounds[-1] = 1, starts[-1]
 
-    def passes(self, counters: Tensor, bounds: Tensor) -> list[StagePass]:
+    def passes(self, counters: Tensor, bounds: Tensor, *block_tables: Tensor) -> list[StagePass]:
         """The next step over these, which are this state's own, or a graph's copies of them."""
-        return [
-            StagePass(
-                layers=stage.layers,
-                rows=self._rows,
-                same=self._rows,
-                positions=counters[s, 1],
-                slots=counters[s, 0],
-                keys=self._keys(s, bounds),
-            )
-            for s, stage in enumerate(self.cache.stages)
-        ]
+        passes = []
+        for s, stage in enumerate(self.cache.stages):
+            slots, positions = counters[s]
+            keys: Keys
+            if isinstance(stage, PagedStageCache):
+                size, table = stage.block_size, block_tables[s]
+                slots = _slots(slots, table, size)
+                keys = PagedKeys(self._key_lens(s), self.longest[s], size, table, bounds[s])
+            else:
+                keys = self._keys(s, bounds)
+            same = self._rows
+            passes.append(StagePass(stage.layers, same, same, positions, slots, keys))
+        return passes
+
+    def _key_lens(self, s: int) -> tuple[int, ...]:
+        padding = self._rows.num_tokens - self.size
+        return tuple(n + self.done + 1 for n in self._lens[s]) + (1,) * padding
 
     def _keys(self, s: int, bounds: Tensor) -> CachedKeys:
-        stage, padding = self.cache.stages[s], self._rows.num_tokens - self.size
-        starts = tuple(accumulate(stage.capacities[:-1], initial=0))[: self.size]
+        padding = self._rows.num_tokens - self.size
         return CachedKeys(
-            starts=starts + (0,) * padding,
-            lens=tuple(n + self.done + 1 for n in self._lens[s]) + (1,) * padding,
+            starts=self.cache.stages[s].starts[: self.size] + (0,) * padding,
+            lens=self._key_lens(s),
             max_len=self.longest[s],  # all that the host tells a kernel
             cu_seqlens_q=self._queries,
             cu_seqlens_k=bounds[s],
@@ -167,3 +181,11 @@ class DecodeState:
         """Of the steps' rows the first `counts[b]` of each sequence now count as cached."""
         for stage, lens in zip(self.cache.stages, self._lens, strict=True):
             stage.lens = tuple(n + c for n, c in zip(lens, counts, strict=True))
+
+
+def _slots(rows: Tensor, table: Tensor, block_size: int) -> Tensor:
+    """The slots of rows, int64 [B], of their sequences; what is below 0 stays."""
+    column = torch.div(rows, block_size, rounding_mode="floor").clamp_min_(0)
+    blocks = table.gather(1, column[:, None])[:, 0]
+    slots = torch.add(rows.remainder(block_size), blocks, alpha=block_size)
+    return torch.where(rows < 0, rows, slots)

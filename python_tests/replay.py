@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from adsc_kernels import attention_backends, pointwise
+from adsc_kernels.attention_keys import PagedKeys
 from adsc_kernels.graphs import Graph
 
 written: list[tuple[Tensor, Tensor]] = []  # what ops wrote to by address, and its contents
@@ -108,13 +109,26 @@ def rotate(
 
 
 @torch.library.custom_op("adsc_tests::step", mutates_args=())
-def step(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, heads: int) -> Tensor:
-    """One query row of each sequence over its keys in the cache."""
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Tensor,
+    table: Tensor,
+    size: int,
+    longest: int,
+    heads: int,
+) -> Tensor:
+    """One query row of each sequence over its keys in the cache: in blocks of `size`, if any."""
     outs = []
     ends = bounds.tolist()
-    for row, begin, end in zip(q, ends[::2], ends[1::2], strict=False):
+    for b, (row, begin, end) in enumerate(zip(q, ends[::2], ends[1::2], strict=False)):
         assert 0 < end - begin <= longest
-        some_k, some_v = (rows_at(x, q[:, :heads], end)[begin:end] for x in (k, v))
+        keys = torch.arange(begin, end)
+        if size:
+            keys = table[b].long()[keys // size] * size + keys % size
+        assert keys.min() >= 0
+        some_k, some_v = (rows_at(x, q[:, :heads], int(keys.max()) + 1)[keys] for x in (k, v))
         parts = (x.transpose(0, 1)[None] for x in (row[None], some_k, some_v))
         outs.append(F.scaled_dot_product_attention(*parts, enable_gqa=True)[0, :, 0])
     return torch.stack(outs)
@@ -136,7 +150,10 @@ def by_address(patch: pytest.MonkeyPatch) -> None:
     def attend(q: Any, k: Any, v: Any, stage: Any, keys: Any, scale: Any) -> Any:
         heads = k.shape[1]
         k, v = (k, v) if keys.address is None else keys.address.split(1)
-        return step(q, k, v, keys.cu_seqlens_k, keys.max_len, heads)
+        paged = isinstance(keys, PagedKeys)
+        bounds = keys.bounds if paged else keys.cu_seqlens_k
+        where = (bounds, *((keys.block_table, keys.block_size) if paged else (bounds, 0)))
+        return step(q, k, v, *where, keys.max_len, heads)
 
     for module in (pointwise, attention_backends):
         patch.setattr(module, "triton_runs", lambda device: True)

@@ -258,12 +258,12 @@ class Llava(nn.Module):
         """Where the weights are."""
         return self.language_model.embed_tokens.weight.device
 
-    def new_cache(self, num_sequences: int) -> KVCache:
-        """An empty cache for a batch under this model's schedule."""
+    def new_cache(self, num_sequences: int, block_size: int | None = None) -> KVCache:
+        """An empty cache for a batch under this model's schedule: dense, or in blocks."""
         checks.integer("num_sequences", num_sequences, 0)
         like = self.language_model.embed_tokens.weight
         shape = (self.config.num_kv_heads, self.config.head_dim)
-        return KVCache(self.schedule, num_sequences, *shape, like.dtype, like.device)
+        return KVCache(self.schedule, num_sequences, *shape, like.dtype, like.device, block_size)
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """pixels [N, 3, S, S] -> [N, tokens_per_image, hidden]."""
@@ -320,29 +320,26 @@ class Llava(nn.Module):
             most = f"graphs of steps have at most {LARGEST_BUCKET} sequences"
             warnings.warn(f"{most}, this has {len(cached)}: it runs without", stacklevel=2)
         state = DecodeState(cache, cached, steps, padded)
-        state.place = () if padded is None else self._memory()
+        state.place = () if padded is None else (*self._memory(), cache.block_size)
         return state
 
     def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:
         """Logits, float32 [B, vocab], behind tokens [B] of sequences that stand as `state` says.
 
         Advances the state. Nothing waits for the device, or is read from it."""
-        cache = state.cache
 
-        def run(
-            tokens: Tensor, counters: Tensor, bounds: Tensor, addresses: Tensor | None = None
-        ) -> Tensor:
-            held = cache.layers if addresses is None else cache.at(addresses)
+        def run(tokens: Tensor, addresses: Tensor | None, *inputs: Tensor) -> Tensor:
+            held = state.cache.layers if addresses is None else state.cache.at(addresses)
             x = self.language_model.embed_tokens(tokens)
-            return self.logits(self.language_model(x, state.passes(counters, bounds), held))
+            return self.logits(self.language_model(x, state.passes(*inputs), held))
 
         if state.padded is None or state.addresses is None:
-            logits = run(tokens, state.counters, state.bounds)
+            logits = run(tokens, None, *state.inputs)
         else:
             if padding := state.padded - state.size:
                 tokens = F.pad(tokens, (0, padding))
             key = ("step", current(), state.place, state.padded, state.longest)
-            inputs = (tokens, state.counters, state.bounds, state.addresses)
+            inputs = (tokens, state.addresses, *state.inputs)
             logits = self.graphs(key, run, *inputs, tables=state.tables)[: state.size]
         state.advance()
         return logits
@@ -351,8 +348,9 @@ class Llava(nn.Module):
         """Whether calls of a phase are graphs in their turn, which serve any cache of this form."""
         weight, config = self.language_model.embed_tokens.weight, self.config
         device, dtype, size = weight.device, weight.dtype, config.head_dim
-        fits = cache.form == (self.schedule, config.num_kv_heads, size, dtype, device)
-        return fits and self.graphs.serve(device) and graphable(phase, device, dtype, size)
+        form = (self.schedule, cache.block_size, config.num_kv_heads, size, dtype, device)
+        served = cache.form == form and self.graphs.serve(device)
+        return served and graphable(phase, device, dtype, size, cache.block_size)
 
     def _memory(self) -> tuple[Hashable, ...]:
         """What any graph of this model reads where it lies."""
