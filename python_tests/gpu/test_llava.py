@@ -15,6 +15,7 @@ from tiny_checkpoints import make_checkpoint
 import adsc_kernels as adsc
 from adsc_kernels.attention import graphable
 from adsc_kernels.cache import Phase
+from adsc_kernels.graphs import Graphs
 from adsc_kernels.llava import Llava, bundled_checkpoint, load_image
 from adsc_kernels.llava.generate import run
 from adsc_kernels.plan import make_plan
@@ -104,6 +105,24 @@ def test_graphs_give_the_same_tokens(folder: Path, schedule: str) -> None:
     assert [answers(graphed) for _ in range(3)] == [wanted] * 3
     kernels = graphable("decode", DEVICE, torch.float16, plain.config.head_dim)
     assert (len(graphed.graphs) > 0) == (kernels and not DRY_RUN)
+
+
+@pytest.mark.parametrize("cache", ["dense", "paged"])
+def test_a_graph_serves_every_cache(folder: Path, cache: str) -> None:
+    """Caches that lie elsewhere, and batches of one bucket: no graph more, and the same tokens."""
+    plain = Llava.from_pretrained(folder, SCHEDULES[1], device=DEVICE, dtype=torch.float16)
+    graphed = plain.with_schedule(SCHEDULES[1])
+    graphed.graphs = Graphs()
+    plain.graphs.enabled = False
+    kept, sizes = [], (3, 4, 3, 4, 3)
+    for n in sizes:
+        given = (PROMPTS[:n], IMAGES[:n])
+        kept.append(graphed.generate(*given, max_new_tokens=6, cache=cache))
+        assert kept[-1].token_ids == plain.generate(*given, max_new_tokens=6, cache=cache).token_ids
+    made = len(graphed.graphs)
+    assert made in (0, 3)  # of two prompts and of a step; none where there is no kernel for it
+    graphed.generate(*given, max_new_tokens=6, cache=cache)
+    assert len(graphed.graphs) == made
 
 
 @torch.no_grad()
