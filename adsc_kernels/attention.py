@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from adsc_kernels import checks
-from adsc_kernels.attention_backends import BACKENDS, DECODE, PREFILL, choose, lacks_triton
+from adsc_kernels.attention_backends import BACKENDS, DECODE, PREFILL, choose
+from adsc_kernels.attention_calls import lacks_triton
 from adsc_kernels.attention_keys import CachedKeys as CachedKeys
 from adsc_kernels.attention_keys import Keys, PagedKeys, Rows
 from adsc_kernels.errors import UnsupportedError

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from adsc_kernels import attention_backends, pointwise
+from adsc_kernels import attention_backends, attention_calls, pointwise
 from adsc_kernels.attention_keys import PagedKeys
 from adsc_kernels.graphs import Graph
 
@@ -155,7 +155,7 @@ def by_address(patch: pytest.MonkeyPatch) -> None:
         where = (bounds, *((keys.block_table, keys.block_size) if paged else (bounds, 0)))
         return step(q, k, v, *where, keys.max_len, heads)
 
-    for module in (pointwise, attention_backends):
+    for module in (pointwise, attention_calls):
         patch.setattr(module, "triton_runs", lambda device: True)
     patch.setattr(kernels, "rotate_", rotate_)
     patch.setattr(kernels, "silu_mul", silu_mul)

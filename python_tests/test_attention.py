@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
@@ -13,7 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adsc_kernels import CompressionSchedule, attention, attention_backends, make_plan
+from adsc_kernels import (
+    CompressionSchedule,
+    attention,
+    attention_backends,
+    attention_calls,
+    make_plan,
+)
 from adsc_kernels.attention import CachedKeys, varlen_attention
 from adsc_kernels.attention_backends import Backend
 from adsc_kernels.attention_keys import PagedKeys
@@ -226,7 +233,7 @@ def stubs(monkeypatch):
         return None if phase in self.phases else "another phase"
 
     monkeypatch.setattr(Backend, "why_not", why_not)
-    monkeypatch.setattr(attention_backends, "asks_for_groups", lambda: True)
+    monkeypatch.setattr(attention_calls, "asks_for_groups", lambda: True)
     return made
 
 
@@ -306,6 +313,22 @@ def test_what_a_backend_does_not_take():
     assert large.why_not("decode", cpu, torch.half, 128, 512) is None
 
 
+def test_cudnn_is_for_prompts_of_one_length(stubs, monkeypatch):
+    """Asked for by name: it computes those, and refuses what is no batch."""
+    monkeypatch.setattr("torch.nn.attention.sdpa_kernel", lambda backend: nullcontext())
+    wide, k, v = tensors(8, 8, 12, 4)
+    q = wide[:, :4]  # as one GEMM makes them
+    for scale in (None, 0.2):
+        got = varlen_attention(q, k, v, rows(4, 4), scale=scale, backend="cudnn")
+        want = varlen_attention(q, k, v, rows(4, 4), scale=scale, backend="sdpa")
+        torch.testing.assert_close(got, want)
+    keys = CachedKeys.build((4, 4), (4, 4), (4, 4), torch.device("cpu"))
+    for stage, heads, held in ((rows(5, 3), 4, None), (rows(4, 4), 2, None), (rows(4, 4), 4, keys)):
+        with pytest.raises(UnsupportedError, match="'cudnn': takes whole prompts of one length"):
+            varlen_attention(q, k[:, :heads], v[:, :heads], stage, keys=held, backend="cudnn")
+    assert all("cudnn" not in names for names in attention_backends.ORDER.values())
+
+
 def test_an_address_is_for_what_reads_it(stubs):
     """Others would read the rows that only show its form."""
     q, k, v = tensors(1, 4, 4, 4)
@@ -375,7 +398,7 @@ def test_torch_varlen_takes_what_it_is_called_with():
     q = torch.empty(3, 4, 64, device="meta", dtype=torch.bfloat16)
     k = torch.empty(9, 2, 64, device="meta", dtype=torch.bfloat16)
     cu = torch.empty(3, dtype=torch.int32, device="meta")
-    groups = {"enable_gqa": True} if attention_backends.asks_for_groups() else {}
+    groups = {"enable_gqa": True} if attention_calls.asks_for_groups() else {}
     out = varlen.varlen_attn(q, k, k, cu, cu, 2, 5, scale=None, window_size=(-1, 0), **groups)
     assert out.shape == q.shape
 

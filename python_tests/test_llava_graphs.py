@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from adsc_kernels import attention_backends, decode, graphs
+from adsc_kernels import attention_backends, attention_calls, decode, graphs
 from adsc_kernels.cache import KVCache, LayerRows, Phase, passes_of
 from adsc_kernels.decode import DecodeState, bucket_of
 from adsc_kernels.llava import Llava
@@ -53,7 +53,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
     made = Captures()
 
     def run(q, k, v, stage, keys, scale):
-        lengths = attention_backends._arguments(stage, keys)
+        lengths = attention_calls.arguments(stage, keys)
         cu_q, cu_k, _, longest = lengths.values()
         return varlen(q, k.contiguous(), v.contiguous(), cu_q, cu_k, longest)
 

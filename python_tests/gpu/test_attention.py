@@ -37,6 +37,8 @@ def exact(q: Tensor, k: Tensor, v: Tensor, offset: int) -> Tensor:
 @pytest.mark.parametrize("backend", list(reversed(BACKENDS)))
 def test_error(backend: str, phase: str, dtype: torch.dtype, heads: tuple[int, int]) -> None:
     size = 128
+    if backend == "cudnn":
+        pytest.skip("below, over prompts of one length")
     reason = BACKENDS[backend].why_not(phase, DEVICE, dtype, size)
     if reason is not None:
         pytest.skip(reason)
@@ -97,3 +99,21 @@ def test_a_step_by_address_and_over_blocks(dtype: torch.dtype) -> None:
     blocks = PagedKeys.build(lens, size, table, DEVICE)
     got = varlen_attention(q, *paged, stage, keys=blocks, backend="triton")
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_prompts_of_one_length(dtype: torch.dtype) -> None:
+    """By cuDNN, which takes no others."""
+    reason = BACKENDS["cudnn"].why_not(PREFILL, DEVICE, dtype, 128)
+    if reason is not None:
+        pytest.skip(reason)
+    lens = (300, 300)
+    cu = torch.tensor([0, 300, 600], dtype=torch.int32, device=DEVICE)
+    stage = SimpleNamespace(cu_seqlens=cu, seq_lens=lens, max_seqlen=300, num_tokens=600)
+    q, k, v = torch.randn(600, 24, 128, device=DEVICE).to(dtype).tensor_split(3, dim=1)
+    got = varlen_attention(q, k, v, stage, backend="cudnn")
+    for mine in (slice(300), slice(300, 600)):
+        parts = (q[mine], k[mine], v[mine])
+        truth = exact(*(x.double() for x in parts), 0)
+        limit = 2 * float((exact(*parts, 0) - truth).abs().max())
+        assert float((got[mine] - truth).abs().max()) <= limit + 1e-6
