@@ -8,81 +8,18 @@ The causal mask is aligned bottom-right: the last query row of a sequence sees a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from adsc_kernels import checks
 from adsc_kernels.attention_backends import BACKENDS, DECODE, PREFILL, choose
+from adsc_kernels.attention_calls import lacks_triton
+from adsc_kernels.attention_keys import CachedKeys as CachedKeys
+from adsc_kernels.attention_keys import Keys, PagedKeys, Rows
 from adsc_kernels.errors import UnsupportedError
-from adsc_kernels.plan import to_device
 
 STAGE_FIELDS = ("cu_seqlens", "seq_lens", "max_seqlen", "num_tokens")
-
-
-class Rows(Protocol):
-    """What attention asks of a stage: where each sequence's query rows lie."""
-
-    @property
-    def cu_seqlens(self) -> Tensor: ...
-
-    @property
-    def seq_lens(self) -> tuple[int, ...]: ...
-
-    @property
-    def max_seqlen(self) -> int: ...
-
-    @property
-    def num_tokens(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class CachedKeys:
-    """Where each sequence's keys lie: rows starts[b] .. starts[b] + lens[b] of a cache.
-
-    The varlen kernels know cumulative lengths, but no unused capacity. So the gap behind each
-    sequence's keys is told to them as one more sequence, of keys that no query row asks for:
-    `cu_seqlens_q` and `cu_seqlens_k` (int32, [2B + 1]) list sequence, gap, sequence, gap ...
-    """
-
-    starts: tuple[int, ...]
-    lens: tuple[int, ...]
-    max_len: int
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
-
-    @classmethod
-    def build(
-        cls,
-        q_lens: Sequence[int],
-        lens: Sequence[int],
-        capacities: Sequence[int],
-        device: torch.device,
-    ) -> CachedKeys:
-        """Of each sequence its query rows, its keys, and the cache rows that it owns.
-
-        Raises ValueError where these don't fit together, as a cache of ``lens`` above
-        ``capacities``.
-        """
-        if not len(q_lens) == len(lens) == len(capacities):
-            got = f"{len(q_lens)}, {len(lens)} and {len(capacities)}"
-            raise ValueError(f"q_lens, lens, capacities: expected one for each sequence, got {got}")
-        for rows, length, capacity in zip(q_lens, lens, capacities, strict=True):
-            if rows < 0 or not 0 <= length <= capacity:
-                got = f"q_lens {rows}, lens {length}, capacities {capacity}"
-                raise ValueError(f"lens: expected 0 <= lens <= capacities, got {got}")
-        starts: list[int] = []
-        cu_q, cu_k = [0], [0]
-        for rows, length, capacity in zip(q_lens, lens, capacities, strict=True):
-            starts.append(cu_k[-1])
-            cu_q += [cu_q[-1] + rows] * 2
-            cu_k += [starts[-1] + length, starts[-1] + capacity]
-        both = to_device(np.array([cu_q, cu_k], np.int32), device)
-        return cls(tuple(starts), tuple(lens), max(lens, default=0), both[0], both[1])
 
 
 def varlen_attention(
@@ -91,7 +28,7 @@ def varlen_attention(
     v: Tensor,
     stage: Rows,
     *,
-    keys: CachedKeys | None = None,
+    keys: Keys | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -99,8 +36,8 @@ def varlen_attention(
 
     Args:
         q: [T, Hq, D], rows packed by `stage.cu_seqlens`.
-        k, v: [T, Hkv, D] packed like q, or with `keys` the cache [capacity, Hkv, D]; Hkv divides
-            Hq.
+        k, v: [T, Hkv, D] packed like q, or with `keys` the cache [capacity, Hkv, D], of blocks with
+            `PagedKeys`; Hkv divides Hq.
         stage: a StagePlan, or anything with cu_seqlens, seq_lens, max_seqlen and num_tokens.
         keys: where each sequence's keys lie in the cache; None means packed like the queries.
         scale: of the scores; None means 1/sqrt(D).
@@ -118,11 +55,13 @@ def varlen_attention(
         _check(q, k, v, stage, keys)
     one_row_each = stage.max_seqlen == 1 and stage.num_tokens == len(stage.seq_lens)
     phase = PREFILL if keys is None or not one_row_each else DECODE
-    kind = (phase, q.device, q.dtype, q.shape[2])
+    kind = (phase, q.device, q.dtype, q.shape[2], getattr(keys, "block_size", None))
     if backend == "auto":
         backend, _ = choose(*kind)
     elif reason := BACKENDS[backend].why_not(*kind):
         raise UnsupportedError(f"attention backend {backend!r}: {reason}")
+    if keys is not None and keys.address is not None and not BACKENDS[backend].by_address:
+        raise UnsupportedError(f"attention backend {backend!r}: takes keys by no address")
     if q.shape[0] == 0:
         return torch.empty_like(q)
     return BACKENDS[backend].run(q, k, v, stage, keys, scale)
@@ -140,20 +79,27 @@ def available(
     }
 
 
-def reads_lengths_on_device(
-    phase: str, device: torch.device, dtype: torch.dtype, head_dim: int
+def graphable(
+    phase: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: int | None = None,
 ) -> bool:
-    """Whether "auto" takes a backend that a graph may be captured of: one that the host tells no
-    lengths, but an upper bound. Where a GPU has none for 16 bits, a warning says why."""
-    name, reasons = choose(phase, device, dtype, head_dim)
-    narrow = device.type == "cuda" and dtype.itemsize == 2
-    if narrow and not BACKENDS[name].on_device:  # Python shows it once
+    """Whether a graph may be captured of "auto" that serves any cache: what it takes is told no
+    lengths by the host, but an upper bound, and of a cache only an address, by which Triton reads
+    and writes. Where a GPU has nothing like it for 16 bits, a warning says why."""
+    name, reasons = choose(phase, device, dtype, head_dim, block_size)
+    lacks = lacks_triton(device)
+    fits = phase in BACKENDS[name].graphed and lacks is None
+    if device.type == "cuda" and dtype.itemsize == 2 and not fits:  # Python shows it once
+        reasons |= {} if lacks is None else {"triton": lacks}
         why = "; ".join(f"{other} {reason}" for other, reason in reasons.items())
         warnings.warn(f"{phase} by {name}, and so without CUDA graphs: {why}", stacklevel=2)
-    return BACKENDS[name].on_device
+    return fits
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, stage: Rows, keys: CachedKeys | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, stage: Rows, keys: Keys | None) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.tensor(name, x)
         if not x.is_floating_point():
@@ -161,7 +107,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, stage: Rows, keys: CachedKeys | None
         if x.device != q.device:
             raise ValueError(f"{name}: expected the device of q, {q.device}, got {x.device}")
     checks.has("stage", stage, "a stage such as plan.stages[0]", STAGE_FIELDS)
-    if keys is not None:
+    if keys is not None and not isinstance(keys, PagedKeys):
         checks.instance("keys", keys, CachedKeys)
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or k.shape[2] != q.shape[2]:
         got = f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
@@ -176,10 +122,22 @@ def _check(q: Tensor, k: Tensor, v: Tensor, stage: Rows, keys: CachedKeys | None
         if k.shape[0] != stage.num_tokens:
             raise ValueError(f"k: expected the stage's {stage.num_tokens} rows, got {k.shape[0]}")
         return
+    _check_keys(k, stage, keys)
+
+
+def _check_keys(k: Tensor, stage: Rows, keys: Keys) -> None:
     if len(keys.lens) != len(stage.seq_lens):
         want = len(stage.seq_lens)
         raise ValueError(f"keys: expected {want} sequences, got {len(keys.lens)}")
     if any(n > m for n, m in zip(stage.seq_lens, keys.lens, strict=True)):
         raise ValueError(f"keys: expected at least the rows {stage.seq_lens}, got {keys.lens}")
-    if any(start + n > k.shape[0] for start, n in zip(keys.starts, keys.lens, strict=True)):
-        raise ValueError(f"keys: expected rows inside k's {k.shape[0]}, got {keys.starts}")
+    if isinstance(keys, CachedKeys):
+        if any(start + n > k.shape[0] for start, n in zip(keys.starts, keys.lens, strict=True)):
+            raise ValueError(f"keys: expected rows inside k's {k.shape[0]}, got {keys.starts}")
+        return
+    if k.shape[0] % keys.block_size:
+        raise ValueError(f"k: expected blocks of {keys.block_size} rows, got {k.shape[0]} rows")
+    blocks = -(-max(keys.lens, default=0) // keys.block_size)
+    if keys.block_table.shape[0] != len(keys.lens) or keys.block_table.shape[1] < blocks:
+        least, got = (len(keys.lens), blocks), tuple(keys.block_table.shape)
+        raise ValueError(f"keys: expected a block table of at least {least}, got {got}")

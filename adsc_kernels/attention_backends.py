@@ -1,25 +1,18 @@
-"""The kernels that attention can run on: what each of them takes, and how it is called.
+"""The kernels that attention can run on, and what each of them takes.
 
 Every one of them reads packed rows by cumulative lengths, or by itself makes of them what it reads.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from adsc_kernels.backend import constant_in_graphs, triton_runs
-
-if TYPE_CHECKING:
-    from adsc_kernels.attention import CachedKeys, Rows
+from adsc_kernels import attention_calls as calls
 
 PREFILL = "prefill"  # any number of query rows
 DECODE = "decode"  # one of each sequence, over keys in a cache
@@ -35,7 +28,9 @@ class Backend:
         phases: what it is for.
         dtypes, head_dims, capability (from and to): None takes any, and any device.
         on_device: it reads lengths on the device, so that a CUDA graph may be captured of it.
+        by_address: it finds the keys by `CachedKeys.address`, so that one graph serves all caches.
         shares: it cuts the keys of few long sequences into shares that run at once.
+        paged: it takes a cache in blocks of a multiple of so many rows; None: in none.
     """
 
     run: Callable[..., Tensor]
@@ -45,10 +40,17 @@ class Backend:
     head_dims: Sequence[int] | None = range(8, 257, 8)
     capability: tuple[tuple[int, int], tuple[int, int]] | None = ((8, 0), (99, 9))
     on_device: bool = True
+    by_address: bool = False
     shares: bool = False
+    paged: int | None = None
 
     def why_not(
-        self, phase: str, device: torch.device, dtype: torch.dtype, head_dim: int
+        self,
+        phase: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dim: int,
+        block_size: int | None = None,
     ) -> str | None:
         """Why it doesn't run a call; None where it does."""
         if phase not in self.phases:
@@ -60,6 +62,8 @@ class Backend:
             return f"takes {self.takes_dtypes}, the tensors are {dtype}"
         if self.head_dims is not None and head_dim not in self.head_dims:
             return f"takes head sizes {self.takes_head_dims}, got {head_dim}"
+        if block_size is not None and (self.paged is None or block_size % self.paged):
+            return f"takes {self.takes_blocks}, the cache is in blocks of {block_size}"
         if self.capability is None:
             return None
         if device.type != "cuda":
@@ -85,6 +89,17 @@ class Backend:
         return ", ".join(map(str, sizes or ())) or "any"
 
     @property
+    def takes_blocks(self) -> str:
+        sizes = {None: "no blocks", 1: "blocks of any size"}
+        return sizes.get(self.paged, f"blocks of a multiple of {self.paged} rows")
+
+    @property
+    def graphed(self) -> list[str]:
+        """The phases in which a graph may be captured of it: see `attention.graphable`."""
+        prompts = [PREFILL] if self.on_device and PREFILL in self.phases else []
+        return prompts + ([DECODE] if self.by_address else [])
+
+    @property
     def takes_capability(self) -> str:
         if self.capability is None:
             return "any device"
@@ -93,176 +108,25 @@ class Backend:
 
 
 def choose(
-    phase: str, device: torch.device, dtype: torch.dtype, head_dim: int
+    phase: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: int | None = None,
 ) -> tuple[str, dict[str, str]]:
     """The first backend that runs such a call, and why those before it don't."""
     reasons: dict[str, str] = {}
     for name in ORDER[phase]:
-        reason = BACKENDS[name].why_not(phase, device, dtype, head_dim)
+        reason = BACKENDS[name].why_not(phase, device, dtype, head_dim, block_size)
         if reason is None:
             return name, reasons
         reasons[name] = reason
     raise AssertionError("sdpa runs anywhere")
 
 
-# ---- flash-attn ------------------------------------------------------------------------------
-
-
-@constant_in_graphs
-def _lacks_module(name: str, package: str) -> str | None:
-    return _import_problem(name, package)
-
-
-@functools.cache
-def _import_problem(name: str, package: str) -> str | None:
-    """Asked once, since a step of decoding asks for every layer."""
-    try:
-        importlib.import_module(name)
-    except ImportError as error:  # not installed, or built for another torch
-        return f"{package} can't be imported ({error})"
-    return None
-
-
-def _arguments(stage: Rows, keys: CachedKeys | None) -> dict[str, Any]:
-    """The cumulative lengths of queries and keys, and upper bounds on either's longest."""
-    # At a bound of 1 and grouped heads flash-attn 2 folds the groups into the rows, for which each
-    # sequence must have exactly one row: our gaps, and sequences that are done, have none.
-    longest = max(2, stage.max_seqlen)
-    if keys is None:
-        cu, of_keys = (stage.cu_seqlens, stage.cu_seqlens), stage.max_seqlen
-    else:
-        cu, of_keys = (keys.cu_seqlens_q, keys.cu_seqlens_k), keys.max_len
-    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-    return dict(zip(names, (*cu, longest, of_keys), strict=True))
-
-
-def _flash_attn(
-    module: str, package: str, options: Mapping[str, Any] | None = None, **limits: Any
-) -> Backend:
-    """All its versions have one function, of the same arguments but for `options`."""
-    more = options or {}
-
-    def run(
-        q: Tensor, k: Tensor, v: Tensor, stage: Rows, keys: CachedKeys | None, scale: float | None
-    ) -> Tensor:
-        function = importlib.import_module(module).flash_attn_varlen_func
-        out = function(q, k, v, **_arguments(stage, keys), softmax_scale=scale, causal=True, **more)
-        return out if isinstance(out, Tensor) else out[0]  # some add the log-sum-exp
-
-    return Backend(run, lambda device: _lacks_module(module, package), **limits)
-
-
-# ---- PyTorch ---------------------------------------------------------------------------------
-
-
-@functools.cache
-def _varlen_takes() -> tuple[str, ...] | None:
-    """The parameters of PyTorch's varlen_attn; None where there is none."""
-    try:
-        module = importlib.import_module("torch.nn.attention.varlen")
-    except ImportError:
-        return None
-    return tuple(inspect.signature(module.varlen_attn).parameters)
-
-
-@constant_in_graphs
-def _lacks_varlen() -> str | None:
-    known = _varlen_takes()
-    if known is None:
-        return f"torch {torch.__version__} has no torch.nn.attention.varlen"
-    lacks = [p for p in ("window_size", "scale") if p not in known]
-    return f"torch {torch.__version__}'s varlen_attn takes no {', '.join(lacks)}" if lacks else None
-
-
-@constant_in_graphs
-def asks_for_groups() -> bool:
-    """Whether varlen_attn is to be told of grouped heads: torch 2.11's takes them as they come."""
-    return "enable_gqa" in (_varlen_takes() or ())
-
-
-def _torch_varlen(
-    q: Tensor, k: Tensor, v: Tensor, stage: Rows, keys: CachedKeys | None, scale: float | None
-) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    lengths = _arguments(stage, keys).values()
-    grouped: dict[str, Any] = {"enable_gqa": True} if asks_for_groups() else {}
-    causal = (-1, 0)  # no bound to the left, nothing to the right
-    return varlen_attn(  # type: ignore[return-value]  # a pair only where return_aux asks for it
-        q, k, v, *lengths, scale=scale, window_size=causal, **grouped
-    )
-
-
-def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, stage: Rows, keys: CachedKeys | None, scale: float | None
-) -> Tensor:
-    """One call per sequence: for CPU, float32, and machines without a varlen kernel."""
-    outs = []
-    first = 0
-    for b, rows in enumerate(stage.seq_lens):
-        start, length = (first, rows) if keys is None else (keys.starts[b], keys.lens[b])
-        # is_causal aligns top-left, so it is right only where the keys are the queries' own rows.
-        # A single row sees all keys.
-        mask, causal = None, False
-        if rows == length:
-            causal = True
-        elif rows > 1:
-            mask = torch.ones(rows, length, dtype=torch.bool, device=q.device).tril(length - rows)
-        heads_first = (
-            q[first : first + rows].transpose(0, 1)[None],
-            k[start : start + length].transpose(0, 1)[None],
-            v[start : start + length].transpose(0, 1)[None],
-        )
-        out = F.scaled_dot_product_attention(
-            *heads_first,
-            attn_mask=mask,
-            is_causal=causal,
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        outs.append(out[0].transpose(0, 1))
-        first += rows
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-
-# ---- FlashInfer and our own ------------------------------------------------------------------
-
-
-@functools.cache
-def _workspace(device: torch.device) -> Tensor:
-    return torch.empty(128 << 20, dtype=torch.uint8, device=device)
-
-
-def _flashinfer(
-    q: Tensor, k: Tensor, v: Tensor, stage: Rows, keys: CachedKeys | None, scale: float | None
-) -> Tensor:
-    """Planned on the host, which waits for the lengths: so only where it is asked for by name."""
-    module = importlib.import_module("flashinfer")
-    wrapper = module.BatchPrefillWithRaggedKVCacheWrapper(_workspace(q.device), "NHD")
-    of_queries, of_keys, *_ = _arguments(stage, keys).values()
-    heads = (q.shape[1], k.shape[1], q.shape[2])
-    dtypes = {"q_data_type": q.dtype, "kv_data_type": k.dtype}
-    wrapper.plan(of_queries, of_keys, *heads, causal=True, sm_scale=scale, **dtypes)
-    out: Tensor = wrapper.run(q, k, v)
-    return out
-
-
-def _triton(
-    q: Tensor, k: Tensor, v: Tensor, stage: Rows, keys: CachedKeys, scale: float | None
-) -> Tensor:
-    from adsc_kernels.triton.decode_attention import decode_attention
-
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.stride()[1:] != (x.shape[2], 1):
-            raise ValueError(f"{name}: expected rows contiguous inside, got strides {x.stride()}")
-    scale = q.shape[2] ** -0.5 if scale is None else scale
-    return decode_attention(q, k, v, keys.cu_seqlens_k, keys.max_len, scale)
-
-
-def _lacks_triton(device: torch.device) -> str | None:
-    if triton_runs(device):
-        return None
-    return f"Triton doesn't serve tensors on {device} here, or the backend in force leaves it out"
+def _flash_attn(module: str, package: str, options: Any = None, **limits: Any) -> Backend:
+    run = calls.flash_attn(module, options)
+    return Backend(run, lambda device: calls.lacks_module(module, package), **limits)
 
 
 BACKENDS: dict[str, Backend] = {
@@ -276,29 +140,47 @@ BACKENDS: dict[str, Backend] = {
     "flash_attn_4": _flash_attn(
         "flash_attn.cute", "flash-attn 4", capability=((9, 0), (99, 9)), head_dims=range(8, 129, 8)
     ),
-    "flash_attn": _flash_attn("flash_attn", "flash-attn 2"),
-    "torch_varlen": Backend(_torch_varlen, lambda device: _lacks_varlen()),
+    "cudnn": Backend(
+        calls.cudnn,
+        lambda device: calls.lacks_cudnn(),
+        phases=(PREFILL,),
+        head_dims=range(8, 129, 8),
+        capability=((9, 0), (99, 9)),
+    ),
+    "flash_attn": _flash_attn("flash_attn", "flash-attn 2", paged=256),
+    "torch_varlen": Backend(calls.torch_varlen, lambda device: calls.lacks_varlen()),
     "triton": Backend(
-        _triton,
-        _lacks_triton,
+        calls.triton_step,
+        calls.lacks_triton,
         phases=(DECODE,),
         dtypes=(torch.float16, torch.bfloat16, torch.float32),
         head_dims=range(1, 257),
         capability=None,
+        by_address=True,
         shares=True,
+        paged=1,
     ),
     "flashinfer": Backend(
-        _flashinfer,
-        lambda device: _lacks_module("flashinfer", "FlashInfer"),
+        calls.flashinfer,
+        lambda device: calls.lacks_module("flashinfer", "FlashInfer"),
         head_dims=(64, 128, 256),
         on_device=False,
+        paged=1,
     ),
     "sdpa": Backend(
-        _sdpa, lambda device: None, dtypes=None, head_dims=None, capability=None, on_device=False
+        calls.sdpa,
+        lambda device: None,
+        dtypes=None,
+        head_dims=None,
+        capability=None,
+        on_device=False,
+        paged=1,
     ),
 }
-# Which "auto" tries, the first that runs a call taken. A step of decoding has one query row of each
-# sequence, for which varlen kernels start a program for each sequence and head: few of them.
+# Which "auto" tries, the first that runs a call taken: neither FlashInfer, which waits, nor cuDNN,
+# which makes a plan for every new shape, at a cost that nobody has measured yet. A step of decoding
+# has one query row of each sequence, for which varlen kernels start a program for each sequence and
+# head: few of them.
 ORDER = {
     PREFILL: ("flash_attn_3", "flash_attn_4", "flash_attn", "torch_varlen", "sdpa"),
     DECODE: ("triton", "flash_attn_3", "flash_attn_4", "flash_attn", "torch_varlen", "sdpa"),

@@ -4,22 +4,24 @@ A dropped token never writes K or V in the stages after its boundary, so nothing
 after a prompt: stage s simply holds `plan.stages[s].kv_lens[b]` rows of sequence b. What is written
 can be shrunk further, in place: the layers before the first boundary, and older pictures. A plan
 doesn't know of it, so each stage keeps a list of the rows that are gone; positions are the plan's.
+`paged_cache.py` has the same in blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from adsc_kernels import ops
-from adsc_kernels.attention import CachedKeys
+from adsc_kernels import checks, ops
+from adsc_kernels.attention_keys import CachedKeys, Keys
 from adsc_kernels.plan import make_plan, to_device
 from adsc_kernels.schedule import CompressionSchedule
 
@@ -37,20 +39,27 @@ class Phase(Enum):
     DECODE = "decode"  # the token generated last, of every sequence still going
 
 
+class LayerRows(NamedTuple):
+    """K and V of a layer, [rows, H_kv, D]. address: see `CachedKeys`; of what is written too."""
+
+    k: Tensor
+    v: Tensor
+    address: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class StagePass:
     """What a stage's layers share in one pass; everything that is uploaded for them is.
 
-    The cache's own rows are no part of it: a graph keeps its tables, and not the memory of every
-    cache that it was ever run over.
+    The cache's own rows are no part of it: a graph keeps its tables, and no cache's memory.
     """
 
     layers: range
     rows: StagePlan | StepRows  # this stage's, and where they come from
     same: StagePlan | StepRows  # the mapping of this stage's rows to themselves
     positions: Tensor
-    slots: Tensor | None = None  # int64: the cache's rows that the chunk's go to
-    keys: CachedKeys | None = None  # where the keys lie in it; None: they are the chunk's own rows
+    slots: Tensor | None = None  # int64: the cache's rows that the chunk's go to; below 0: none
+    keys: Keys | None = None  # where the keys lie in it; None: they are the chunk's own rows
 
 
 def passes_of(plan: CompressionPlan, cache: KVCache | None, phase: Phase) -> list[StagePass]:
@@ -90,6 +99,11 @@ class StageCache:
         self._device = device
 
     @property
+    def starts(self) -> tuple[int, ...]:
+        """What each sequence's rows are counted from, and the end of all, [B + 1]."""
+        return (0, *accumulate(self.capacities))
+
+    @property
     def allocated_bytes(self) -> int:
         """What the K and V of all its layers occupy, read off their storages."""
         return sum(t.untyped_storage().nbytes() for t in (*self.k, *self.v))
@@ -109,8 +123,7 @@ class StageCache:
 
         Layer by layer, so that at most one tensor exists twice.
         """
-        if any(n < length for n, length in zip(needed, self.lens, strict=True)):
-            raise ValueError(f"needed: expected at least the cached {self.lens}, got {needed}")
+        self._check_room(needed)
         if tuple(needed) == self.capacities:
             return
         for tensors in (self.k, self.v):
@@ -123,7 +136,11 @@ class StageCache:
                 tensors[i] = new
         self.capacities = tuple(needed)
 
-    def begin(self, stage: StagePlan, phase: Phase) -> tuple[Tensor, CachedKeys | None]:
+    def _check_room(self, needed: Sequence[int]) -> None:
+        if any(n < length for n, length in zip(needed, self.lens, strict=True)):
+            raise ValueError(f"needed: expected at least the cached {self.lens}, got {needed}")
+
+    def begin(self, stage: StagePlan, phase: Phase) -> tuple[Tensor, Keys | None]:
         """`StagePass.slots` and `keys` of a chunk.
 
         Raises: ValueError where the plan was made for other cached lengths, or there is no room.
@@ -133,11 +150,18 @@ class StageCache:
             raise ValueError(f"stage: expected {self.lens} cached rows, got {cached}")
         if any(n > c for n, c in zip(kv_lens, self.capacities, strict=True)):
             raise ValueError(f"stage: expected room for {kv_lens}, got {self.capacities}")
-        where = CachedKeys.build(stage.seq_lens, kv_lens, self.capacities, self._device)
-        spans = zip(where.starts, cached, stage.seq_lens, strict=True)
-        rows = [np.arange(start + done, start + done + n) for start, done, n in spans]
+        spans = zip(cached, kv_lens, strict=True)
+        rows = [self.slots(b, begin, end) for b, (begin, end) in enumerate(spans)]
         slots = to_device(np.concatenate([*rows, np.empty(0, np.int64)]), self._device)
-        return slots, None if phase is Phase.PREFILL else where
+        return slots, None if phase is Phase.PREFILL else self.keys(stage, kv_lens)
+
+    def slots(self, b: int, begin: int, end: int) -> np.ndarray:
+        """The rows of `k[i]` and `v[i]` that rows begin .. end of sequence b are."""
+        return np.arange(begin, end) + self.starts[b]
+
+    def keys(self, stage: StagePlan, lens: Sequence[int]) -> Keys:
+        """Where attention finds the first `lens[b]` rows of each sequence."""
+        return CachedKeys.build(stage.seq_lens, lens, self.capacities, self._device)
 
     def compact(self, mapping: StagePlan) -> None:
         """Drop what `mapping` drops, in every layer, and give the memory back.
@@ -145,10 +169,7 @@ class StageCache:
         Its source rows are the last ones cached of each sequence; what lies before them stays.
         """
         prefix = tuple(n - new for n, new in zip(self.lens, mapping.seq_lens_in, strict=True))
-        starts = (0, *accumulate(self.capacities))
-        result = ops.compact_kv_(
-            self.k, self.v, mapping, starts, prefix_lens=prefix, seq_lens=self.lens
-        )
+        lens = self._move(mapping, prefix)
         kept = np.zeros(mapping.num_tokens_in, bool)
         kept[mapping.source_rows()] = True
         first = 0
@@ -156,8 +177,15 @@ class StageCache:
             dropped = prefix[b] + np.flatnonzero(~kept[first : first + rows])
             self.gone[b] = np.union1d(self.gone[b], self.present(b)[dropped])
             first += rows
-        self.lens = result.seq_lens.host
+        self.lens = lens
         self.fit(self.lens)
+
+    def _move(self, mapping: StagePlan, prefix: tuple[int, ...]) -> tuple[int, ...]:
+        """`compact`, of the rows; returns how many are left of each sequence."""
+        result = ops.compact_kv_(
+            self.k, self.v, mapping, self.starts, prefix_lens=prefix, seq_lens=self.lens
+        )
+        return result.seq_lens.host
 
     def present(self, b: int) -> np.ndarray:
         """The number, as a plan counts, of every row that the cache holds of sequence b."""
@@ -166,7 +194,7 @@ class StageCache:
 
 
 class KVCache:
-    """One StageCache per stage of a schedule."""
+    """One StageCache per stage of a schedule; of blocks where a block size is given."""
 
     def __init__(
         self,
@@ -176,19 +204,19 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        block_size: int | None = None,
     ) -> None:
-        self.schedule = schedule
-        self.stages = tuple(
-            StageCache(
-                schedule.layers_of_stage(s),
-                num_sequences,
-                num_kv_heads,
-                head_dim,
-                dtype,
-                torch.device(device),
-            )
-            for s in range(schedule.num_stages)
-        )
+        """block_size: rows of a block, for a paged cache; None: a sequence's rows lie together."""
+        self.schedule, self.block_size = schedule, block_size
+        make: Callable[..., StageCache] = StageCache
+        if block_size is not None:
+            from adsc_kernels.paged_cache import PagedStageCache  # which is a StageCache
+
+            checks.integer("block_size", block_size, 1)
+            make = partial(PagedStageCache, block_size=block_size)
+        form = (num_sequences, num_kv_heads, head_dim, dtype, torch.device(device))
+        layers = map(schedule.layers_of_stage, range(schedule.num_stages))
+        self.stages = tuple(make(some, *form) for some in layers)
 
     @property
     def device(self) -> torch.device:
@@ -206,15 +234,26 @@ class KVCache:
         return self.stages[-1].k[0].dtype
 
     @property
-    def layers(self) -> list[tuple[Tensor, Tensor]]:
+    def layers(self) -> list[LayerRows]:
         """K and V of each layer."""
-        return [pair for stage in self.stages for pair in zip(stage.k, stage.v, strict=True)]
+        pairs = (zip(stage.k, stage.v, strict=True) for stage in self.stages)
+        return [LayerRows(k, v) for stage in pairs for k, v in stage]
+
+    def at(self, addresses: Tensor) -> list[LayerRows]:
+        """The same of any cache of this form, by its addresses."""
+        return [LayerRows(k, v, a) for (k, v, _), a in zip(self.layers, addresses, strict=True)]
 
     @property
-    def place(self) -> tuple[Hashable, ...]:
-        """Equal for caches whose rows lie in the same memory, sequence by sequence."""
-        tensors = [t.data_ptr() for pair in self.layers for t in pair]
-        return (self.dtype, *tensors, *(stage.capacities for stage in self.stages))
+    def form(self) -> tuple[Hashable, ...]:
+        """Equal for caches that one program writes and reads, wherever their rows lie."""
+        rows = self.stages[-1].k[0]
+        return (self.schedule, self.block_size, *rows.shape[1:], rows.dtype, rows.device)
+
+    def addresses(self) -> Tensor:
+        """Where each layer's K and V begin, int64 [layers, 2] on the device: until the next `fit`
+        or compaction."""
+        found = [(rows.k.data_ptr(), rows.v.data_ptr()) for rows in self.layers]
+        return to_device(np.array(found, np.int64), self.device)
 
     def advance(self, plan: CompressionPlan) -> None:
         """The plan's chunk has been written in every layer: it now counts as cached."""

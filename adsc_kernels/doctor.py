@@ -63,8 +63,9 @@ def _attention() -> dict[str, dict[str, Any]]:
             "dtypes": BACKENDS[name].takes_dtypes,
             "head_sizes": BACKENDS[name].takes_head_dims,
             "capability": BACKENDS[name].takes_capability,
-            "cuda_graphs": BACKENDS[name].on_device,
+            "cuda_graphs": BACKENDS[name].graphed,
             "keys_in_shares": BACKENDS[name].shares,
+            "paged": BACKENDS[name].takes_blocks,
         }
         for name, reason in available(*kind).items()
     }

@@ -1,7 +1,8 @@
 """CUDA graphs of functions of tensors: run, then captured, then replayed over other contents.
 
 A graph reads and writes memory where it lay at capture, and knows the host's numbers of then. Its
-key has to name both: what a graph was not made for has another key, and never meets it.
+key has to name both: what a graph was not made for has another key, and never meets it. What moves
+from call to call is an input: numbers, rows, and addresses of what is too large to be copied.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ class Graphs:
     ) -> Tensor:
         """run(*inputs): the first call of a key as it is, the second captured, then replayed.
 
-        run uploads nothing, and reads no other tensors than its inputs, what lies where the key
-        says, and `tables`, which are kept for as long as the graph is.
+        run uploads nothing, and reads no other tensors than its inputs, what lies where the key or
+        an input says, and `tables`, which are kept for as long as the graph is.
         """
         device = inputs[0].device
-        if not (self.enabled and capturable(device)):
+        if not self.serve(device):
             return run(*inputs)
         key = (key, caller(device))
         seen, known = key in self._known, self._known.pop(key, None)
@@ -73,6 +74,10 @@ class Graphs:
         if len(self._known) > self.most:
             self._known.popitem(last=False)
         return output
+
+    def serve(self, device: torch.device) -> bool:
+        """Whether a call now would be a graph in its turn."""
+        return self.enabled and capturable(device)
 
     def __len__(self) -> int:
         return sum(known is not None for known in self._known.values())
@@ -117,8 +122,7 @@ def capture(run: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Graph:
         # What other threads do meanwhile (pin memory, free it) is no fault of this one.
         graph.capture_begin(pool=lane.pool, capture_error_mode="thread_local")
         try:
-            # From the graph's own memory too: what it keeps is then never in the way of a cache,
-            # which is to come to lie where it lay before.
+            # From the graph's own memory too, which gives nothing back in between.
             copies = tuple(torch.empty_like(x) for x in inputs)
             output = run(*copies)
         finally:

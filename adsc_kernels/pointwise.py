@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adsc_kernels.backend import triton_runs
+from adsc_kernels.errors import UnsupportedError
 
 
 class Rope(NamedTuple):
@@ -22,7 +23,11 @@ class Rope(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a chunk's keys and values go: rows `rows`, int64 [T], of a layer's [rows, H_kv, D]."""
+    """Where a chunk's keys and values go: rows `rows`, int64 [T], of a layer's [rows, H_kv, D].
+
+    Where Triton runs, k and v may be int64 [1] that hold the addresses of such rows in their place,
+    as a graph reads them anew; and a row below 0 is one to be written nowhere.
+    """
 
     k: Tensor
     v: Tensor
@@ -50,6 +55,8 @@ def rotate(
     qk = torch.addcmul(qk * rope.cos, torch.cat((high, low), dim=-1), rope.sin)
     q, k = qk.tensor_split(split[:1], dim=1)
     if place is not None:
+        if place.k.dim() == 1:
+            raise UnsupportedError("place: expected rows where Triton doesn't run, got addresses")
         place.k.index_copy_(0, place.rows, k)
         place.v.index_copy_(0, place.rows, v)
     return q, k, v

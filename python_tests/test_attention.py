@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adsc_kernels import CompressionSchedule, attention, attention_backends, make_plan
+from adsc_kernels import (
+    CompressionSchedule,
+    attention,
+    attention_backends,
+    attention_calls,
+    make_plan,
+)
 from adsc_kernels.attention import CachedKeys, varlen_attention
 from adsc_kernels.attention_backends import Backend
+from adsc_kernels.attention_keys import PagedKeys
 from adsc_kernels.cache import KVCache, Phase, StageCache
 from adsc_kernels.errors import UnsupportedError
 
@@ -103,6 +112,8 @@ class Stubs:
     ):  # fmt: skip
         self.calls.append((max_seqlen_q, max_seqlen_k))
         assert causal
+        if block_table is not None:
+            k, v = (packed(x, block_table, cu_seqlens_k.diff().tolist()) for x in (k, v))
         return plain(q, k, v, cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), softmax_scale)
 
     def flash_attn_3(
@@ -140,7 +151,13 @@ class Stubs:
         assert float_workspace_buffer.nbytes == 128 << 20
         return Ragged()
 
-    def decode_attention(self, q, k, v, bounds, longest, scale, shares=0):
+    def paged_wrapper(self, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False):
+        assert float_workspace_buffer.nbytes == 128 << 20
+        return Paged()
+
+    def decode_attention(
+        self, q, k, v, bounds, longest, scale, shares=0, address=None, blocks=None
+    ):
         """Our own, which Triton's interpreter runs in interpreted/."""
         cu = bounds.tolist()
         spans = zip(cu[::2], cu[1::2], strict=False)
@@ -164,6 +181,35 @@ class Ragged:
         return plain(q, k, v, *self.planned)
 
 
+def packed(pages: Tensor, table: Tensor, lens: list[int]) -> Tensor:
+    """Rows of [blocks, block_size, H, D] one sequence behind the other."""
+    rows = zip(table, lens, strict=True)
+    return torch.cat([pages[some[some >= 0].long()].flatten(0, 1)[:n] for some, n in rows])
+
+
+class Paged:
+    def plan(
+        self, qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, num_qo_heads,
+        num_kv_heads, head_dim_qk, page_size, head_dim_vo=None, custom_mask=None,
+        packed_custom_mask=None, causal=False, pos_encoding_mode="NONE", sm_scale=None,
+        q_data_type="float16", kv_data_type=None,
+    ):  # fmt: skip
+        assert causal
+        assert q_data_type == kv_data_type == torch.float32
+        assert paged_kv_indptr.dtype == paged_kv_indices.dtype == torch.int32
+        assert paged_kv_last_page_len.dtype == torch.int32
+        self.planned = (qo_indptr.tolist(), sm_scale, page_size)
+        self.pages = paged_kv_indices.split(paged_kv_indptr.diff().tolist())
+        self.last = paged_kv_last_page_len.tolist()
+
+    def run(self, q, kv):
+        cu_q, scale, size = self.planned
+        lens = [max(len(p) - 1, 0) * size + n for p, n in zip(self.pages, self.last, strict=True)]
+        table = torch.nn.utils.rnn.pad_sequence(self.pages, True, -1)
+        cu_k = [0, *torch.tensor(lens).cumsum(0).tolist()]
+        return plain(q, *(packed(x, table, lens) for x in kv), cu_q, cu_k, scale)
+
+
 @pytest.fixture
 def stubs(monkeypatch):
     made = Stubs()
@@ -172,7 +218,10 @@ def stubs(monkeypatch):
         "flash_attn_interface": {"flash_attn_varlen_func": made.flash_attn_3},
         "flash_attn.cute": {"flash_attn_varlen_func": made.flash_attn_4},
         "torch.nn.attention.varlen": {"varlen_attn": made.varlen_attn},
-        "flashinfer": {"BatchPrefillWithRaggedKVCacheWrapper": made.ragged_wrapper},
+        "flashinfer": {
+            "BatchPrefillWithRaggedKVCacheWrapper": made.ragged_wrapper,
+            "BatchPrefillWithPagedKVCacheWrapper": made.paged_wrapper,
+        },
         "adsc_kernels.triton.decode_attention": {"decode_attention": made.decode_attention},
     }
     for name, functions in modules.items():
@@ -184,7 +233,7 @@ def stubs(monkeypatch):
         return None if phase in self.phases else "another phase"
 
     monkeypatch.setattr(Backend, "why_not", why_not)
-    monkeypatch.setattr(attention_backends, "asks_for_groups", lambda: True)
+    monkeypatch.setattr(attention_calls, "asks_for_groups", lambda: True)
     return made
 
 
@@ -222,6 +271,19 @@ def test_a_step_of_decoding(stubs, backend, kv_heads):
     torch.testing.assert_close(got, want)  # it wants a number for the scale, and gets one
 
 
+@pytest.mark.parametrize("backend", ["flash_attn", "flashinfer"])
+@pytest.mark.parametrize("q_lens", [(2, 0, 1), (1, 1, 1)])
+def test_what_paged_kernels_are_called_with(stubs, backend, q_lens):
+    q, k, v = tensors(3, 5 * 256, 4, 2)
+    table = np.array([[4, 1], [0, -1], [3, 2]], np.int32)
+    keys = PagedKeys.build((300, 256, 512), 256, table, torch.device("cpu"))
+    options = {"keys": keys, "scale": 8**-0.5}
+    want = varlen_attention(q, k, v, rows(*q_lens), backend="sdpa", **options)
+    got = varlen_attention(q, k, v, rows(*q_lens), backend=backend, **options)
+    torch.testing.assert_close(got, want)
+    assert stubs.calls == ([(2, 512)] if backend == "flash_attn" else [])
+
+
 def test_our_own_is_for_steps_only(stubs):
     q, k, v = tensors(3, 3, 4, 4)
     with pytest.raises(UnsupportedError, match="'triton': another phase"):
@@ -243,6 +305,38 @@ def test_what_a_backend_does_not_take():
     some = replace(kernel, head_dims=(64, 128), capability=None)
     assert "takes head sizes 64, 128, got 256" in some.why_not("decode", gpu, torch.half, 256)
     assert some.why_not("decode", cpu, torch.half, 128) is None
+    assert "takes no blocks, the cache is in blocks of 16" in some.why_not(
+        "decode", cpu, torch.half, 128, 16
+    )
+    large = replace(some, paged=256)
+    assert "multiple of 256 rows" in large.why_not("decode", cpu, torch.half, 128, 128)
+    assert large.why_not("decode", cpu, torch.half, 128, 512) is None
+
+
+def test_cudnn_is_for_prompts_of_one_length(stubs, monkeypatch):
+    """Asked for by name: it computes those, and refuses what is no batch."""
+    monkeypatch.setattr("torch.nn.attention.sdpa_kernel", lambda backend: nullcontext())
+    wide, k, v = tensors(8, 8, 12, 4)
+    q = wide[:, :4]  # as one GEMM makes them
+    for scale in (None, 0.2):
+        got = varlen_attention(q, k, v, rows(4, 4), scale=scale, backend="cudnn")
+        want = varlen_attention(q, k, v, rows(4, 4), scale=scale, backend="sdpa")
+        torch.testing.assert_close(got, want)
+    keys = CachedKeys.build((4, 4), (4, 4), (4, 4), torch.device("cpu"))
+    for stage, heads, held in ((rows(5, 3), 4, None), (rows(4, 4), 2, None), (rows(4, 4), 4, keys)):
+        with pytest.raises(UnsupportedError, match="'cudnn': takes whole prompts of one length"):
+            varlen_attention(q, k[:, :heads], v[:, :heads], stage, keys=held, backend="cudnn")
+    assert all("cudnn" not in names for names in attention_backends.ORDER.values())
+
+
+def test_an_address_is_for_what_reads_it(stubs):
+    """Others would read the rows that only show its form."""
+    q, k, v = tensors(1, 4, 4, 4)
+    keys = CachedKeys.build((1,), (4,), (4,), torch.device("cpu"))
+    keys = replace(keys, address=torch.zeros(2, dtype=torch.int64))
+    for backend in (*VARLEN, "flashinfer", "sdpa"):
+        with pytest.raises(UnsupportedError, match=f"'{backend}': takes keys by no address"):
+            varlen_attention(q, k, v, rows(1), keys=keys, backend=backend)
 
 
 @settings(max_examples=200, deadline=None)
@@ -304,7 +398,7 @@ def test_torch_varlen_takes_what_it_is_called_with():
     q = torch.empty(3, 4, 64, device="meta", dtype=torch.bfloat16)
     k = torch.empty(9, 2, 64, device="meta", dtype=torch.bfloat16)
     cu = torch.empty(3, dtype=torch.int32, device="meta")
-    groups = {"enable_gqa": True} if attention_backends.asks_for_groups() else {}
+    groups = {"enable_gqa": True} if attention_calls.asks_for_groups() else {}
     out = varlen.varlen_attn(q, k, k, cu, cu, 2, 5, scale=None, window_size=(-1, 0), **groups)
     assert out.shape == q.shape
 

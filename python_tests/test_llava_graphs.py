@@ -1,6 +1,7 @@
 """Decoding and prefill as graphs, on a CPU: recorded once, replayed over other contents.
 
-The attention stands in for a varlen kernel: one op that reads cumulative lengths when it runs.
+Attention of prompts stands in for a varlen kernel: one op that reads cumulative lengths when it
+runs. What Triton reads and writes by address on a GPU, ops of `replay` do.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from llava_case import IMAGES, PROMPTS, SECOND, SECOND_IMAGES
-from replay import Captures
+from replay import Captures, by_address
 from tiny_checkpoints import make_checkpoint
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from adsc_kernels import attention_backends, decode, graphs
-from adsc_kernels.cache import KVCache, Phase, StageCache, passes_of
-from adsc_kernels.decode import DecodeState
+from adsc_kernels import attention_backends, attention_calls, decode, graphs
+from adsc_kernels.cache import KVCache, LayerRows, Phase, passes_of
+from adsc_kernels.decode import DecodeState, bucket_of
 from adsc_kernels.llava import Llava
 from adsc_kernels.plan import make_plan
 from adsc_kernels.sampling import Inbox
@@ -52,31 +53,18 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
     made = Captures()
 
     def run(q, k, v, stage, keys, scale):
-        lengths = attention_backends._arguments(stage, keys)
+        lengths = attention_calls.arguments(stage, keys)
         cu_q, cu_k, _, longest = lengths.values()
         return varlen(q, k.contiguous(), v.contiguous(), cu_q, cu_k, longest)
 
     anywhere = {"dtypes": None, "head_dims": None, "capability": None}
     kernel = attention_backends.Backend(run, lambda device: None, **anywhere)
     monkeypatch.setitem(attention_backends.BACKENDS, "flash_attn", kernel)
+    by_address(monkeypatch)
     monkeypatch.setattr(graphs, "capturable", lambda device: True)
     monkeypatch.setattr(graphs, "capture", made)
     monkeypatch.setattr(Inbox, "late", True)
     return made
-
-
-@pytest.fixture
-def same_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every cache of as many rows lies where the first of them lay."""
-    tensors: dict[object, list[Tensor]] = {}
-
-    def fit(self: StageCache, needed: list[int]) -> None:
-        for name in ("k", "v"):
-            made = [t.new_empty((sum(needed), *t.shape[1:])) for t in getattr(self, name)]
-            setattr(self, name, tensors.setdefault((name, self.layers, sum(needed)), made))
-        self.capacities = tuple(needed)
-
-    monkeypatch.setattr(StageCache, "fit", fit)
 
 
 @pytest.fixture(scope="module")
@@ -129,32 +117,131 @@ def test_the_stand_in_sees_what_the_host_counts(model, captures, monkeypatch):
     assert turns(fresh(model, SCHEDULES[1])) != want
 
 
-def test_a_repeated_prompt_is_replayed_whole(model, captures, same_memory):
-    """The same memory, then: other pictures and words of the same layout, and the same graphs."""
-    twin = fresh(model, SCHEDULES[1])
-    plain = fresh(model, SCHEDULES[1])
+def without(model: Llava, schedule: str) -> Llava:
+    plain = fresh(model, schedule)
     plain.graphs.enabled = False
+    return plain
+
+
+def test_a_repeated_prompt_is_replayed_whole(model, captures):
+    """Other pictures and words of the same layout, in a cache that lies elsewhere and has other
+    room: the same graphs."""
+    twin, plain = fresh(model, SCHEDULES[1]), without(model, SCHEDULES[1])
     other = ["w9 w8 <image> w7", *PROMPTS[1:]]
-    for _ in range(2):
-        twin.generate(PROMPTS, IMAGES, max_new_tokens=3)
+    kept = [twin.generate(PROMPTS, IMAGES, max_new_tokens=3) for _ in range(2)]
     made, replays = len(captures.made), captures.replays
     images = [IMAGES[3][:1], *IMAGES[1:]]
-    got = twin.generate(other, images, max_new_tokens=3)
+    got = twin.generate(other, images, max_new_tokens=4)
     assert len(captures.made) == made == 2  # of the prompts and of a step
-    assert captures.replays == replays + 3
-    assert got.token_ids == plain.generate(other, images, max_new_tokens=3).token_ids
+    assert captures.replays == replays + 4
+    assert got.token_ids == plain.generate(other, images, max_new_tokens=4).token_ids
+    caches = [answer.conversation.cache for answer in (*kept, got)]
+    assert len({rows.k.data_ptr() for cache in caches for rows in cache.layers}) == 3 * 4
+    # What the others hold was left alone.
+    first = plain.generate(PROMPTS, IMAGES, max_new_tokens=3)
+    then = [
+        twin.generate(SECOND, SECOND_IMAGES, max_new_tokens=3, conversation=answer.conversation)
+        for answer in (kept[0], first)
+    ]
+    assert then[0].token_ids == then[1].token_ids
 
 
-def test_another_layout_is_another_graph(model, captures, same_memory):
+def test_the_stand_in_sees_an_address_of_capture(model, captures, monkeypatch):
+    """A graph that goes on writing and reading where the cache lay at capture: wrong tokens."""
+
+    def stuck(self: KVCache, addresses: Tensor) -> list[LayerRows]:
+        return at(self, self.addresses())
+
+    at = KVCache.at
+    calls = (IMAGES, IMAGES, [IMAGES[3][:1], *IMAGES[1:]])
+    plain = without(model, SCHEDULES[1])
+    want = [plain.generate(PROMPTS, images, max_new_tokens=4).token_ids for images in calls]
+    monkeypatch.setattr(KVCache, "at", stuck)
+    twin = fresh(model, SCHEDULES[1])
+    kept = [twin.generate(PROMPTS, images, max_new_tokens=4) for images in calls]
+    assert kept[0].token_ids == want[0]
+    assert kept[2].token_ids != want[2]
+
+
+def test_another_layout_is_another_graph(model, captures):
     """Of the same rows in all: nothing is replayed that was captured of other spans."""
-    twin = fresh(model, "1:1/2")
-    plain = fresh(model, "1:1/2")
-    plain.graphs.enabled = False
+    twin, plain = fresh(model, "1:1/2"), without(model, "1:1/2")
     prompts = ("w1 w2 <image> w3", "w1 <image> w2 w3", "<image> w1 w2 w3")
     want = [plain.generate([prompt], IMAGES[:1], max_new_tokens=2).token_ids for prompt in prompts]
     for prompt, ids in zip(prompts * 3, want * 3, strict=True):
         assert twin.generate([prompt], IMAGES[:1], max_new_tokens=2).token_ids == ids
     assert len(captures.made) == 3 + 1  # a step is the same behind all of them
+
+
+def test_a_cache_of_another_form_runs_as_it_is(model, captures):
+    """Its addresses would be read as rows of this model's."""
+    twin = fresh(model, "1:1/2")
+    for cache in (
+        KVCache(twin.schedule, 1, 2, twin.config.head_dim, torch.float64, "cpu"),
+        KVCache(CompressionSchedule.parse("2:1/2", 4), 1, 2, 8, torch.float32, "cpu"),
+    ):
+        assert not twin._graphed("prefill", cache)
+        assert not twin._graphed("decode", cache)
+    assert twin._graphed("decode", twin.new_cache(3))
+
+
+# ---- Batches of a bucket -----------------------------------------------------------------------
+
+
+def test_batches_of_a_bucket_share_a_graph(model, captures):
+    """Of 5 to 8, and no others; each answer is what it is without."""
+    twin, plain = fresh(model, SCHEDULES[1]), without(model, SCHEDULES[1])
+    for size in (5, 8, 6, 7, 3, 1, 4, 1):
+        prompts, images = (PROMPTS * 2)[:size], (IMAGES * 2)[:size]
+        want = plain.generate(prompts, images, max_new_tokens=4, temperature=2.0, seed=3)
+        got = twin.generate(prompts, images, max_new_tokens=4, temperature=2.0, seed=3)
+        assert got.token_ids == want.token_ids
+    steps = [made for made in captures.made if made.inputs[0].dtype is torch.int64]
+    assert [len(made.inputs[0]) for made in steps] == [8, 4, 1]
+
+
+def test_padding_writes_nowhere(model, captures):
+    """Three sequences as four: every row of the cache that isn't theirs to write stays."""
+    twin = fresh(model, SCHEDULES[1])
+    cache = twin.new_cache(3)
+    lens, room = (4, 7, 1), 6
+    for stage in cache.stages:
+        stage.fit([n + room for n in lens])
+        stage.lens = lens
+    for rows in cache.layers:
+        rows.k.fill_(0.5), rows.v.fill_(0.25)
+    with torch.no_grad():
+        state = twin.begin_decode(cache, lens, 5)
+        assert state.padded == 4
+        for _ in range(5):
+            logits = twin.decode(torch.tensor([5, 6, 7]), state)
+            assert logits.shape == (3, twin.config.vocab_size)
+            assert logits.isfinite().all()
+    assert captures.replays == 4
+    starts = (0, 10, 23)
+    mine = torch.zeros(30, dtype=torch.bool)
+    for start, n in zip(starts, lens, strict=True):
+        mine[start + n : start + n + 5] = True
+    for rows in cache.layers:
+        for held, before in ((rows.k, 0.5), (rows.v, 0.25)):
+            assert ((held != before).flatten(1).any(1) == mine).all()
+
+
+def test_buckets():
+    sizes = [1, 2, 3, 4, 5, 8, 9, 13, 16, 17, 24, 25, 504, 505, 512, 513]
+    want = [1, 2, 4, 4, 8, 8, 16, 16, 16, 24, 24, 32, 504, 512, 512, None]
+    assert [bucket_of(size) for size in sizes] == want
+
+
+def test_a_batch_past_the_largest_bucket(model, captures, monkeypatch):
+    """Said, and run as without graphs."""
+    twin, plain = fresh(model, ""), without(model, "")
+    want = plain.generate(PROMPTS, IMAGES, max_new_tokens=4).token_ids
+    monkeypatch.setattr(decode, "LARGEST_BUCKET", 3)
+    monkeypatch.setattr("adsc_kernels.llava.model.LARGEST_BUCKET", 3)
+    with pytest.warns(UserWarning, match="at most 3 sequences, this has 4: it runs without"):
+        assert twin.generate(PROMPTS, IMAGES, max_new_tokens=4).token_ids == want
+    assert captures.replays == 0
 
 
 class Reads(TorchDispatchMode):
@@ -174,7 +261,7 @@ class Reads(TorchDispatchMode):
         return out
 
 
-def test_a_graph_keeps_its_tables_and_no_cache(model, captures, same_memory, monkeypatch):
+def test_a_graph_keeps_its_tables_and_no_cache(model, captures, monkeypatch):
     """What it reads by address lives as long; but a cache's memory is given back when it goes."""
     reads = Reads()
 
@@ -190,13 +277,12 @@ def test_a_graph_keeps_its_tables_and_no_cache(model, captures, same_memory, mon
     for _ in range(2):
         answer = twin.generate(PROMPTS, IMAGES, max_new_tokens=4)
     assert len(twin.graphs) == 2
-    rows = {weakref.ref(x) for pair in answer.conversation.cache.layers for x in pair}
-    assert rows < set(reads.read)
-    others = set(reads.read) - rows
-    monkeypatch.undo()  # of the memory that the test lends to every cache
+    rows = {weakref.ref(x) for layer in answer.conversation.cache.layers for x in layer[:2]}
+    assert len(rows) == 2 * 4
+    assert not rows & set(reads.read)  # but by address
     del answer
     gc.collect()
-    assert all(ref() is not None for ref in others)
+    assert all(ref() is not None for ref in reads.read)
     assert all(ref() is None for ref in rows)
 
 

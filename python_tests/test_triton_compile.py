@@ -171,6 +171,7 @@ def test_pointwise(arch: int) -> None:
         {
             "rotate": (lambda: rotate(None), 128),
             "rotate and write": (lambda: rotate(Place(*cache, ROWS)), 128),
+            "by address": (lambda: rotate(Place(*torch.zeros(2).long().split(1), ROWS)), 128),
             "silu_mul": (lambda: pointwise.silu_mul(gate_up), 128),
         },
     )
@@ -179,12 +180,18 @@ def test_pointwise(arch: int) -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(32, 32), (28, 4)])
-def test_decode_attention(arch: int, dtype: torch.dtype, heads: int, kv_heads: int) -> None:
+@pytest.mark.parametrize("given", [(), ("address",), ("address", "blocks")])
+def test_decode_attention(
+    arch: int, dtype: torch.dtype, heads: int, kv_heads: int, given: tuple[str, ...]
+) -> None:
     q = torch.zeros(2, heads + 2 * kv_heads, 128, dtype=dtype)[:, :heads]
     k = torch.zeros(64, kv_heads, 128, dtype=dtype)
     bounds = torch.zeros(5, dtype=torch.int32)
+    table = torch.zeros(2, 188, dtype=torch.int32)
+    known = {"address": torch.zeros(2, dtype=torch.int64), "blocks": (table, 16)}
+    options = {"shares": 8, **{name: known[name] for name in given}}
     with ahead_of_time(arch) as kernels:
-        decode_attention.decode_attention(q, k, k, bounds, 3000, 0.1, shares=8)
+        decode_attention.decode_attention(q, k, k, bounds, 3000, 0.1, **options)
     shares, merge = kernels
     check(merge, 0)
     if dtype is torch.bfloat16:  # float32 has no matrix units, and may want for registers

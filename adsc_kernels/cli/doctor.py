@@ -55,14 +55,16 @@ def _as_text(found: dict[str, Any]) -> str:
             state["dtypes"],
             state["head_sizes"],
             state["capability"],
-            "yes" if state["cuda_graphs"] else "no",
+            _one(state["cuda_graphs"]),
             "yes" if state["keys_in_shares"] else "no",
+            state["paged"],
             state["reason"],
         ]
         for name, state in found["attention"].items()
     ]
     head = ["attention", "here", "for", "dtypes", "head sizes", "capability", "graphs", "shares"]
-    parts.append(table([*head, "why not"], rows, left=len(head) + 1))
+    head += ["paged", "why not"]
+    parts.append(table(head, rows, left=len(head)))
     return "\n\n".join(parts)
 
 

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from adsc_kernels import checks
 from adsc_kernels.cache import KVCache, Phase
-from adsc_kernels.decode import DecodeState
 from adsc_kernels.plan import CompressionPlan, make_plan, to_device
 from adsc_kernels.sampling import Inbox, check_options, check_stop, choose
 from adsc_kernels.schedule import parse_share
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from adsc_kernels.llava.model import Llava
 
 VisionSpan = tuple[int, ...]  # sequence, start, length, height, width: as make_plan takes it
+BLOCK_SIZE = 16  # rows of a block of a paged cache, as most engines have
 IMAGES_AT_ONCE = 16  # through the tower: bounds its memory
 
 
@@ -97,6 +97,7 @@ def generate(
     compact_early_layers: bool = False,
     on_token: Callable[[int, int, str], None] | None = None,
     progress: bool = False,
+    cache: str | None = None,
     conversation: Conversation | None = None,
 ) -> Generation:
     """Answer a batch of prompts.
@@ -110,6 +111,7 @@ def generate(
       boundary what that boundary drops; generated tokens then see in them what it leaves.
     on_token: called with (sequence, token id, piece of text) for each token; the piece is empty
       until its characters are whole.
+    cache: of a new conversation, "dense" (None), or "paged": in blocks of BLOCK_SIZE rows.
     conversation: an earlier `Generation.conversation` to go on with: prompts are its next turn.
 
     Raises ValueError or TypeError for bad input, before anything is run or changed.
@@ -120,11 +122,17 @@ def generate(
     if on_token is not None and not callable(on_token):
         raise TypeError(f"on_token: expected a function, got {checks.kind(on_token)}")
     stop = check_stop(stop)
+    checks.choice("cache", cache, (None, "dense", "paged"))
     if conversation is not None:
         checks.instance("conversation", conversation, Conversation)
+        if cache is not None:
+            raise ValueError(f"cache: expected None for a later turn, got {cache!r}")
     rng = torch.Generator(model.device)
     rng.seed() if seed is None else rng.manual_seed(seed)
-    talk, pixels, spans = read_turn(model, prompts, images, max_new_tokens, conversation)
+    block_size = BLOCK_SIZE if cache == "paged" else None
+    talk, pixels, spans = read_turn(
+        model, prompts, images, max_new_tokens, conversation, block_size
+    )
     lengths = [len(tokens) for tokens in talk.tokens]
     layout = ([0, *accumulate(lengths)], talk.vision_spans)
     plan = make_plan(model.schedule, *layout, model.device)
@@ -159,7 +167,7 @@ def generate(
     ids: list[list[int]] = [[] for _ in prompts]
     shown = ["" for _ in prompts]
     going = list(range(len(prompts)))
-    state = DecodeState(talk.cache, talk.cached, max_new_tokens - 1)
+    state = model.begin_decode(talk.cache, talk.cached, max_new_tokens - 1)
     inbox = Inbox(max_new_tokens, tokens)
     for step in tqdm(range(max_new_tokens), "tokens", disable=not progress):
         inbox.send(step, tokens)
@@ -208,6 +216,7 @@ def read_turn(
     images: Sequence[Sequence[Image]] | None,
     max_new_tokens: int,
     earlier: Conversation | None = None,
+    block_size: int | None = None,
 ) -> tuple[Conversation, Tensor, list[VisionSpan]]:
     """The conversation with a turn's tokens added, and that turn's pictures: pixels and spans.
 
@@ -221,7 +230,7 @@ def read_turn(
     given: list[tuple[Any, ...]] = [
         checks.sequence("images", some, object, words) for some in lists
     ]
-    talk = earlier or Conversation([[]] * size, [], [0] * size, model.new_cache(size))
+    talk = earlier or Conversation([[]] * size, [], [0] * size, model.new_cache(size, block_size))
     if not size == len(given) == len(talk.tokens) or not prompts:
         got = f"{size} prompts, {len(given)} lists of images, {len(talk.tokens)} sequences"
         raise ValueError(f"prompts, images: expected one of each for each sequence, got {got}")

@@ -8,7 +8,9 @@ the host before the first layer runs. `Decoder.forward` is what to copy into ano
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Sequence
+import dataclasses
+import warnings
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,11 +22,11 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from adsc_kernels import adapters, checks, ops
-from adsc_kernels.attention import reads_lengths_on_device, varlen_attention
+from adsc_kernels.attention import graphable, varlen_attention
 from adsc_kernels.attention_backends import DECODE, PREFILL
 from adsc_kernels.backend import current
-from adsc_kernels.cache import KVCache, Phase, StagePass, passes_of
-from adsc_kernels.decode import DecodeState
+from adsc_kernels.cache import KVCache, LayerRows, Phase, StagePass, passes_of
+from adsc_kernels.decode import LARGEST_BUCKET, DecodeState, bucket_of
 from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.graphs import Graphs
 from adsc_kernels.hub import find_folder
@@ -38,7 +40,6 @@ from adsc_kernels.schedule import CompressionSchedule
 from adsc_kernels.weights import DTYPES as WEIGHT_DTYPES
 from adsc_kernels.weights import Joined, load_weights
 
-KV = tuple[Tensor, Tensor]  # of a layer's cache
 GRAPHED_ROWS = 4096  # of a prefill: with more the device is behind the host anyway
 
 
@@ -72,16 +73,20 @@ class Attention(nn.Module):
         self.qkv_proj = Joined(config.hidden_size, parts, bias)
         self.o_proj = nn.Linear(q, config.hidden_size, bias=bias)
 
-    def forward(self, x: Tensor, rope: Rope, stage: StagePass, cache: KV | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Rope, stage: StagePass, cache: LayerRows | None = None
+    ) -> Tensor:
         """Rows [T, hidden] to [T, heads * head_dim], for `o_proj`; their K and V are written."""
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
-        place = None
+        place, keys = None, stage.keys
         if cache is not None and stage.slots is not None:
-            place = Place(*cache, stage.slots)
+            to = (cache.k, cache.v) if cache.address is None else cache.address.split(1)
+            place = Place(to[0], to[1], stage.slots)
         q, k, v = rotate(qkv, rope, self.num_kv_heads, place)
-        if cache is not None and stage.keys is not None:
-            k, v = cache
-        return varlen_attention(q, k, v, stage.rows, keys=stage.keys).flatten(-2)
+        if cache is not None and keys is not None:
+            k, v, address = cache
+            keys = keys if address is None else dataclasses.replace(keys, address=address)
+        return varlen_attention(q, k, v, stage.rows, keys=keys).flatten(-2)
 
 
 class MLP(nn.Module):
@@ -138,10 +143,13 @@ class Decoder(nn.Module):
         return Rope(cos.to(dtype), sin.to(dtype))
 
     def forward(
-        self, x: Tensor, passes: Sequence[StagePass], cache: KVCache | None = None
+        self, x: Tensor, passes: Sequence[StagePass], cache: Sequence[LayerRows] | None = None
     ) -> Tensor:
-        """Rows of stage 0, [T, hidden], to rows of the last stage, before the final norm."""
-        held = [None] * len(self.layers) if cache is None else cache.layers
+        """Rows of stage 0, [T, hidden], to rows of the last stage, before the final norm.
+
+        cache: of each layer, as `KVCache.layers` has it.
+        """
+        held = [None] * len(self.layers) if cache is None else cache
         residual: Tensor | None = None
         for stage, following in zip(passes, (*passes[1:], None), strict=True):
             # What depends on the layout is made once here, and shared by the stage's layers.
@@ -250,12 +258,12 @@ class Llava(nn.Module):
         """Where the weights are."""
         return self.language_model.embed_tokens.weight.device
 
-    def new_cache(self, num_sequences: int) -> KVCache:
-        """An empty cache for a batch under this model's schedule."""
+    def new_cache(self, num_sequences: int, block_size: int | None = None) -> KVCache:
+        """An empty cache for a batch under this model's schedule: dense, or in blocks."""
         checks.integer("num_sequences", num_sequences, 0)
         like = self.language_model.embed_tokens.weight
         shape = (self.config.num_kv_heads, self.config.head_dim)
-        return KVCache(self.schedule, num_sequences, *shape, like.dtype, like.device)
+        return KVCache(self.schedule, num_sequences, *shape, like.dtype, like.device, block_size)
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """pixels [N, 3, S, S] -> [N, tokens_per_image, hidden]."""
@@ -277,55 +285,77 @@ class Llava(nn.Module):
         if any(plan.stages[0].cached_lens) and (phase is Phase.PREFILL or cache is None):
             raise ValueError("plan: expected one of whole prompts, got one behind cached rows")
         passes = passes_of(plan, cache, phase)
-
-        def run(x: Tensor) -> Tensor:
-            return self.language_model(x, passes, cache)
-
         if cache is None:
-            return run(x)
+            return self.language_model(x, passes)
         short = phase is Phase.PREFILL and len(x) <= GRAPHED_ROWS
-        place = self._place(PREFILL, cache) if short else ()
-        x = self._graphed(place, plan.layout, passes, run, x)
+        if short and self._graphed(PREFILL, cache):
+            x = self._replay_prompt(x, plan, passes, cache)
+        else:
+            x = self.language_model(x, passes, cache.layers)
         cache.advance(plan)
         return x
+
+    def _replay_prompt(
+        self, x: Tensor, plan: CompressionPlan, passes: Sequence[StagePass], cache: KVCache
+    ) -> Tensor:
+        """By the graph of this layout, which writes into whichever cache it is told of."""
+
+        def run(x: Tensor, addresses: Tensor, *slots: Tensor) -> Tensor:
+            these = zip(passes, slots, strict=True)
+            moved = [dataclasses.replace(stage, slots=rows) for stage, rows in these]
+            return self.language_model(x, moved, cache.at(addresses))
+
+        slots = [stage.slots for stage in passes if stage.slots is not None]
+        key = ("prompt", current(), self._memory(), plan.layout, len(x))
+        return self.graphs(key, run, x, cache.addresses(), *slots, tables=passes)
+
+    def begin_decode(self, cache: KVCache, cached: Sequence[int], steps: int) -> DecodeState:
+        """Where sequences stand that have run `cached` tokens each, for at most so many steps.
+
+        Padded where the steps are to be graphs. Raises as DecodeState.
+        """
+        padded = None
+        graphed = self._graphed(DECODE, cache)
+        if graphed and (padded := bucket_of(len(cached))) is None:
+            most = f"graphs of steps have at most {LARGEST_BUCKET} sequences"
+            warnings.warn(f"{most}, this has {len(cached)}: it runs without", stacklevel=2)
+        state = DecodeState(cache, cached, steps, padded)
+        state.place = () if padded is None else (*self._memory(), cache.block_size)
+        return state
 
     def decode(self, tokens: Tensor, state: DecodeState) -> Tensor:
         """Logits, float32 [B, vocab], behind tokens [B] of sequences that stand as `state` says.
 
         Advances the state. Nothing waits for the device, or is read from it."""
 
-        def run(tokens: Tensor, counters: Tensor, bounds: Tensor) -> Tensor:
+        def run(tokens: Tensor, addresses: Tensor | None, *inputs: Tensor) -> Tensor:
+            held = state.cache.layers if addresses is None else state.cache.at(addresses)
             x = self.language_model.embed_tokens(tokens)
-            return self.logits(self.language_model(x, state.passes(counters, bounds), state.cache))
+            return self.logits(self.language_model(x, state.passes(*inputs), held))
 
-        if state.place is None:  # nothing that it names moves from step to step
-            state.place = self._place(DECODE, state.cache)
-        inputs = (tokens, state.counters, state.bounds)
-        logits = self._graphed(state.place, "step", state.tables, run, *inputs)
+        if state.padded is None or state.addresses is None:
+            logits = run(tokens, None, *state.inputs)
+        else:
+            if padding := state.padded - state.size:
+                tokens = F.pad(tokens, (0, padding))
+            key = ("step", current(), state.place, state.padded, state.longest)
+            inputs = (tokens, state.addresses, *state.inputs)
+            logits = self.graphs(key, run, *inputs, tables=state.tables)[: state.size]
         state.advance()
         return logits
 
-    def _place(self, phase: str, cache: KVCache) -> tuple[Hashable, ...]:
-        """All memory that a graph over this cache reads by address; empty: there can be none."""
-        head_dim = self.config.head_dim
-        if not reads_lengths_on_device(phase, cache.device, cache.dtype, head_dim):
-            return ()
-        weights = (*self.language_model.parameters(), self.head.weight)
-        return (self.schedule, *(w.data_ptr() for w in weights), *cache.place)
+    def _graphed(self, phase: str, cache: KVCache) -> bool:
+        """Whether calls of a phase are graphs in their turn, which serve any cache of this form."""
+        weight, config = self.language_model.embed_tokens.weight, self.config
+        device, dtype, size = weight.device, weight.dtype, config.head_dim
+        form = (self.schedule, cache.block_size, config.num_kv_heads, size, dtype, device)
+        served = cache.form == form and self.graphs.serve(device)
+        return served and graphable(phase, device, dtype, size, cache.block_size)
 
-    def _graphed(
-        self,
-        place: tuple[Hashable, ...],
-        layout: Hashable,
-        tables: object,
-        run: Callable[..., Tensor],
-        *inputs: Tensor,
-    ) -> Tensor:
-        """run(*inputs), or its CUDA graph: of this layout, these weights, this cache's memory."""
-        if not place:
-            return run(*inputs)
-        key = (place, layout, len(inputs[0]), current())
-        return self.graphs(key, run, *inputs, tables=tables)
+    def _memory(self) -> tuple[Hashable, ...]:
+        """What any graph of this model reads where it lies."""
+        weights = (*self.language_model.parameters(), self.head.weight)
+        return (self.schedule, *(w.data_ptr() for w in weights))
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden rows [T, hidden] -> float32 [T, vocab]."""

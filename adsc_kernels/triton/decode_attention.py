@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adsc_kernels.triton.address import rows_at
 from adsc_kernels.triton.launch import start
 
 _BLOCK = 64  # keys at once, at most
@@ -26,19 +27,24 @@ _TWO_LOG = 1.4426950408889634  # exponentials are of base 2
 
 @triton.jit
 def attention_shares_kernel(
-    q, k, v, bounds, out, sums, scale, q_stride, k_stride, v_stride,
+    q, k, v, bounds, table, out, sums, scale, q_stride, k_stride, v_stride, table_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, SHARES: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
+    BY_ADDRESS: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """One program: a share of a sequence's keys, one key head, the GROUP query heads that ask it.
 
     bounds: `CachedKeys.cu_seqlens_k`. out [B, heads, SHARES, SIZE] and sums [B, heads, SHARES]: a
     share's own attention and the logarithm of its sum of exponentials, or with one share only the
     attention. Strides count elements between rows. ROWS and COLUMNS: GROUP and SIZE in tiles.
+    BY_ADDRESS: the keys and values lie where int64 `k` and `v` say. PAGE: rows of a cache's block,
+    if it has any: key r of a sequence is row r % PAGE of block `table[sequence, r // PAGE]`.
     """
     share = tl.program_id(0) % SHARES
     kv_head = tl.program_id(0) // SHARES % KV_HEADS
     sequence = tl.program_id(0) // (SHARES * KV_HEADS)
+    k = rows_at(k, q, BY_ADDRESS)
+    v = rows_at(v, q, BY_ADDRESS)
     begin = tl.load(bounds + 2 * sequence)
     end = tl.load(bounds + 2 * sequence + 1)
     each = tl.cdiv(tl.cdiv(end - begin, SHARES), BLOCK) * BLOCK
@@ -55,14 +61,18 @@ def attention_shares_kernel(
     for first in range(begin, end, BLOCK):
         row = first + tl.arange(0, BLOCK)
         there = (row[:, None] < end) & (column[None, :] < SIZE)
+        held = row.to(tl.int64)
+        if PAGE > 0:
+            block = table + sequence * table_stride + row // PAGE
+            held = tl.load(block, mask=row < end, other=0).to(tl.int64) * PAGE + row % PAGE
         place = kv_head * SIZE + column[None, :]
-        key = tl.load(k + row[:, None].to(tl.int64) * k_stride + place, mask=there, other=0)
+        key = tl.load(k + held[:, None] * k_stride + place, mask=there, other=0)
         score = tl.dot(query, key.T, input_precision="ieee" if EXACT else None) * scale
         score = tl.where(row[None, :] < end, score, float("-inf"))
         higher = tl.maximum(highest, tl.max(score, 1))
         weight = tl.exp2(score - higher[:, None])
         fade = tl.exp2(highest - higher)
-        value = tl.load(v + row[:, None].to(tl.int64) * v_stride + place, mask=there, other=0)
+        value = tl.load(v + held[:, None] * v_stride + place, mask=there, other=0)
         added = tl.dot(weight.to(value.dtype), value, input_precision="ieee" if EXACT else None)
         made = made * fade[:, None] + added
         total = total * fade + tl.sum(weight, 1)
@@ -93,11 +103,21 @@ def attention_merge_kernel(
 
 
 def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scale: float, shares: int = 0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Tensor,
+    longest: int,
+    scale: float,
+    shares: int = 0,
+    address: Tensor | None = None,
+    blocks: tuple[Tensor, int] | None = None,
 ) -> Tensor:
     """q [B, Hq, D] over caches k, v [rows, Hkv, D]; bounds as `CachedKeys.cu_seqlens_k`.
 
     Every sequence has a key, and at most `longest`. shares: of its keys, a power of two; 0 chooses.
+    address: int64 [2], where caches of the form of k and v lie that are read in their place.
+    blocks: the int32 [B, blocks] table of a paged cache, and the rows of a block.
     """
     num_sequences, heads, size = q.shape
     kv_heads = k.shape[1]
@@ -109,12 +129,14 @@ def decode_attention(
     if shares > 1:
         parts = q.new_empty((num_sequences, heads, shares, size), dtype=torch.float32)
         sums = q.new_empty((num_sequences, heads, shares), dtype=torch.float32)
-    strides = (q.stride(0), k.stride(0), v.stride(0))
+    table, page = (bounds, 0) if blocks is None else blocks
+    strides = (q.stride(0), k.stride(0), v.stride(0), table.stride(0))
+    keys, values = (k, v) if address is None else address.split(1)
     start(
         attention_shares_kernel,
         num_sequences * kv_heads * shares,
         q.device,
-        (q, k, v, bounds, parts, sums, scale * _TWO_LOG, *strides),
+        (q, keys, values, bounds, table, parts, sums, scale * _TWO_LOG, *strides),
         KV_HEADS=kv_heads,
         GROUP=group,
         SIZE=size,
@@ -123,6 +145,8 @@ def decode_attention(
         COLUMNS=columns,
         BLOCK=min(_BLOCK, _TILE // (columns * q.element_size())),
         EXACT=q.dtype is torch.float32,
+        BY_ADDRESS=address is not None,
+        PAGE=page,
         num_warps=4,
         num_stages=3,
     )

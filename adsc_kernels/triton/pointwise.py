@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adsc_kernels.triton.address import rows_at
 from adsc_kernels.triton.launch import start
 
 if TYPE_CHECKING:
@@ -23,12 +24,13 @@ _BLOCK = 1024  # elements of a program
 def rotate_kernel(
     qkv, cos, sin, rows, k_cache, v_cache, stride, k_stride, v_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr,
-    BLOCK: tl.constexpr, WRITE: tl.constexpr,
+    BLOCK: tl.constexpr, WRITE: tl.constexpr, BY_ADDRESS: tl.constexpr,
 ):  # fmt: skip
     """One program rotates some heads of a row in place. Strides count elements between rows.
 
     HEADS: of queries, keys and values; the last KV_HEADS are values, the same number before them
-    keys. WRITE: to row `rows[row]` of the caches.
+    keys. WRITE: to row `rows[row]` of the caches, and nowhere where that is negative. BY_ADDRESS:
+    the caches lie where int64 `k_cache` and `v_cache` say.
     """
     SIZE: tl.constexpr = 2 * HALF
     GROUPS: tl.constexpr = (HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
@@ -54,6 +56,9 @@ def rotate_kernel(
     tl.store(place + HALF, high, mask=turned)
     if WRITE:
         to = tl.load(rows + row)
+        inside = tl.where(to >= 0, inside, False)
+        k_cache = rows_at(k_cache, qkv, BY_ADDRESS)
+        v_cache = rows_at(v_cache, qkv, BY_ADDRESS)
         is_key = inside & (head >= HEADS - 2 * KV_HEADS) & (head < HEADS - KV_HEADS)
         key = k_cache + to * k_stride + (head - (HEADS - 2 * KV_HEADS)) * SIZE + column
         tl.store(key, low, mask=is_key)
@@ -70,17 +75,20 @@ def rotate_(qkv: Tensor, rope: Rope, num_kv_heads: int, place: Place | None) -> 
         return
     block_heads = min(_HEADS, triton.next_power_of_2(heads))
     k, v, rows = (qkv, qkv, qkv) if place is None else place
+    by_address = place is not None and k.dim() == 1
+    strides = (num_kv_heads * size,) * 2 if by_address else (k.stride(0), v.stride(0))
     start(
         rotate_kernel,
         num_rows * triton.cdiv(heads, block_heads),
         qkv.device,
-        (qkv, *rope, rows, k, v, qkv.stride(0), k.stride(0), v.stride(0)),
+        (qkv, *rope, rows, k, v, qkv.stride(0), *strides),
         HEADS=heads,
         KV_HEADS=num_kv_heads,
         HALF=size // 2,
         BLOCK_HEADS=block_heads,
         BLOCK=triton.next_power_of_2(size // 2),
         WRITE=place is not None,
+        BY_ADDRESS=by_address,
         num_warps=_WARPS,
     )
 

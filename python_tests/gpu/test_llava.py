@@ -13,9 +13,9 @@ from llava_case import IMAGES, PROMPTS, SECOND, SECOND_IMAGES, begin
 from tiny_checkpoints import make_checkpoint
 
 import adsc_kernels as adsc
-from adsc_kernels.attention import reads_lengths_on_device
+from adsc_kernels.attention import graphable
 from adsc_kernels.cache import Phase
-from adsc_kernels.decode import DecodeState
+from adsc_kernels.graphs import Graphs
 from adsc_kernels.llava import Llava, bundled_checkpoint, load_image
 from adsc_kernels.llava.generate import run
 from adsc_kernels.plan import make_plan
@@ -103,8 +103,26 @@ def test_graphs_give_the_same_tokens(folder: Path, schedule: str) -> None:
     plain.graphs.enabled = False
     wanted = answers(plain)
     assert [answers(graphed) for _ in range(3)] == [wanted] * 3
-    kernels = reads_lengths_on_device("decode", DEVICE, torch.float16, plain.config.head_dim)
+    kernels = graphable("decode", DEVICE, torch.float16, plain.config.head_dim)
     assert (len(graphed.graphs) > 0) == (kernels and not DRY_RUN)
+
+
+@pytest.mark.parametrize("cache", ["dense", "paged"])
+def test_a_graph_serves_every_cache(folder: Path, cache: str) -> None:
+    """Caches that lie elsewhere, and batches of one bucket: no graph more, and the same tokens."""
+    plain = Llava.from_pretrained(folder, SCHEDULES[1], device=DEVICE, dtype=torch.float16)
+    graphed = plain.with_schedule(SCHEDULES[1])
+    graphed.graphs = Graphs()
+    plain.graphs.enabled = False
+    kept, sizes = [], (3, 4, 3, 4, 3)
+    for n in sizes:
+        given = (PROMPTS[:n], IMAGES[:n])
+        kept.append(graphed.generate(*given, max_new_tokens=6, cache=cache))
+        assert kept[-1].token_ids == plain.generate(*given, max_new_tokens=6, cache=cache).token_ids
+    made = len(graphed.graphs)
+    assert made in (0, 3)  # of two prompts and of a step; none where there is no kernel for it
+    graphed.generate(*given, max_new_tokens=6, cache=cache)
+    assert len(graphed.graphs) == made
 
 
 @torch.no_grad()
@@ -121,7 +139,8 @@ def test_the_host_never_waits(folder: Path) -> None:
             talk.cache.fit(make_plan(model.schedule, [0, *accumulate(ends)], talk.vision_spans), 4)
             hidden = run(model, talk, ends, Phase.PREFILL, pictures)
             tokens = choose(model.logits(hidden), 0.7, 0.9, rng)
-            state, inbox = DecodeState(talk.cache, talk.cached, 4), Inbox(5, tokens)
+            state = model.begin_decode(talk.cache, talk.cached, 4)
+            inbox = Inbox(5, tokens)
             for step in range(5):
                 inbox.send(step, tokens)
                 if step < 4:

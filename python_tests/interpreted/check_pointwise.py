@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases.run import on
 
-from adsc_kernels import pointwise
+from adsc_kernels import UnsupportedError, pointwise
 from adsc_kernels.pointwise import Place, Rope
 
 TRITON, PLAIN = on("triton"), on("reference")
@@ -44,6 +44,24 @@ def test_rotate(dtype: torch.dtype, heads: int, kv_heads: int, size: int, writte
         assert torch.equal(mine.v, theirs.v)
         rest = [n for n in range(11) if n not in mine.rows.tolist()]
         assert not mine.k[rest].any()
+
+
+@pytest.mark.parametrize("dtype", ERROR)
+def test_rotate_by_address(dtype: torch.dtype) -> None:
+    """Into the same rows as by tensors, and nowhere where a row is negative."""
+    qkv, rope = torch.randn(5, 10, 8).to(dtype), rope_of(5, 8, dtype)
+    caches = torch.ones(2, 2, 11, 2, 8, dtype=dtype)
+    rows = torch.tensor([3, 10, 0, 4, 5])
+    want = TRITON(pointwise.rotate, qkv.clone(), rope, 2, Place(*caches[0], rows))
+    caches[0][:, rows[2]] = 1
+    rows[2] = -1
+    address = torch.tensor([cache.data_ptr() for cache in caches[1]])
+    got = TRITON(pointwise.rotate, qkv.clone(), rope, 2, Place(*address.split(1), rows))
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(caches[1], caches[0])
+    with pytest.raises(UnsupportedError, match="place: expected rows where Triton doesn't run"):
+        PLAIN(pointwise.rotate, qkv.clone(), rope, 2, Place(*address.split(1), rows))
 
 
 @pytest.mark.parametrize("dtype", ERROR)

@@ -19,7 +19,6 @@ from adsc_kernels.baselines.method import InDecoder
 from adsc_kernels.cache import Phase
 from adsc_kernels.cli.bench_e2e.cases import TEXT, Case, average, schedules_of, tokens_by_layer
 from adsc_kernels.cli.bench_e2e.models import Models
-from adsc_kernels.decode import DecodeState
 from adsc_kernels.graphs import Graphs
 from adsc_kernels.llava import Llava
 from adsc_kernels.plan import CompressionPlan, make_plan
@@ -102,7 +101,8 @@ class Ours(Decoding):
 
     def decode(self, tokens: Tensor, steps: int) -> None:
         """As `Decoding.decode`."""
-        state = DecodeState(self.cache, [self.case.length] * self.case.batch, steps)
+        cached = [self.case.length] * self.case.batch
+        state = self.model.begin_decode(self.cache, cached, steps)
         for _ in range(steps):
             tokens = self.model.decode(tokens, state).argmax(-1)
 
