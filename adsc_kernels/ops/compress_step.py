@@ -76,7 +76,8 @@ def compress_step(
         outputs = fakes.boundary_step(*arguments)
         chosen = choose("compress_step", hidden.device)
         both = (*arguments, *_op_arguments(compaction), outputs)
-        results = call_in_place(chosen, *both, written=compaction.caches.tensors)
+        caches = compaction.caches
+        results = call_in_place(chosen, *both, written=caches.tensors, addresses=caches.addresses)
     else:
         try:
             arguments, compaction = _usual_arguments(*given)
