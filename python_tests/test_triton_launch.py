@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction, TensorWrapper
 from triton_ahead import Driver
@@ -207,3 +208,34 @@ def test_a_second_call_launches_what_the_first_compiled() -> None:
     assert launched == [
         ((3, 1, 1), (x.data_ptr(), out.data_ptr(), 32, 8, 16), 0) for out in (y, y[32:])
     ]
+
+
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_who_hooks_launches_hears_of_each(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody does, the launcher is called at once; a Triton without it is asked its way."""
+    ways: list[Any] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *values, stream: ways.append(("Triton's", grid, stream, values))
+
+    class Known(Kernel):
+        function, packed_metadata = 5, "packed"
+        run = staticmethod(lambda *given: ways.append(given))
+
+    short, plain = (3, 1, 1, 7, 5, "packed", None, None, None, 8), ("Triton's", (3, 1, 1), 7, (8,))
+    for kernel, wanted in ((Known(), short), (Kernel(), plain)):
+        launch._kept(kernel).start(3, 7, [8])
+        assert ways.pop() == wanted
+    heard: Any = lambda metadata: None  # noqa: E731
+    chain = getattr(knobs.runtime, name)
+    if hasattr(chain, "add"):  # from Triton 3.6 on, or so
+        chain.add(heard)
+    else:
+        monkeypatch.setattr(knobs.runtime, name, heard)
+    try:
+        launch._kept(Known()).start(3, 7, [8])
+    finally:
+        if hasattr(chain, "remove"):
+            chain.remove(heard)
+    assert ways == [plain]

@@ -177,10 +177,10 @@ def choose(name: str, device: torch.device) -> Callable[..., Any]:
     if found == "reference":
         function: Callable[..., Any] = getattr(reference, name)
         return function
-    if found == "triton":
-        in_triton = _in_triton[name]
-        return in_triton.op if _is_compiling() or device.type == "meta" else in_triton
-    return getattr(torch.ops.adsc_kernels, name).default
+    if found == "triton" and not (_is_compiling() or device.type == "meta"):
+        return _in_triton[name]
+    ops = torch.ops.adsc_triton if found == "triton" else torch.ops.adsc_kernels
+    return getattr(ops, name).default
 
 
 def native(name: str, like: Any) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
