@@ -27,22 +27,27 @@ def check_overlap(tensors: Sequence[Tensor], names: Sequence[str]) -> None:
     raise ValueError(f"{names[first]}, {names[second]}: expected tensors that don't share memory")
 
 
-def lie_apart(groups: Iterable[Sequence[Tensor]]) -> bool:
-    """Whether the tensors, which differ within a group in their places alone, begin further apart
-    than the longest of them is long. Quick; where they don't, `check_overlap` tells the rest."""
+def places_apart(groups: Iterable[Sequence[Tensor]]) -> list[int] | None:
+    """The addresses of tensors which differ within a group in their places alone, if they begin
+    further apart than the longest of them is long. Quick; where they don't, `check_overlap` tells
+    the rest."""
     addresses: list[int] = []
+    starts: list[int] = []  # of those with elements
     longest = 0
     for group in groups:
+        own = list(map(Tensor.data_ptr, group))
+        addresses += own
         if not group or group[0].numel() == 0:
             continue
         first = group[0]
         if _C.find_overlap([_place(first)])[0] is not None:
-            return False
+            return None
         last = sum((n - 1) * stride for n, stride in zip(first.shape, first.stride(), strict=True))
         longest = max(longest, (last + 1) * first.itemsize)
-        addresses += map(Tensor.data_ptr, group)
-    addresses.sort()
-    return min(map(operator.sub, addresses[1:], addresses), default=longest) >= longest
+        starts += own
+    starts.sort()
+    apart = min(map(operator.sub, starts[1:], starts), default=longest) >= longest
+    return addresses if apart else None
 
 
 def check_apart(

@@ -12,7 +12,7 @@ from adsc_kernels import checks
 from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.kv.cache import CacheLayout, DenseCache, PagedCache, Tensors
 from adsc_kernels.kv.kept import KeptCaches
-from adsc_kernels.kv.overlap import check_overlap, lie_apart
+from adsc_kernels.kv.overlap import check_overlap, places_apart
 from adsc_kernels.rows import is_plain
 
 LAYOUTS = ("NHD", "HND")
@@ -29,6 +29,7 @@ class Caches(NamedTuple):
     tokens: int
     kinds: tuple[str, ...]  # of each num_layers tensors: "k_caches" and so on
     number: int | None = None  # by which the native library keeps them
+    addresses: list[int] | None = None  # known where those of a kind are alike but for them
 
     @property
     def names(self) -> list[str]:
@@ -99,9 +100,12 @@ def check_caches(cache: DenseCache | PagedCache) -> Caches:
         *_blocks_and_tokens(first, rank, cache.layout),
         tuple(name for name, group in lists.items() if group),
     )
-    if has_place(first) and not (alike and lie_apart(lists.values())):
+    if not has_place(first):
+        return caches
+    addresses = places_apart(lists.values()) if alike else None
+    if addresses is None:
         check_overlap(tensors, caches.names)
-    return caches
+    return caches._replace(addresses=addresses)
 
 
 def has_place(x: Tensor) -> bool:
@@ -169,15 +173,25 @@ def _usual_caches(cache: DenseCache | PagedCache) -> Caches:
 
 
 def _are_alike(tensors: list[Tensor]) -> bool:
-    """Whether what is found of the first goes for all, but for where they lie, or there is none.
-    Asked of all at once, a property takes a fraction of the time that it takes in a loop."""
-    return not tensors or all(len({*map(get, tensors)}) == 1 for get in _FORM)
+    """Whether what is found of the first goes for all, but for where they lie, or there is none;
+    False where some need a gradient or are inference tensors that can't be written, which is for
+    `check_caches` to say. Asked of all at once, a property takes a fraction of the time that it
+    takes in a loop."""
+    if not tensors:
+        return True
+    devices = [*map(_DEVICE, tensors)]
+    return (
+        devices.count(devices[0]) == len(devices)
+        and all(len({*map(get, tensors)}) == 1 for get in _FORM)
+        and not torch._C._any_requires_grad(tensors)
+        and (torch.is_inference_mode_enabled() or True not in map(Tensor.is_inference, tensors))
+    )
 
 
+_DEVICE = operator.attrgetter("device")
 _FORM: tuple[Callable[[Tensor], Any], ...] = (
-    *map(operator.attrgetter, ("shape", "dtype", "device", "requires_grad")),
+    *map(operator.attrgetter, ("shape", "dtype")),
     Tensor.stride,
-    Tensor.is_inference,
 )
 
 

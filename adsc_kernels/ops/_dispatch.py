@@ -32,6 +32,22 @@ _native: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
 _is_compiling = torch.compiler.is_compiling
 _num_modes = torch._C._len_torch_dispatch_stack
 _transforms_are_active = torch._C._are_functorch_transforms_active
+_is_traced = torch._C._is_tracing
+_is_profiled = torch._C._autograd._profiler_enabled
+
+
+class _InTriton:
+    """An op that Triton serves: as the dispatcher knows it, and the function that it calls."""
+
+    def __init__(self, op: Callable[..., Any], function: Callable[..., Any]) -> None:
+        self.op = op
+        self.function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.op(*arguments)
+
+
+_in_triton: dict[str, _InTriton] = {}
 
 
 def register(
@@ -58,8 +74,10 @@ def register(
     if triton is not None:
         library = _libraries["adsc_triton"]
         library.define(name + schema)
+        function = _imported(f"adsc_kernels.triton.{triton}", name)
         for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
-            library.impl(name, _imported(f"adsc_kernels.triton.{triton}", name), key)
+            library.impl(name, function, key)
+        _in_triton[name] = _InTriton(getattr(torch.ops.adsc_triton, name).default, function)
         namespaces.append("adsc_triton")
     for namespace in namespaces:
         library = _libraries[namespace]
@@ -140,11 +158,11 @@ def _writing(op: Any) -> Callable[..., Any]:
 def _imported(module: str, name: str) -> Callable[..., Any]:
     function: Callable[..., Any] | None = None
 
-    def run(*arguments: Any) -> Any:
+    def run(*arguments: Any, **known: Any) -> Any:
         nonlocal function
         if function is None:
             function = getattr(importlib.import_module(module), name)
-        return function(*arguments)
+        return function(*arguments, **known)
 
     return run
 
@@ -165,6 +183,8 @@ def choose(name: str, device: torch.device) -> Callable[..., Any]:
     if found == "reference":
         function: Callable[..., Any] = getattr(reference, name)
         return function
+    if found == "triton" and not (_is_compiling() or device.type == "meta"):
+        return _in_triton[name]
     ops = torch.ops.adsc_triton if found == "triton" else torch.ops.adsc_kernels
     return getattr(ops, name).default
 
@@ -199,6 +219,31 @@ def explain(check: Callable[..., Any], *arguments: Any) -> None:
         raise words from None
 
 
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def _passes_by(
+    op: Callable[..., Any], arguments: tuple[Any, ...], written: list[Tensor] | None = None
+) -> bool:
+    """Whether op is Triton's and the dispatcher, which takes as long as half of the call, would do
+    nothing but hand it the arguments: no mode, trace or profile sees the call, and no tensor is of
+    a kind of its own or stands for its negative or conjugate.
+
+    written: one of the arguments, whose rows only change places, whatever they stand for.
+    """
+    if type(op) is not _InTriton or _num_modes() or _is_traced() or _is_profiled():
+        return False
+    if written is not None and not _PLAIN.issuperset(map(type, written)):
+        return False
+    for argument in arguments:
+        if argument is written:
+            continue
+        for x in argument if type(argument) is list else (argument,):
+            if isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_neg() or x.is_conj()):
+                return False
+    return True
+
+
 def call(op: Callable[..., Any], *arguments: Any, grad: bool) -> Any:
     """Calls what `choose` gave, past its autograd kernel where no gradient is asked for; under
     torch.compile and transforms as it is."""
@@ -209,16 +254,26 @@ def call(op: Callable[..., Any], *arguments: Any, grad: bool) -> Any:
         or (grad and torch.is_grad_enabled())
     ):
         return op(*arguments)
+    if _passes_by(op, arguments):
+        return op.function(*arguments)  # type: ignore[attr-defined]
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)
 
 
-def call_in_place(op: Callable[..., Any], *arguments: Any, written: list[Tensor]) -> Any:
+def call_in_place(
+    op: Callable[..., Any], *arguments: Any, written: list[Tensor], addresses: list[int] | None
+) -> Any:
     """Calls what `choose` gave, whose arguments `check_writable` has passed, and does for autograd
-    what op's kernel in Python (`_writing`) would, in less time."""
+    what op's kernel in Python (`_writing`) would, in less time.
+
+    addresses: of written, where they are known.
+    """
     if _is_compiling():
         return op(*arguments)
-    with torch._C._AutoDispatchBelowADInplaceOrView():
-        results = op(*arguments)
+    if _passes_by(op, arguments, written):
+        results = op.function(*arguments, addresses=addresses)  # type: ignore[attr-defined]
+    else:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            results = op(*arguments)
     increment_version(written)
     return results

@@ -144,7 +144,11 @@ def _compact(
     if op is None:
         call = check(cache, cache.stage)
         chosen = choose(name, call.device)
-        return call.result(*call_in_place(chosen, *call.arguments(), written=call.caches.tensors))
+        caches = call.caches
+        results = call_in_place(
+            chosen, *call.arguments(), written=caches.tensors, addresses=caches.addresses
+        )
+        return call.result(*results)
     try:
         call = check(cache, cache.stage, native=True)
         results = op[call.caches.number is not None](*call.arguments())

@@ -76,7 +76,8 @@ def compress_step(
         outputs = fakes.boundary_step(*arguments)
         chosen = choose("compress_step", hidden.device)
         both = (*arguments, *compaction.arguments(of_step=True), outputs)
-        results = call_in_place(chosen, *both, written=compaction.caches.tensors)
+        caches = compaction.caches
+        results = call_in_place(chosen, *both, written=caches.tensors, addresses=caches.addresses)
     else:
         outputs, results, compaction = _call(op, *given)
         increment_version(compaction.caches.tensors)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adsc_kernels import checks, fakes
-from adsc_kernels.ops._dispatch import choose, explain, native, register
+from adsc_kernels.ops._dispatch import call, choose, explain, native, register
 from adsc_kernels.rows import check_table
 from adsc_kernels.schedule import PATTERNS
 
@@ -73,7 +73,8 @@ def rebuild_metadata(
     if op is None or type(keep) is not str or max_height is not None:
         fractions = check_layout(*given)
         chosen = choose("rebuild_metadata", cu_seqlens.device)
-        return Metadata(*chosen(cu_seqlens, spans, as_ints(fractions), pattern, max_height or 0))
+        arguments = (cu_seqlens, spans, as_ints(fractions), pattern, max_height or 0)
+        return Metadata(*call(chosen, *arguments, grad=False))
     try:
         return Metadata(*op[False](cu_seqlens, spans, _ints_of(keep), pattern, 0))
     except Exception:
@@ -104,7 +105,8 @@ def check_layout(
             raise ValueError(f"spans: expected shape [N, 5] for the grid, got {tuple(spans.shape)}")
         checks.integer("max_height", max_height, 0, checks.INT32_MAX)
     else:
-        fractions = [exact_fraction(keep)]
+        known = type(keep) is str and not torch.compiler.is_compiling()
+        fractions = [_fraction_of(keep) if known else exact_fraction(keep)]
         if max_height is not None:
             raise ValueError(f"max_height: expected None but for the grid, got {max_height!r}")
     return fractions
@@ -118,6 +120,11 @@ def as_ints(fractions: list[Fraction]) -> list[int]:
 @functools.lru_cache(maxsize=128)
 def _ints_of(keep: str) -> list[int]:
     return as_ints([exact_fraction(keep)])
+
+
+@functools.lru_cache(maxsize=128)
+def _fraction_of(keep: str) -> Fraction:
+    return exact_fraction(keep)
 
 
 def exact_fraction(keep: object) -> Fraction:

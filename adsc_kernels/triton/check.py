@@ -17,7 +17,7 @@ from adsc_kernels.triton.compaction import (
     sequence_rows,
     source_of,
 )
-from adsc_kernels.triton.launch import start
+from adsc_kernels.triton.launch import cdiv, start
 
 # What is known of a block of the pool, in one word.
 READ_ONLY = tl.constexpr(1)
@@ -148,13 +148,13 @@ def check(call: Call, device: torch.device, read_only_blocks: Tensor | None = No
         count = 0 if read_only_blocks is None else read_only_blocks.numel()
         if count > 0:
             arguments = (state, read_only_blocks, count, num_blocks)
-            programs = triton.cdiv(count, _ENTRIES)
+            programs = cdiv(count, _ENTRIES)
             start(mark_read_only_kernel, programs, device, arguments, ENTRIES=_ENTRIES)
     start(
         check_kernel,
         batch,
         device,
-        (state, call.lists, *call.counts),
+        (state, call.packed, *call.counts),
         debug=True,
         ENTRIES=_ENTRIES,
         MODE=call.mode,

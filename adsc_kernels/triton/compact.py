@@ -5,9 +5,12 @@ One launch for all tensors of one geometry, up to 64, and one for the lengths an
 them, where something is to be checked, those of check.py.
 """
 
-import math
+import functools
+import operator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,7 +28,7 @@ from adsc_kernels.triton.compaction import (
     place_in_cache,
     sequence_rows,
 )
-from adsc_kernels.triton.launch import Pointer, start, unit_of
+from adsc_kernels.triton.launch import cdiv, next_power_of_2, pointer, start, unit_of
 
 MAX_TENSORS = 64  # of a launch
 _STRIP_WORDS = 64  # of a line, moved by one program: 512 bytes
@@ -46,12 +49,14 @@ class Tile(NamedTuple):
 
 @triton.jit
 def tensor_of(offsets, layers, number):
-    """Offset and layer of tensor `number` of the launch."""
+    """Offset and layer of tensor `number` of the launch; layers: None where they don't matter."""
     offset = tl.cast(offsets[0], tl.int64)
-    layer = tl.cast(layers[0], tl.int64)
+    layer = tl.cast(0, tl.int64)
     for i in tl.static_range(1, len(offsets)):
         offset = tl.where(number == i, tl.cast(offsets[i], tl.int64), offset)
-        layer = tl.where(number == i, tl.cast(layers[i], tl.int64), layer)
+    if layers is not None:
+        for i in tl.static_range(len(offsets)):
+            layer = tl.where(number == i, tl.cast(layers[i], tl.int64), layer)
     return offset, layer
 
 
@@ -213,18 +218,22 @@ class Lines(NamedTuple):
     line_bytes: int
 
 
-def lines_of(x: Tensor, rank: int, cache_layout: str, by_head: bool) -> Lines:
-    """rank: that of the caches. Scales may lack the last dimension, or that and the heads."""
-    width = x.element_size()
-    shape = list(x.shape)
-    strides = [stride * width for stride in x.stride()]
+def lines_of(
+    sizes: Sequence[int], steps: Sequence[int], width: int, rank: int, layout: str, by_head: bool
+) -> Lines:
+    """Of a tensor of these sizes and strides with elements of width bytes.
+
+    rank: that of the caches. Scales may lack the last dimension, or that and the heads.
+    """
+    shape = list(sizes)
+    strides = [step * width for step in steps]
     if rank == 3:
         shape, strides = [1, *shape], [0, *strides]
-    if x.dim() == rank - 2:
+    if len(sizes) == rank - 2:
         shape, strides = [*shape, 1], [*strides, 0]
-    elif cache_layout == "HND":
+    elif layout == "HND":
         shape[1:3], strides[1:3] = shape[2:0:-1], strides[2:0:-1]
-    if x.dim() < rank:
+    if len(sizes) < rank:
         shape, strides = [*shape, 1], [*strides, width]
     heads, line_bytes = shape[2], shape[3] * width
     if not by_head and (heads == 1 or strides[2] == line_bytes):
@@ -232,42 +241,99 @@ def lines_of(x: Tensor, rank: int, cache_layout: str, by_head: bool) -> Lines:
     return Lines(strides[0], strides[1], strides[2], heads, line_bytes)
 
 
-def _move(caches: list[Tensor], num_layers: int, cache_layout: str, call: Call) -> None:
-    rank, device = caches[0].dim(), caches[0].device
+class Geometry(NamedTuple):
+    """What the move of tensors that are alike is compiled for, and what programs it takes."""
+
+    dtype: torch.dtype  # of words
+    unit: int  # bytes
+    strides: tuple[int, int, int]  # units
+    tile: Tile
+    parts: int  # of a tensor's rows of one sequence, a program each
+
+
+@functools.lru_cache(maxsize=1024)
+def geometry_of(
+    shape: torch.Size,
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    alignment: int,
+    rank: int,
+    block_size: int,
+    cache_layout: str,
+    by_head: bool,
+) -> Geometry | None:
+    """Of a tensor at an address of that alignment, modulo 16; None where it has no bytes.
+
+    block_size: of caches that are paged and have no dimension for it; else 0.
+    """
+    if 0 in shape:
+        return None
+    lines = lines_of(shape, stride, dtype.itemsize, rank, cache_layout, by_head)
+    if block_size > 0:
+        lines = lines._replace(block_stride=block_size * lines.token_stride)
+    unit = unit_of(alignment, *lines[:3], lines.line_bytes)
+    width = lines.line_bytes // unit.size * unit.words
+    strip = min(next_power_of_2(width), _STRIP_WORDS)
+    rows = min(_TILE_WORDS // strip, _TILE_ROWS)
+    block, token, line = (stride // unit.size for stride in lines[:3])
+    tile = Tile(lines.num_lines, unit.words, width, strip, rows)
+    parts = lines.num_lines * cdiv(width, strip)
+    return Geometry(unit.dtype, unit.size, (block, token, line), tile, parts)
+
+
+_SHAPE, _DTYPE = operator.attrgetter("shape"), operator.attrgetter("dtype")
+
+
+def _forms(
+    caches: list[Tensor], num_layers: int, are_alike: bool
+) -> Iterator[tuple[tuple[Any, ...], list[int]]]:
+    """Shapes, strides and dtypes, and which tensors have them; are_alike: those of a kind."""
+    if are_alike:
+        for first in range(0, len(caches), num_layers):
+            x = caches[first]
+            yield (x.shape, x.stride(), x.dtype), list(range(first, first + num_layers))
+        return
+    # Asked of all at once, a property takes a fraction of the time that it takes in a loop.
+    ways = (map(_SHAPE, caches), map(Tensor.stride, caches), map(_DTYPE, caches))
+    forms = [*zip(*ways, strict=True)]
+    for form in dict.fromkeys(forms):
+        yield form, [i for i, own in enumerate(forms) if own == form]
+
+
+def _move(
+    caches: list[Tensor], num_layers: int, cache_layout: str, call: Call, known: list[int] | None
+) -> None:
+    """known: the addresses, where the caches of a kind are alike but for them."""
     *_, size, batch = call.counts
-    groups: dict[Any, list[tuple[Tensor, int, int]]] = {}  # with address and layer
-    form: Any = None  # of the last tensor: mostly the next one's too
-    for i, x in enumerate(caches):
-        own = (x.shape, x.stride(), x.dtype)
-        if own != form:
-            form, is_empty = own, x.numel() == 0
-            lines = lines_of(x, rank, cache_layout, call.mode.INDEX_HEADS > 1)
-            if rank == 3 and call.lists.table is not None:  # blocks of slots
-                lines = lines._replace(block_stride=size * lines.token_stride)
-            unit_size = unit_of(*lines[:3], lines.line_bytes).size
-        if not is_empty:
-            address = x.data_ptr()
-            key = (lines, math.gcd(unit_size, address))
-            groups.setdefault(key, []).append((x, address, i % num_layers))
-    for (lines, unit_size), members in groups.items():
-        unit = unit_of(unit_size)
-        width = lines.line_bytes // unit.size * unit.words
-        strip = min(triton.next_power_of_2(width), _STRIP_WORDS)
-        rows = min(_TILE_WORDS // strip, _TILE_ROWS)
-        strides = tuple(stride // unit.size for stride in lines[:3])
+    rank = caches[0].dim()
+    of_slots = rank == 3 and call.lists.table is not None
+    rest = (rank, size if of_slots else 0, cache_layout, call.mode.INDEX_HEADS > 1)
+    addresses = [*map(Tensor.data_ptr, caches)] if known is None else known
+    groups: dict[Geometry, list[int]] = {}
+    for form, alike in _forms(caches, num_layers, known is not None):
+        alignments = [addresses[i] & 15 for i in alike]
+        for alignment in dict.fromkeys(alignments):
+            geometry = geometry_of(*form, alignment, *rest)
+            if geometry is not None:
+                own = [i for i, a in zip(alike, alignments, strict=True) if a == alignment]
+                groups.setdefault(geometry, []).extend(own)
+    for geometry, members in groups.items():
         for first in range(0, len(members), MAX_TENSORS):
             some = members[first : first + MAX_TENSORS]
-            base, origin, _ = some[0]
-            offsets = [(address - origin) // unit.size for _, address, _ in some]
-            layers = [layer for *_, layer in some]
+            origin = addresses[some[0]]
+            offsets = [(addresses[i] - origin) // geometry.unit for i in some]
             fill = [0] * (-len(some) % 8)  # a few sizes of tuples, so that few kernels are compiled
-            tensors = (Pointer(base, unit.dtype), tuple(offsets + fill), tuple(layers + fill))
+            layers = None
+            if call.mode.INDEX_LAYERS > 1:
+                layers = tuple([i % num_layers for i in some] + fill)
+            base = caches[some[0]]
             start(
                 compact_kernel,
-                len(some) * lines.num_lines * triton.cdiv(width, strip) * batch,
-                device,
-                (*tensors, strides, call.lists, *call.counts),
-                TILE=Tile(lines.num_lines, unit.words, width, strip, rows),
+                len(some) * geometry.parts * batch,
+                base.device,
+                (pointer(base, geometry.dtype), tuple(offsets + fill), layers, geometry.strides)
+                + (call.packed, *call.counts),
+                TILE=geometry.tile,
                 MODE=call.mode,
             )
 
@@ -276,29 +342,31 @@ def _report(call: Call, out: Outputs) -> None:
     entries = 0 if out.table is None else out.table.numel()
     start(
         outputs_kernel,
-        1 + triton.cdiv(entries, _ENTRIES),
+        1 + cdiv(entries, _ENTRIES),
         out.seq_lens.device,
-        (out, call.lists, *call.counts),
+        (out, call.packed, *call.counts),
         ENTRIES=_ENTRIES,
         MODE=call.mode,
     )
 
 
-def compact_kv_(*arguments) -> tuple[Tensor, Tensor]:
-    """See `adsc_kernels.ops.compact_kv_`; arguments: those of its schema."""
+def compact_kv_(*arguments, addresses: list[int] | None = None) -> tuple[Tensor, Tensor]:
+    """See `adsc_kernels.ops.compact_kv_`; arguments: those of its schema. addresses: of the caches,
+    where those of a kind (K, V, scales) are known to be alike but for them."""
     caches, num_layers, segments, keep_indices, *bounds, seq_starts, cache_layout = arguments
     tokens = caches[0].shape[-2 if cache_layout == "HND" else -3]
     call = call_of(segments, keep_indices, bounds, tokens, seq_starts=seq_starts)
     if launch.CHECK:
         check(call, caches[0].device)
-    _move(caches, num_layers, cache_layout, call)
+    _move(caches, num_layers, cache_layout, call, addresses)
     out = Outputs(*fakes.compact_kv_(*arguments))
     _report(call, out)
     return out.seq_lens, out.slots
 
 
-def compact_paged_kv_(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `adsc_kernels.ops.compact_paged_kv_`; arguments: those of its schema."""
+def compact_paged_kv_(*arguments, addresses: list[int] | None = None) -> tuple[Tensor, ...]:
+    """See `adsc_kernels.ops.compact_paged_kv_`; arguments: those of its schema. addresses: as in
+    `compact_kv_`."""
     caches, num_layers, table, size, segments, keep_indices, *bounds, edit_table = arguments[:-2]
     read_only_blocks, cache_layout = arguments[-2:]
     first = caches[0]
@@ -316,7 +384,7 @@ def compact_paged_kv_(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
     )
     if launch.CHECK or read_only_blocks is not None:
         check(call, first.device, read_only_blocks)
-    _move(caches, num_layers, cache_layout, call)
+    _move(caches, num_layers, cache_layout, call, addresses)
     out = Outputs(*fakes.compact_paged_kv_(*arguments))
     _report(call, out)
     return tuple(out)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adsc_kernels.triton.launch import Packed, packed
 from adsc_kernels.triton.segment import segment_source
 
 
@@ -69,6 +70,7 @@ class Call(NamedTuple):
     """The same on the host, as kernels take it."""
 
     lists: Lists
+    packed: Packed  # the lists
     counts: tuple[int, ...]
     mode: Mode
 
@@ -86,14 +88,16 @@ def call_of(
 ) -> Call:
     """bounds: cu_kept, cu_rows, prefix_lens, seq_lens."""
     rows = segments if keep_indices is None else keep_indices
-    count = 0 if segments is None else len(segments)
+    count = 0 if segments is None else segments.shape[0]
     steps = max(count - 1, 0).bit_length()
     shape = (1, 1, 0) if keep_indices is None else tuple(keep_indices.shape)
     pages = (0, 0) if table is None else (table.stride(0), table.shape[1])
     cu_kept = bounds[0]
     assert cu_kept is not None  # for the type checker
+    lists = Lists(*[rows, *bounds, seq_starts, table])
     return Call(
-        Lists(*[rows, *bounds, seq_starts, table]),
+        lists,
+        packed(lists),
         (count, steps, shape[2], *pages, num_blocks, size, cu_kept.shape[0] - 1),
         # Without segments no row of the middle stays, and none may be looked up.
         Mode(edit_table, count == 0, *shape[:2]),

@@ -8,8 +8,9 @@ from adsc_kernels.triton.boundary_step import write_boundary_step
 from adsc_kernels.triton.compact import compact_kv_, compact_paged_kv_
 
 
-def compress_step(*arguments) -> tuple[Tensor, ...]:
-    """See `adsc_kernels.ops.compress_step`; arguments: those of its schema.
+def compress_step(*arguments, addresses: list[int] | None = None) -> tuple[Tensor, ...]:
+    """See `adsc_kernels.ops.compress_step`; arguments: those of its schema. addresses: as in
+    `compact_kv_`.
 
     One launch for the boundary, then those of the compaction. A program of both would be compiled
     anew for every geometry of caches beside every shape of rows.
@@ -20,7 +21,7 @@ def compress_step(*arguments) -> tuple[Tensor, ...]:
     write_boundary_step(outs, *boundary)
     if block_table is not None:
         given = (caches, num_layers, *paged, edit_table, blocks, cache_layout)
-        return compact_paged_kv_(*given)
+        return compact_paged_kv_(*given, addresses=addresses)
     given = (caches, num_layers, *rows, seq_starts, cache_layout)
     none = (torch.empty(0, dtype=torch.int32, device=caches[0].device) for _ in range(3))
-    return (*compact_kv_(*given), *none)
+    return (*compact_kv_(*given, addresses=addresses), *none)

@@ -8,6 +8,7 @@ is cut into shares of its keys, whose results a second kernel adds up by their s
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from adsc_kernels.triton.address import rows_at
-from adsc_kernels.triton.launch import start
+from adsc_kernels.triton.launch import next_power_of_2, start
 
 _BLOCK = 64  # keys at once, at most
 _TILE = 1 << 14  # bytes of keys at once, of which three tiles, and of values, fit any GPU's share
@@ -124,7 +125,7 @@ def decode_attention(
     group = heads // kv_heads
     shares = shares or shares_of(num_sequences * kv_heads, longest, _processors(q.device))
     out = torch.empty((num_sequences, heads, size), dtype=q.dtype, device=q.device)
-    columns = max(16, triton.next_power_of_2(size))
+    columns = max(16, next_power_of_2(size))
     parts, sums = out, q  # which nobody reads
     if shares > 1:
         parts = q.new_empty((num_sequences, heads, shares, size), dtype=torch.float32)
@@ -141,7 +142,7 @@ def decode_attention(
         GROUP=group,
         SIZE=size,
         SHARES=shares,
-        ROWS=max(16, triton.next_power_of_2(group)),  # the least of a matrix unit
+        ROWS=max(16, next_power_of_2(group)),  # the least of a matrix unit
         COLUMNS=columns,
         BLOCK=min(_BLOCK, _TILE // (columns * q.element_size())),
         EXACT=q.dtype is torch.float32,
@@ -151,7 +152,7 @@ def decode_attention(
         num_stages=3,
     )
     if shares > 1:
-        options = {"SIZE": size, "SHARES": shares, "COLUMNS": columns}
+        options: dict[str, Any] = {"SIZE": size, "SHARES": shares, "COLUMNS": columns}
         start(
             attention_merge_kernel, num_sequences * heads, q.device, (parts, sums, out), **options
         )

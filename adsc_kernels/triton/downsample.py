@@ -1,15 +1,25 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """Moving the rows that survive: any number of tensors in one launch, whatever their elements."""
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from adsc_kernels import fakes
-from adsc_kernels.triton.launch import Pointer, launch, row_layout, row_map, unit_of
+from adsc_kernels.triton.launch import (
+    Packed,
+    cdiv,
+    launch,
+    next_power_of_2,
+    row_map,
+    unit_of,
+)
 from adsc_kernels.triton.segment import ROW_MAP, RowMap, source_rows
 
 
@@ -88,30 +98,74 @@ _TILE_ROWS = 128
 
 def tile_of(words: int, most_rows: int = _TILE_ROWS) -> tuple[int, int]:
     """Rows and words across a tile, for rows of so many words."""
-    columns = min(triton.next_power_of_2(words), _TILE_WORDS)
+    columns = min(next_power_of_2(words), _TILE_WORDS)
     return min(_TILE_WORDS // columns, most_rows), columns
+
+
+class Form(NamedTuple):
+    """What the tiles of one tensor follow from."""
+
+    shape: torch.Size  # of a row
+    stride: int
+    dtype: torch.dtype
+    alignment: int  # of what is read, modulo 16
+    out_alignment: int  # of what is written
+
+
+class Shape:
+    """What the moves of some tensors are compiled for. One object stands for what it was made of:
+    it is a part of keys, and told from others by identity."""
+
+    def __init__(self, forms: Iterable[Form], most_rows: int) -> None:
+        dtypes, strides, tiles, parts = [], [], [], []
+        for shape, stride, dtype, *alignments in forms:
+            size = math.prod(shape) * dtype.itemsize
+            unit = unit_of(*alignments, size, stride * dtype.itemsize)
+            width = size // unit.size
+            rows, columns = tile_of(width * unit.words, most_rows)
+            dtypes.append(unit.dtype)
+            strides.append(stride * dtype.itemsize // unit.size)
+            tiles.append((unit.words, width, rows, columns))
+            parts.append((rows, cdiv(width * unit.words, columns)))
+        self.dtypes = dtypes  # of words
+        self.strides = tuple(strides)
+        self.tiles = Tiles(*zip(*tiles, strict=True))
+        self.parts = parts  # the rows of a tile, and how many tiles lie across
+
+    def programs(self, num_tokens: int) -> int:
+        """How many move the tiles of so many rows."""
+        return sum([cdiv(num_tokens, rows) * across for rows, across in self.parts])
+
+
+_shape_of = functools.lru_cache(maxsize=1024)(Shape)
 
 
 def moves_of(
     xs: Sequence[Tensor], outs: Sequence[Tensor], most_rows: int = _TILE_ROWS
-) -> tuple[Moves, Tiles, int]:
+) -> tuple[Packed, Tiles, int]:
     """How rows of xs become outs, in tiles of most_rows rows at most, and how many programs it
-    takes. Tensors that have no bytes are left out."""
-    moves, tiles = [], []
-    programs = 0
-    for x, out in zip(xs, outs, strict=True):
-        if out.numel() == 0:
-            continue
-        size, stride = row_layout(x)
-        unit = unit_of(x.data_ptr(), out.data_ptr(), size, stride)
-        width = size // unit.size
-        rows, columns = tile_of(width * unit.words, most_rows)
-        moves.append((Pointer(x, unit.dtype), Pointer(out, unit.dtype), stride // unit.size))
-        tiles.append((unit.words, width, rows, columns))
-        programs += triton.cdiv(len(out), rows) * triton.cdiv(width * unit.words, columns)
-    if programs == 0:
-        return Moves((), (), ()), Tiles((), (), (), ()), 0
-    return Moves(*zip(*moves, strict=True)), Tiles(*zip(*tiles, strict=True)), programs
+    takes: `Moves`. Tensors that have no bytes are left out."""
+    if not outs or not all(map(Tensor.numel, outs)):
+        pairs = [pair for pair in zip(xs, outs, strict=True) if pair[1].numel() > 0]
+        if not pairs:
+            return _NOTHING
+        xs, outs = zip(*pairs, strict=True)
+    sources, targets = [*map(Tensor.data_ptr, xs)], [*map(Tensor.data_ptr, outs)]
+    forms = [
+        (x.shape[1:], x.stride(0), x.dtype, source & 15, target & 15)
+        for x, source, target in zip(xs, sources, targets, strict=True)
+    ]
+    shape = _shape_of(tuple(forms), most_rows)
+
+    def typed() -> Moves:
+        words = [tuple(map(triton.reinterpret, tensors, shape.dtypes)) for tensors in (xs, outs)]
+        return Moves(words[0], words[1], shape.strides)
+
+    value = (tuple(sources), tuple(targets), shape.strides)
+    return Packed(shape, value, typed), shape.tiles, shape.programs(outs[0].shape[0])
+
+
+_NOTHING = (Packed(None, ((), (), ()), lambda: Moves((), (), ())), Tiles((), (), (), ()), 0)
 
 
 def downsample_many(

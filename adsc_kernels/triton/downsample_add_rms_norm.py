@@ -1,14 +1,16 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """Residual add and RMSNorm of the rows that survive, which are the only ones read."""
 
+import functools
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from adsc_kernels import fakes
-from adsc_kernels.triton.launch import launch, row_layout, row_map, unit_of
+from adsc_kernels.triton.launch import Packed, launch, next_power_of_2, row_map, unit_of
 from adsc_kernels.triton.segment import ROW_MAP, RowMap, source_rows
 
 
@@ -106,21 +108,47 @@ _WARP_BYTES = 1 << 10  # two accesses of 16 bytes for each thread and tensor
 
 def block_of(size: int, element_size: int) -> tuple[int, int]:
     """Elements that a program holds at once, and its warps, for rows of `size` elements."""
-    block = min(triton.next_power_of_2(size), _BLOCK_BYTES // element_size)
+    block = min(next_power_of_2(size), _BLOCK_BYTES // element_size)
     return block, min(max(block * element_size // _WARP_BYTES, 1), 16)
+
+
+class Fit:
+    """What a norm is compiled for. One object stands for what it was made of: it is a part of keys,
+    and told from others by identity.
+
+    strides: of x and residual, in elements. alignments: of the five addresses, modulo 16.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        strides: tuple[int, int],
+        dtype: torch.dtype,
+        alignments: tuple[int, ...],
+        eps: float,
+    ) -> None:
+        width = dtype.itemsize
+        in_bytes = [count * width for count in (size, *strides)]
+        unit = unit_of(*alignments, *in_bytes).size // width
+        block, self.warps = block_of(size, width)
+        self.shape = NormShape(unit, size // unit, block, eps)
+        self.strides = tuple([stride // unit for stride in strides])
+
+
+_fit_of = functools.lru_cache(maxsize=1024)(Fit)
 
 
 def norm_of(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, normed: Tensor, residual_out: Tensor
-) -> tuple[Norm, NormShape, int]:
-    """As kernels take it, and the warps of a program. normed and residual_out: to be written."""
+) -> tuple[Packed, NormShape, int]:
+    """`Norm` as kernels take it, and the warps of a program. normed and residual_out: to be
+    written."""
     tensors = (x, residual, weight, normed, residual_out)
-    (size, x_stride), (_, residual_stride) = row_layout(x), row_layout(residual)
-    addresses = (tensor.data_ptr() for tensor in tensors)
-    unit = unit_of(*addresses, size, x_stride, residual_stride).size
-    block, warps = block_of(x.shape[1], x.element_size())
-    norm = Norm(*tensors, x_stride // unit, residual_stride // unit)
-    return norm, NormShape(unit // x.element_size(), size // unit, block, eps), warps
+    addresses = tuple(map(Tensor.data_ptr, tensors))
+    alignments = tuple([address & 15 for address in addresses])
+    fit = _fit_of(x.shape[1], (x.stride(0), residual.stride(0)), x.dtype, alignments, eps)
+    typed = functools.partial(Norm, *tensors, *fit.strides)
+    return Packed(fit, (*addresses, *fit.strides), typed), fit.shape, fit.warps
 
 
 def downsample_add_rms_norm(

@@ -4,7 +4,7 @@ They check nothing: adsc_kernels.ops has, and it calls them with what it found t
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,22 +20,23 @@ def row_map(
     segments: Tensor | None, keep_indices: Tensor | None, num_tokens: int, num_rows: int
 ) -> tuple[Any, ...]:
     """The fields of a `RowMap`, as kernels take them."""
-    count = 0 if segments is None else len(segments)
-    rows = keep_indices if segments is None else segments
-    return (rows, count, max(count - 1, 0).bit_length(), num_tokens, num_rows, segments is None)
+    if segments is None:
+        return (keep_indices, 0, 0, num_tokens, num_rows, True)
+    count = segments.shape[0]
+    return (segments, count, max(count - 1, 0).bit_length(), num_tokens, num_rows, False)
 
 
-class RowLayout(NamedTuple):
-    """Rows along dimension 0, any distance apart, each dense inside. In bytes."""
-
-    size: int
-    stride: int
+# As Triton's own, which on the host take ten times as long: they look for constants of kernels.
 
 
-def row_layout(x: Tensor) -> RowLayout:
-    """x: [rows, ...]."""
-    width = x.element_size()
-    return RowLayout(math.prod(x.shape[1:]) * width, x.stride(0) * width)
+def cdiv(count: int, size: int) -> int:
+    """How many pieces of that size hold so many."""
+    return -(-count // size)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -63,7 +64,8 @@ def launch(
     kernel: Any, programs: int, device: torch.device, arguments: Sequence[Any], **options: Any
 ) -> None:
     """`start`, of a kernel that verifies what it is given where CHECK says so."""
-    start(kernel, programs, device, arguments, debug=CHECK, CHECK=CHECK, **options)
+    options["CHECK"] = CHECK
+    _start(kernel, programs, device, arguments, CHECK, options)
 
 
 def start(
@@ -80,30 +82,51 @@ def start(
     arguments: those in front; constexprs may be among the options.
     debug: with the kernel's assertions.
     """
-    if INTERPRETED or device.type != "cuda":
+    _start(kernel, programs, device, arguments, debug, options)
+
+
+def _start(
+    kernel: Any,
+    programs: int,
+    device: torch.device,
+    arguments: Sequence[Any],
+    debug: bool,
+    options: dict[str, Any],
+) -> None:
+    index = device.index
+    if INTERPRETED or index is None:
         kernel[(programs,)](*map(_for_triton, arguments), debug=debug, **options)
-    elif driver.active.get_current_device() == device.index:
-        _start_here(kernel, programs, device.index, arguments, debug, options)
+    elif driver.active.get_current_device() == index:
+        _start_here(kernel, programs, index, arguments, debug, options)
     else:
         with torch.cuda.device(device):
-            _start_here(kernel, programs, device.index, arguments, debug, options)
+            _start_here(kernel, programs, index, arguments, debug, options)
 
 
-class Pointer:
-    """A tensor's memory as elements of another type: what `triton.reinterpret` makes, in a tenth of
-    the time."""
+class Packed(NamedTuple):
+    """An argument whose maker knows what Triton compiles anew for in it, and looks at it once."""
 
-    __slots__ = ("address", "base", "dtype")
+    key: Any  # two that Triton would compile anew for never have the same
+    value: Any  # as what was compiled takes it: tensors are addresses
+    typed: Callable[[], Any]  # as Triton takes it, to compile for
 
-    def __init__(self, base: Tensor, dtype: torch.dtype) -> None:
-        self.base = base
-        self.dtype = dtype
-        self.address = base.data_ptr()
+
+def pointer(base: Tensor, dtype: torch.dtype) -> Packed:
+    """A tensor's memory as elements of another type."""
+    address = base.data_ptr()
+    return Packed((dtype, address & 15), address, lambda: triton.reinterpret(base, dtype))
+
+
+def packed(argument: tuple[Any, ...]) -> Packed:
+    """A tuple that several launches take."""
+    key: list[Any] = []
+    value = _add_tuple(argument, key)
+    return Packed(tuple(key), value, lambda: argument)
 
 
 def _for_triton(argument: Any) -> Any:
-    if type(argument) is Pointer:
-        return triton.reinterpret(argument.base, argument.dtype)
+    if type(argument) is Packed:
+        return argument.typed()
     if isinstance(argument, tuple):
         parts = map(_for_triton, argument)
         return tuple(parts) if type(argument) is tuple else type(argument)(*parts)
@@ -117,9 +140,8 @@ class Compiled:
     """What has been compiled of one kernel, by what Triton compiles anew for."""
 
     def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
         self.parameters = [(p.is_constexpr, p.do_not_specialize) for p in kernel.params]
-        self.by_key: dict[Any, Any] = {}
+        self.by_key: dict[Any, Kept] = {}
 
     def key_of(self, arguments: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         """The parts of a call's key, and its arguments as what was compiled takes them.
@@ -134,36 +156,82 @@ class Compiled:
             if constant:
                 key.append(argument)
                 values.append(argument)
+            elif free and type(argument) is int:
+                key.append(argument >> 31)
+                values.append(argument)
+            elif free and isinstance(argument, Tensor):
+                key += (argument.dtype, True)
+                values.append(argument.data_ptr())
             else:
-                _add(argument, free, key, values)
+                _add(argument, key, values)
         return key, values
 
 
-def _add(argument: Any, free: bool, key: list[Any], values: list[Any]) -> None:
+def _add(argument: Any, key: list[Any], values: list[Any]) -> None:
+    """An argument that isn't free, or is neither an integer nor a tensor."""
     kind = type(argument)
-    if kind is int:
-        key.append(argument >> 31 if free else argument)
+    if kind is Packed:
+        key += (Packed, argument.key)
+        values.append(argument.value)
+    elif kind is int:
+        key.append(argument)
         values.append(argument)
-    elif kind is Pointer:
-        key += (argument.dtype, free or argument.address & 15)
-        values.append(argument.address)
     elif kind is Tensor or isinstance(argument, Tensor):
         address = argument.data_ptr()
-        key += (argument.dtype, free or address & 15)
+        key += (argument.dtype, address & 15)
         values.append(address)
     elif isinstance(argument, tuple):
-        if kind is tuple and all(type(x) is int for x in argument):
-            key.append(argument)
-            values.append(argument)
-            return
-        inner: list[Any] = []
-        key += (kind, len(argument))
-        for x in argument:  # none is free, whatever the tuple is
-            _add(x, False, key, inner)
-        values.append(tuple(inner))
+        values.append(_add_tuple(argument, key))
     else:
         key += (kind, argument)
         values.append(argument)
+
+
+_INTS = {int}
+_TENSORS = {Tensor}
+
+
+def _add_tuple(argument: tuple[Any, ...], key: list[Any]) -> tuple[Any, ...]:
+    """`_add` of a tuple's members, of which none is free, whatever the tuple is; their values."""
+    kinds = set(map(type, argument))
+    if kinds == _INTS and type(argument) is tuple:
+        key.append(argument)
+        return argument
+    key += (type(argument), len(argument))
+    if kinds == _TENSORS:
+        addresses = tuple(map(Tensor.data_ptr, argument))
+        key += [x.dtype for x in argument]
+        key += [address & 15 for address in addresses]
+        return addresses
+    values: list[Any] = []
+    for x in argument:
+        _add(x, key, values)
+    return tuple(values)
+
+
+class Kept(NamedTuple):
+    """A compiled kernel, and what its own way to a launch hands to its launcher."""
+
+    compiled: Any
+    run: Any  # None: of a Triton that has these by other names
+    function: Any
+    metadata: Any
+
+    def start(self, programs: int, stream: int, values: Sequence[Any]) -> None:
+        """Past Triton's way, which takes as long again, unless somebody listens in."""
+        runtime = triton.knobs.runtime
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        if self.run is None or getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+            self.compiled[(programs, 1, 1)](*values, stream=stream)
+        else:
+            hooks = (None, None, None)
+            self.run(programs, 1, 1, stream, self.function, self.metadata, *hooks, *values)
+
+
+def _kept(compiled: Any) -> Kept:
+    names = ("run", "function", "packed_metadata")
+    known = all(hasattr(compiled, name) for name in names)
+    return Kept(compiled, *[getattr(compiled, name) if known else None for name in names])
 
 
 _MOST = 1024  # strides and offsets are part of a key, so there is no end to keys
@@ -189,12 +257,13 @@ def _start_here(
     known = compiled_of(kernel)
     parts, values = known.key_of(arguments)
     key = (device, debug, *options.values(), *options, *parts)
-    compiled = known.by_key.get(key)
-    if compiled is None:
+    kept = known.by_key.get(key)
+    if kept is None:
         compiled = kernel[(programs,)](*map(_for_triton, arguments), debug=debug, **options)
         if len(known.by_key) >= _MOST:
             known.by_key.clear()
-        known.by_key[key] = compiled
+        if compiled is not None:  # a hook of Triton's may have taken the launch over
+            known.by_key[key] = _kept(compiled)
         return
     values += [options[name] for name in kernel.arg_names[len(values) :]]
-    compiled[(programs, 1, 1)](*values, stream=driver.active.get_current_stream(device))
+    kept.start(programs, driver.active.get_current_stream(device), values)

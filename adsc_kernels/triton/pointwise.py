@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from adsc_kernels.triton.address import rows_at
-from adsc_kernels.triton.launch import start
+from adsc_kernels.triton.launch import cdiv, next_power_of_2, start
 
 if TYPE_CHECKING:
     from adsc_kernels.pointwise import Place, Rope
@@ -73,20 +73,20 @@ def rotate_(qkv: Tensor, rope: Rope, num_kv_heads: int, place: Place | None) -> 
     num_rows, heads, size = qkv.shape
     if num_rows == 0:
         return
-    block_heads = min(_HEADS, triton.next_power_of_2(heads))
+    block_heads = min(_HEADS, next_power_of_2(heads))
     k, v, rows = (qkv, qkv, qkv) if place is None else place
     by_address = place is not None and k.dim() == 1
     strides = (num_kv_heads * size,) * 2 if by_address else (k.stride(0), v.stride(0))
     start(
         rotate_kernel,
-        num_rows * triton.cdiv(heads, block_heads),
+        num_rows * cdiv(heads, block_heads),
         qkv.device,
         (qkv, *rope, rows, k, v, qkv.stride(0), *strides),
         HEADS=heads,
         KV_HEADS=num_kv_heads,
         HALF=size // 2,
         BLOCK_HEADS=block_heads,
-        BLOCK=triton.next_power_of_2(size // 2),
+        BLOCK=next_power_of_2(size // 2),
         WRITE=place is not None,
         BY_ADDRESS=by_address,
         num_warps=_WARPS,
@@ -110,9 +110,9 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """See `adsc_kernels.pointwise.silu_mul`."""
     num_rows, inner = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty((num_rows, inner))
-    block = min(_BLOCK, triton.next_power_of_2(inner))
+    block = min(_BLOCK, next_power_of_2(inner))
     if num_rows > 0:
-        programs = num_rows * triton.cdiv(inner, block)
+        programs = num_rows * cdiv(inner, block)
         arguments = (gate_up, out, gate_up.stride(0))
         start(silu_mul_kernel, programs, out.device, arguments, INNER=inner, BLOCK=block)
     return out

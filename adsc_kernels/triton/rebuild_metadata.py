@@ -292,7 +292,7 @@ def layout_of(
     """The arguments named in LAYOUT, and what kernels are compiled for."""
     grid = pattern == "grid"
     blocks = -(-max_height * keep[0] // keep[1]) if grid else 1
-    num_sequences, num_spans = len(cu_seqlens) - 1, len(spans)
+    num_sequences, num_spans = cu_seqlens.shape[0] - 1, spans.shape[0]
     lanes = 128 if max(num_sequences, num_spans) <= 128 else 512  # two versions of the code
     layout = BatchLayout(cu_seqlens, spans, num_sequences, num_spans, num_spans.bit_length())
     boundary = Boundary(*[*(*keep, 0, 1)[:4], PATTERN_CODES[pattern], blocks])

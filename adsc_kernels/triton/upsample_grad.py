@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adsc_kernels import fakes
 from adsc_kernels.triton.downsample import tile_of
-from adsc_kernels.triton.launch import CHECK, launch, row_map, unit_of
+from adsc_kernels.triton.launch import CHECK, cdiv, launch, row_map, unit_of
 from adsc_kernels.triton.segment import ROW_MAP, RowMap, source_rows
 
 
@@ -108,7 +108,7 @@ def upsample_grad(
         rows = torch.empty(num_tokens, dtype=torch.int64, device=device)
         if num_tokens > 0:
             arguments = (rows, *row_map(segments, keep_indices, num_tokens, num_rows), _BLOCK)
-            launch(source_rows_kernel, triton.cdiv(num_tokens, _BLOCK), device, arguments)
+            launch(source_rows_kernel, cdiv(num_tokens, _BLOCK), device, arguments)
     else:
         rows = keep_indices
     sources, takers = torch.sort(rows, stable=True)
@@ -118,7 +118,7 @@ def upsample_grad(
     tile_rows, columns = tile_of(size)
     launch(
         upsample_grad_kernel,
-        triton.cdiv(num_rows, tile_rows) * triton.cdiv(size, columns),
+        cdiv(num_rows, tile_rows) * cdiv(size, columns),
         device,
         (
             *(grad, real_out, sources, takers, num_tokens.bit_length(), num_tokens, num_rows),
