@@ -93,7 +93,7 @@ class Tables:
         ends = counts.cumsum().reshape(counts.shape)
         bounds = [0, *ends[:, -1].tolist()]
         self.rows = [slice(*some) for some in pairwise(bounds)]  # of each stage
-        self.dense: list[bool] = (~dropped.any(1)).tolist()  # stages that dropped nothing
+        self.dense = [not some.any() for some in dropped]  # stages that dropped nothing
         told = to_device(np.array([dropped, counts, dropped + ends], np.int64), device)
         self.dropped, on_device, self.back = told
         rows = on_device.flatten()
