@@ -5,8 +5,8 @@ python examples/vllm/host_time.py --at-once 32 --profile schedule  # cProfile of
 
 A decoder of 32 layers that never runs: its results are zeros, so that a step is the host's work
 alone. A step's parts are timed where vLLM calls them, so that what a KV group costs vLLM itself
-(block tables, slots, the backend's metadata) is in them too. Times are the thread's own, of each part
-the fastest of 40 steps: other work on the machine is in those of the clock.
+(block tables, slots, the backend's metadata) is in them too. Times are the thread's own, of each
+part the fastest of 40 steps: other work on the machine is in those of the clock.
 """
 
 from __future__ import annotations
