@@ -48,26 +48,31 @@ def wide(folder: Path, hidden: int) -> Path:
 
 
 def like_7b(folder: Path) -> Path:
-    """LLaVA-1.5-7B's shape without weights, for vLLM's load format "dummy": the bundled model's
-    tokenizer and 576 tokens a picture of 48 x 48 pixels, a CLIP-L tower and a Llama-7B decoder."""
-    target = folder / "like-7b"
+    """LLaVA-1.5-7B's shape: a CLIP-L tower and a Llama-7B decoder."""
+    tower = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}
+    return _without_weights(folder / "like-7b", 4096, 11008, 128, tower | {"num_hidden_layers": 24})
+
+
+def narrow(folder: Path) -> Path:
+    """LLaVA-1.5-7B's 32 layers, so narrow that a step's time is the host's; the bundled tower."""
+    return _without_weights(folder / "narrow", 32, 32, 32, {})
+
+
+def _without_weights(target: Path, hidden: int, mlp: int, head: int, tower: dict) -> Path:
+    """A decoder of 32 layers for vLLM's load format "dummy": the bundled model's tokenizer and 576
+    tokens a picture of 48 x 48 pixels."""
     shutil.copytree(MODEL, target, ignore=shutil.ignore_patterns("*.safetensors", "pictures"))
     settings = json.loads((MODEL / "config.json").read_text())
     settings["dtype"] = "bfloat16"
     settings["text_config"] |= {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "head_dim": 128,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "head_dim": head,
+        "num_attention_heads": hidden // head,
+        "num_key_value_heads": hidden // head,
         "num_hidden_layers": 32,
         "max_position_embeddings": 4096,
     }
-    settings["vision_config"] |= {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_attention_heads": 16,
-        "num_hidden_layers": 24,
-    }
+    settings["vision_config"] |= tower
     (target / "config.json").write_text(json.dumps(settings))
     return target

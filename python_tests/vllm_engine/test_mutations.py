@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from engines import MIXED, answer, check, engine, scheduler_of
 
 from adsc_kernels.integrations.vllm import manager, metadata
@@ -30,14 +28,11 @@ def test_positions_of_survivors_renumbered(llava, monkeypatch):
 
 
 def test_dense_lengths(llava, monkeypatch):
-    make = metadata.Step._make_rows
-
-    def dense(step, stage):
-        rows, lengths = make(step, stage), step._common.seq_lens
-        lengths = lengths if rows.requests is None else lengths[rows.requests]
-        return dataclasses.replace(rows, seq_lens=lengths)
-
-    monkeypatch.setattr(metadata.Step, "_make_rows", dense)
+    monkeypatch.setattr(
+        metadata.Batch,
+        "seq_lens",
+        lambda self, dense, tables: self._seq_lens[:, : len(dense)].copy_(dense),
+    )
     assert wrong(llava)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from adsc_kernels.integrations.vllm.metadata import Batch, EmptyStage, StageRows
+from adsc_kernels.integrations.vllm.metadata import Batch, EmptyStage, Step
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
@@ -28,7 +29,8 @@ class StageBuilder:
     kv_cache_spec: Any
     adsc_batch: Batch
 
-    # vLLM would hand a sibling group this group's metadata, with slots of its own in positions.
+    # vLLM would hand a sibling group this group's metadata, with slots of its own in positions:
+    # `build` does it, for the groups of a stage, whose slots it writes first.
     supports_update_block_table = False
 
     def __init__(
@@ -42,9 +44,7 @@ class StageBuilder:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, **kwargs)  # type: ignore[call-arg]
         context = vllm_config.compilation_config.static_forward_context
         self.adsc_batch = context[layer_names[0]].adsc_batch
-        self._seq_lens = torch.zeros(
-            vllm_config.scheduler_config.max_num_seqs, dtype=torch.int32, device=device
-        )
+        self.adsc_batch.allocate(vllm_config.scheduler_config.max_num_seqs, device)
         self._captured: tuple[int, ...] | None = None
 
     @classmethod
@@ -73,47 +73,56 @@ class StageBuilder:
                 f"{', '.join(_CAPTURED)}: expected where they lay when CUDA graphs were captured, "
                 "got other addresses; --enforce-eager runs without graphs"
             )
-        step = self.adsc_batch.step(common_attn_metadata)
-        stage = self.kv_cache_spec.stage
-        if step.plan is None:
-            rows = None if step.untouched(stage) else step.rows(stage)
-            common_attn_metadata = self._in_place(common_attn_metadata, rows)
-        else:
+        common, stage = common_attn_metadata, self.kv_cache_spec.stage
+        table, slots = common.block_table_tensor, common.slot_mapping
+        step = self.adsc_batch.step(common)
+        if step.plan is not None:
             rows = step.rows(stage)
             if rows.num_tokens == 0:
-                common_attn_metadata.slot_mapping.fill_(-1)
+                slots.fill_(-1)
                 return EmptyStage(step)
-            common_attn_metadata = self._compress(common_attn_metadata, rows)
-        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
+            self._write_slots(slots, table, step)
+            slots[rows.num_tokens :].fill_(-1)
+            slots = slots[: rows.num_tokens]
+            if rows.requests is not None:
+                table = table[rows.requests]
+        elif not step.untouched(stage):
+            self._write_slots(slots, table, step)  # behind them vLLM wrote none
+        key = (stage, type(self))
+        if key in step.built:
+            return super().update_block_table(step.built[key], table, slots)  # type: ignore[misc]
+        if step.plan is None:
+            common = self._in_place(common, step)
+        else:
+            common = self._compress(common, step, table, slots)
+        metadata = super().build(common_prefix_len, common, fast_build)  # type: ignore[misc]
         metadata.adsc = step
+        if super().supports_update_block_table:  # type: ignore[misc]
+            step.built[key] = metadata
         return metadata
 
-    def _in_place(
-        self, common: CommonAttentionMetadata, rows: StageRows | None
-    ) -> CommonAttentionMetadata:
-        """The batch's rows, requests and tables as they are, with the stage's lengths and slots:
-        `rows`, or vLLM's own where nothing was dropped."""
-        seq_lens = self._seq_lens[: common.num_reqs]
-        if rows is None:
-            seq_lens.copy_(common.seq_lens[: common.num_reqs])
-            return common.replace(seq_lens=seq_lens)
-        seq_lens.copy_(rows.seq_lens)
-        self._write_slots(common.slot_mapping, common.block_table_tensor, rows)
+    def _in_place(self, common: CommonAttentionMetadata, step: Step) -> CommonAttentionMetadata:
+        """The batch's rows, requests and tables as they are, with the stage's lengths."""
+        stage = self.kv_cache_spec.stage
+        if step.untouched(stage):
+            return common.replace(seq_lens=step.seq_lens(stage))
         return common.replace(
-            seq_lens=seq_lens,
-            seq_lens_cpu_upper_bound=rows.seq_lens_cpu,
+            seq_lens=step.seq_lens(stage),
+            seq_lens_cpu_upper_bound=step.seq_lens_cpu(stage),
             positions=None,
             _num_computed_tokens_cache=None,
         )
 
     def _compress(
-        self, common: CommonAttentionMetadata, rows: StageRows
+        self,
+        common: CommonAttentionMetadata,
+        step: Step,
+        table: torch.Tensor,
+        slots: torch.Tensor,
     ) -> CommonAttentionMetadata:
         """The rows that are left of the batch, of the requests that have any."""
-        block_table = common.block_table_tensor
-        if rows.requests is not None:
-            block_table = block_table[rows.requests]
-        self._write_slots(common.slot_mapping, block_table, rows)
+        stage = self.kv_cache_spec.stage
+        rows = step.rows(stage)
         return common.replace(
             query_start_loc=rows.query_start_loc,
             query_start_loc_cpu=rows.query_start_loc_cpu,
@@ -121,26 +130,26 @@ class StageBuilder:
             seq_lens_cpu_upper_bound=rows.seq_lens_cpu,
             num_reqs=len(rows.counts),
             num_actual_tokens=rows.num_tokens,
-            max_query_len=int(rows.counts.max()),
-            max_seq_len=int(rows.seq_lens_cpu.max()),
-            block_table_tensor=block_table,
-            slot_mapping=common.slot_mapping[: rows.num_tokens],
-            positions=rows.positions,
+            max_query_len=rows.max_query_len,
+            max_seq_len=rows.max_seq_len,
+            block_table_tensor=table,
+            slot_mapping=slots,
+            positions=step.positions(stage),
             is_prefilling=None,
             req_idx=None,
             _num_computed_tokens_cache=None,
             _token_to_req_indices_cache=None,
         )
 
-    def _write_slots(self, slots: torch.Tensor, block_table: torch.Tensor, rows: StageRows) -> None:
-        """Where each row's key goes; none for padding and for a masked row. The attention layer
-        reads its group's buffer, so they are written there."""
-        block, own = self.kv_cache_spec.block_size, slots[: rows.num_tokens]
-        index, offset = rows.places(block)
-        torch.add(offset, block_table[rows.request_of_row, index], alpha=block, out=own)
-        if rows.masked is not None:
-            own.masked_fill_(rows.masked, -1)
-        slots[rows.num_tokens :].fill_(-1)
+    def _write_slots(self, slots: torch.Tensor, block_table: torch.Tensor, step: Step) -> None:
+        """Where each row's key goes; none for a masked row. The attention layer reads its group's
+        buffer, so they are written there."""
+        stage, block = self.kv_cache_spec.stage, self.kv_cache_spec.block_size
+        index, place = step.slots(stage, block, block_table.shape[1])
+        own = slots[: len(index)]
+        torch.add(place, block_table.take(index), alpha=block, out=own)
+        if (masked := step.masked(stage)) is not None:
+            own.masked_fill_(masked, -1)
 
 
 def addresses(common: CommonAttentionMetadata) -> tuple[int, ...]:
@@ -148,6 +157,7 @@ def addresses(common: CommonAttentionMetadata) -> tuple[int, ...]:
     return tuple(getattr(common, name).data_ptr() for name in _CAPTURED)
 
 
+@cache
 def stage_builder(base: type[AttentionMetadataBuilder]) -> type[AttentionMetadataBuilder]:
-    """The builder of a backend, for the layers behind a boundary."""
+    """The builder of a backend, for the layers behind a boundary: one, so that groups can share."""
     return type(f"Adsc{base.__name__}", (StageBuilder, base), {})

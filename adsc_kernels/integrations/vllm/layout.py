@@ -56,6 +56,28 @@ class RequestLayout:
         return begin < self.end and end > self.begin
 
 
+class Columns:
+    """The layouts of a batch's requests side by side, so that a step needs no loop over them.
+
+    Attributes:
+        layouts: of the requests, in the batch's order.
+        begin, end: int32 [size]; dropped: int32 [stages behind a boundary, size]: as those of a
+            layout, and 0 behind the last one, where a batch has padding or dummies.
+    """
+
+    def __init__(self, layouts: Sequence[RequestLayout], num_stages: int, size: int) -> None:
+        self.layouts = layouts
+        table = np.zeros((num_stages + 1, size), np.int32)
+        if layouts:
+            some = [(layout.begin, layout.end, *layout.dropped[1:]) for layout in layouts]
+            table[:, : len(layouts)] = np.array(some, np.int32).T
+        self.begin, self.end, self.dropped = table[0], table[1], table[2:]
+
+    def hold(self, layouts: Sequence[RequestLayout], size: int) -> bool:
+        """Whether they are those of this batch."""
+        return len(self.end) == size and self.layouts == layouts
+
+
 class Layouts:
     """The layouts of an engine's requests; those with images of one size at one place share one.
 

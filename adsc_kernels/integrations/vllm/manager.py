@@ -52,12 +52,12 @@ class AdscStageManager(FullAttentionManager):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._stage = self.kv_cache_spec.stage
         self._keyed: dict[str, int] = {}  # blocks of a request's prompt whose keys are made
         self._unpublished: dict[str, list[tuple[BlockHash, KVCacheBlock]]] = {}
 
     def _kept(self, request_id: str, tokens: int) -> int:
-        hashes = self.requests[request_id].block_hashes
-        return hashes.layout.kept_before(self.kv_cache_spec.stage, tokens)
+        return self.requests[request_id].block_hashes.layout.kept_before(self._stage, tokens)
 
     def get_num_blocks_to_allocate(
         self,
@@ -70,9 +70,12 @@ class AdscStageManager(FullAttentionManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
+        kept = self._kept(request_id, num_tokens)
+        if not new_computed_blocks:  # asked of every group for each request in each step
+            return max(-(-kept // self.block_size) - len(self.req_to_blocks.get(request_id, ())), 0)
         return super().get_num_blocks_to_allocate(
             request_id,
-            self._kept(request_id, num_tokens),
+            kept,
             new_computed_blocks,
             self._kept(request_id, total_computed_tokens),
             self._kept(request_id, num_local_computed_tokens),
@@ -100,11 +103,8 @@ class AdscStageManager(FullAttentionManager):
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
-        return super().allocate_new_blocks(
-            request_id,
-            self._kept(request_id, num_tokens),
-            self._kept(request_id, num_tokens_main_model),
-        )
+        kept = self._kept(request_id, num_tokens)
+        return super().allocate_new_blocks(request_id, kept, kept)  # the latter is for draft models
 
     def cache_blocks(
         self,
@@ -114,17 +114,20 @@ class AdscStageManager(FullAttentionManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        name, block, hashes = request.request_id, self.block_size, request.block_hashes
-        blocks = self.req_to_blocks[name]
-        kept = self._kept(name, self._keyed.get(name, 0) * block)
-        for i in range(self._keyed.get(name, 0), num_tokens // block):
+        name, block = request.request_id, self.block_size
+        first, end = self._keyed.get(name, 0), num_tokens // block
+        if end <= first:
+            return
+        hashes, blocks = request.block_hashes, self.req_to_blocks[name]
+        kept = self._kept(name, first * block)
+        for i in range(first, end):
             before, kept = kept, self._kept(name, (i + 1) * block)
             if kept // block > before // block:
                 self._insert(hashes[i], blocks[kept // block - 1])
             if kept % block:
                 self._unpublished.setdefault(name, []).append((hashes[i], blocks[kept // block]))
-        self._keyed[name] = max(self._keyed.get(name, 0), num_tokens // block)
-        self.num_cached_block[name] = self._kept(name, num_tokens) // block
+        self._keyed[name] = end
+        self.num_cached_block[name] = kept // block
 
     def publish(self) -> None:
         """At the end of a scheduler's step: from the next one on, tails that this one fills may be

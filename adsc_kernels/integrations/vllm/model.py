@@ -115,7 +115,7 @@ class StagedDecoder(nn.Module):
                     hidden, positions, residual = gather(hidden, positions, residual, stage)
                     narrow = True
             if s and self._renumbers and step is not None and not step.untouched(s):
-                positions = step.rows(s).positions
+                positions = step.positions(s)
             if not self._has_layers[s]:
                 continue
             if s:
@@ -125,8 +125,11 @@ class StagedDecoder(nn.Module):
         hidden, _ = self.norm(hidden, residual)
         if plan is None:
             return hidden
-        # Sampling looks for rows where the batch has them.
-        return spread(hidden, plan.between(0, len(plan.stages) - 1), num_rows)
+        # Sampling looks for rows where the batch has them. Stage by stage: the tables are there.
+        moved = [stage for stage in plan.stages[1:] if not stage.is_identity]
+        for stage in reversed(moved):
+            hidden = spread(hidden, stage, num_rows if stage is moved[0] else stage.num_tokens_in)
+        return hidden
 
     def _step(self) -> Step | None:
         """The batch's stages; None where all is dense: no boundaries, or vLLM's profiling runs."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vllm.utils.math_utils import cdiv
@@ -22,7 +22,7 @@ class AdscStageSpec(AttentionSpec):
     dense group of all layers, and the coordinator would trim its prefix hits by token count.
     """
 
-    schedule: CompressionSchedule
+    schedule: CompressionSchedule = field(hash=False)  # slow, and vLLM hashes in every step
     stage: int
     bucket: int = 0
 

@@ -19,10 +19,11 @@ class RunnerRows:
         self._known: dict[str, tuple[Any, RequestLayout]] = {}
 
     def __call__(self) -> list[RequestLayout]:
-        requests = self._runner.requests
-        for name in self._known.keys() - requests.keys():
-            del self._known[name]
-        return [self._layout(name, requests[name]) for name in self._runner.input_batch.req_ids]
+        requests, names = self._runner.requests, self._runner.input_batch.req_ids
+        if len(self._known) > len(requests):
+            for name in self._known.keys() - requests.keys():
+                del self._known[name]
+        return [self._layout(name, requests[name]) for name in names]
 
     def _layout(self, name: str, request: Any) -> RequestLayout:
         known = self._known.get(name)
