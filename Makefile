@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Without a GPU torch is pinned, so that every such machine tests the same build.
 TORCH ?= $(if $(shell nvidia-smi -L 2>/dev/null),torch>=2.10,torch==2.13.0)
-# Python compiles what it imports; pip would compile all, which takes longer than the rest of it.
+# Python compiles what it imports, and keeps that; pip would compile all, which takes longer than the
+# rest of it.
+unexport PYTHONDONTWRITEBYTECODE
 PIP_FLAGS := --disable-pip-version-check --quiet --no-compile
 PIP_INSTALL := $(BIN)/python -m pip install $(PIP_FLAGS)
 BUILD = build/$(shell $(BIN)/python -c "import sys; print(sys.implementation.cache_tag)")
