@@ -111,8 +111,13 @@ class PagedKeys:
         return F.pad(self.bounds[1::2].cumsum(0, dtype=torch.int32), (1, 0))
 
     def in_blocks(self, rows: Tensor) -> Tensor:
-        """[blocks * block_size, H, D] as [blocks, block_size, H, D]."""
-        return rows.unflatten(0, (len(rows) // self.block_size, self.block_size))
+        """A cache's rows, as `in_blocks`."""
+        return in_blocks(rows, self.block_size)
+
+
+def in_blocks(rows: Tensor, block_size: int) -> Tensor:
+    """[blocks * block_size, H, D] as [blocks, block_size, H, D]."""
+    return rows.unflatten(0, (len(rows) // block_size, block_size))
 
 
 Keys = CachedKeys | PagedKeys

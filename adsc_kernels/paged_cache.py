@@ -12,10 +12,9 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from adsc_kernels import ops
-from adsc_kernels.attention_keys import PagedKeys
+from adsc_kernels.attention_keys import PagedKeys, in_blocks
 from adsc_kernels.cache import StageCache
 from adsc_kernels.plan import to_device
 
@@ -57,7 +56,8 @@ class PagedStageCache(StageCache):
         for tensors in (self.k, self.v):
             for i, rows in enumerate(tensors):
                 tensors[i] = rows.new_empty((sum(counts) * self.block_size, *rows.shape[1:]))
-                self._in_blocks(tensors[i])[: len(old)] = self._in_blocks(rows)[index]
+                new_rows, old_rows = (in_blocks(x, self.block_size) for x in (tensors[i], rows))
+                new_rows[: len(old)] = old_rows[index]
         self.blocks = [
             [new[block] for block in blocks] + [next(fresh) for _ in range(n - len(blocks))]
             for blocks, n in zip(kept, counts, strict=True)
@@ -83,14 +83,11 @@ class PagedStageCache(StageCache):
             table[b] = blocks + [-1] * (columns - len(blocks))
         return table
 
-    def _in_blocks(self, rows: Tensor) -> Tensor:
-        return rows.unflatten(0, (len(rows) // self.block_size, self.block_size))
-
     def _move(self, mapping: StagePlan, prefix: tuple[int, ...]) -> tuple[int, ...]:
         table = self.block_table()
         result = ops.compact_paged_kv_(
-            [self._in_blocks(rows) for rows in self.k],
-            [self._in_blocks(rows) for rows in self.v],
+            [in_blocks(rows, self.block_size) for rows in self.k],
+            [in_blocks(rows, self.block_size) for rows in self.v],
             to_device(table, self._device),
             mapping,
             prefix_lens=prefix,
