@@ -55,7 +55,7 @@ def check(
 # ---- Arguments of the op itself ----
 
 SCHEDULE = CompressionSchedule.parse("1:1/2,2:1/4@center", num_layers=4)
-PLAN = make_plan(SCHEDULE, [0, 40, 60], [(0, 5, 24), (1, 2, 9)])
+PLAN = make_plan(SCHEDULE, [0, 14, 22], [(0, 5, 6), (1, 2, 5)])
 S = PLAN.stages[1]
 OWN = (S.segments, None, S.cu_seqlens, S.cu_seqlens_in, None, None)
 TABLE = torch.randperm(30)[:20].reshape(2, 10)
@@ -68,7 +68,7 @@ def sample(kind: str) -> tuple[Any, ...]:
     boundary += (None, None, [], "start", 0, S.num_tokens)
     outs = [HIDDEN.new_empty(S.num_tokens, 8), torch.empty(S.num_tokens, dtype=torch.int64)]
     if kind == "layout":
-        cu, spans = S.cu_seqlens_in, torch.tensor([[0, 5, 24], [1, 2, 9]], dtype=torch.int32)
+        cu, spans = S.cu_seqlens_in, torch.tensor([[0, 5, 6], [1, 2, 5]], dtype=torch.int32)
         boundary = (HIDDEN, HIDDEN + 1, WEIGHT, 1e-6, [], None, None, cu, spans)
         boundary += ([1, 2], "start", 0, S.num_tokens)
         metadata = ops.rebuild_metadata(cu, spans, "1/2")

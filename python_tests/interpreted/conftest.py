@@ -1,5 +1,6 @@
 """For the tests that Triton's interpreter runs: test_triton_interpreter.py starts them."""
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,18 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run test_triton_interpreter.p
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 convert_float = interpreter._convert_float
+patch_language = interpreter._patch_lang
+
+
+@functools.cache
+def patch_language_once(function):  # type: ignore[no-untyped-def]
+    """The interpreter does so at each call of a function, a third of its time."""
+    scope = patch_language(function)
+    scope._changes.clear()  # nothing is put back: all that this process launches is interpreted
+    return scope
+
+
+interpreter._patch_lang = patch_language_once
 
 
 def rounding_as_a_gpu_does(data, source, target, rounding_mode):  # type: ignore[no-untyped-def]

@@ -19,6 +19,10 @@ import pytest
 
 pytest.importorskip("vllm")
 
+import once
+
+once.install()
+
 
 def pytest_collection_modifyitems(items):
     """The files that take longest come first, so that no worker ends long after the other."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -119,9 +118,6 @@ def engine(checkpoint: Checkpoint, schedule: str | None, **options: Any) -> Iter
     """An LLM in this process unless told otherwise."""
     from vllm import LLM
 
-    # Of all that was imported: vLLM looks for garbage several times while it starts. Its shutdown
-    # thaws and collects everything, the engine before included.
-    gc.freeze()
     llm = LLM(**arguments(checkpoint, schedule, **options))
     try:
         yield llm

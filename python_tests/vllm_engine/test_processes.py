@@ -8,9 +8,9 @@ from engines import MIXED, Ask, answer, check, engine, words
 SCHEDULE = "2:1/3,4:1/2"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def spawn(monkeypatch):
-    """Processes that import everything anew."""
+    """Processes that import everything anew, as on a GPU."""
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 
@@ -25,14 +25,14 @@ def serve(llava, schedule, **options):
         check(llava, schedule, MIXED, answer(llm, MIXED))
 
 
-def test_compiled_in_a_separate_process(short_llava, own_process):
+def test_compiled_in_a_separate_process(short_llava, own_process, spawn):
     """A unit of compilation for each stage; chunks of many sizes, some without survivors."""
     options = dict(max_num_batched_tokens=70, max_num_seqs=4)
     options |= dict(enforce_eager=False, enable_prefix_caching=True)
     serve(short_llava, "1:1/3,2:1/2", **options)
 
 
-def test_tensor_parallel(llava, monkeypatch):
+def test_tensor_parallel(llava, monkeypatch, spawn):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     serve(llava, SCHEDULE, tensor_parallel_size=2)
 

@@ -264,7 +264,6 @@ def test_chunks_and_prefix_hits(qwen):
 def test_separate_process(qwen, monkeypatch):
     """Where an image that comes again is sent by name, without its data."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     schedule = "2:1/2x1/3@grid"
     with qwen_engine(qwen, schedule) as llm:
         for asks in (ASKS, ASKS[1:]):
