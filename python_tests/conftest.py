@@ -11,6 +11,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Of what was imported nothing becomes garbage, but to look through it takes a third of a second."""
+    """Nothing of what was imported becomes garbage, and to look through it takes long."""
     gc.collect()
     gc.freeze()

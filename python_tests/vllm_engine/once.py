@@ -26,14 +26,15 @@ def install() -> None:
     register = dispatcher.register_kernels
 
     def register_once(overrides: Mapping[str, Callable[..., Any]]) -> None:
-        new = {name: kernel for name, kernel in overrides.items() if name not in dispatcher._registry}
+        known = dispatcher._registry
+        new = {name: kernel for name, kernel in overrides.items() if name not in known}
         if new:
             register(new)
 
     dispatcher.register_kernels = register_once
 
-    # An engine freezes what there is, and its shutdown thaws that and goes through it several times:
-    # of what was imported nothing is garbage, and of the engine all is to be found.
+    # An engine freezes what there is; its shutdown thaws that and goes through it several times.
+    # Nothing of what was imported is garbage, and all of the engine is to be found.
     gc.collect()
     gc.freeze()
     gc.freeze = gc.unfreeze = nothing
