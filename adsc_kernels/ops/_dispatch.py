@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 
 from adsc_kernels import reference
 from adsc_kernels.backend import INTERPRETED, native_for, native_problem, resolve
-from adsc_kernels.kv.tensors import check_no_transform, check_writable
+from adsc_kernels.kv.tensors import Places, check_no_transform, check_writable
 
 _libraries = {
     "adsc_kernels": torch.library.Library("adsc_kernels", "FRAGMENT"),
@@ -277,17 +277,17 @@ def call(op: Callable[..., Any], *arguments: Any, grad: bool) -> Any:
 
 
 def call_in_place(
-    op: Callable[..., Any], *arguments: Any, written: list[Tensor], addresses: list[int] | None
+    op: Callable[..., Any], *arguments: Any, written: list[Tensor], places: Places | None
 ) -> Any:
     """Calls what `choose` gave, whose arguments `check_writable` has passed, and does for autograd
     what op's kernel in Python (`_writing`) would, in less time.
 
-    addresses: of written, where they are known.
+    places: of written, where they are known.
     """
     if _is_compiling():
         return op(*arguments)
     if _passes_by(op, arguments, written):
-        results = op.function(*arguments, addresses=addresses)  # type: ignore[attr-defined]
+        results = op.function(*arguments, places=places)  # type: ignore[attr-defined]
     else:
         with torch._C._AutoDispatchBelowADInplaceOrView():
             results = op(*arguments)

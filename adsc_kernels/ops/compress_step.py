@@ -83,7 +83,7 @@ def compress_step(
         chosen = choose("compress_step", hidden.device)
         both = (*arguments, *compaction.arguments(of_step=True), outputs)
         caches = compaction.caches
-        results = call_in_place(chosen, *both, written=caches.tensors, addresses=caches.addresses)
+        results = call_in_place(chosen, *both, written=caches.tensors, places=caches.places)
     else:
         outputs, results, compaction = _call(op, *given)
         increment_version(compaction.caches.tensors)
@@ -157,7 +157,7 @@ def _check(
         )
     caches = compaction.caches
     if has_place(caches.tensors[0]):
-        check_apart(inputs, caches.tensors, caches.names)
+        check_apart(inputs, caches)
     return arguments, compaction
 
 
