@@ -14,7 +14,7 @@ from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.kv.cache import Blocks, CacheLayout, CacheStage, DenseCache, PagedCache
 from adsc_kernels.kv.pages import CompactionResult, HostRows, Ints, Pages, check_pages
 from adsc_kernels.kv.rows import Rows, check_ints, check_rows
-from adsc_kernels.kv.tensors import Caches, axis, check_caches, native_caches
+from adsc_kernels.kv.tensors import Caches, axis, known_caches
 from adsc_kernels.plan import to_device
 from adsc_kernels.rows import check_table, check_tensor, is_readable
 
@@ -93,7 +93,7 @@ def check_dense(
     stage: the cache's, or what stands for one.
     native: but for what the native op checks itself, and is left to.
     """
-    caches = native_caches(cache) if native else check_caches(cache)
+    caches = known_caches(cache, native)
     rows, host = check_rows(cache, stage, caches, with_sources=False, native=native)
     starts, room = _room(cache, stage, caches, host.batch)
     if any(map(operator.gt, host.seq_lens, room)):
@@ -145,7 +145,7 @@ def check_paged(
 ) -> CompactionCall:
     """`check_dense` for `compact_paged_kv_`."""
     checks.flag("edit_table", cache.edit_table)
-    caches = native_caches(cache) if native else check_caches(cache)
+    caches = known_caches(cache, native)
     size, num_blocks = _block_size(cache, caches)
     with_sources = cache.edit_table or cache.read_only_blocks is not None
     rows, host = check_rows(cache, stage, caches, with_sources, native)

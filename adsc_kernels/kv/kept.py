@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -17,17 +17,18 @@ if TYPE_CHECKING:
 class KeptCaches:
     """A cache's tensors as the native library has checked them and holds them, by a number.
 
-    A call hands over the number in place of its tensors, 64 of 32 layers. The library looks at
-    every one of them in every call, and refuses those that aren't what they were: place, shape,
-    strides, dtype, device. What it can't know, whether the object names the same tensors, is asked
-    here. They live as long as this.
+    A call of a native op hands over the number in place of its tensors, 64 of 32 layers. The
+    library looks at every one of them in every call, and refuses those that aren't what they were:
+    place, shape, strides, dtype, device; for other kernels it does so where it is asked
+    (`unchanged`). What it can't know, whether the object names the same tensors, is asked here.
+    They live as long as this.
     """
 
-    __slots__ = ("any_inference", "caches", "fields", "lists", "number")
+    __slots__ = ("any_inference", "caches", "fields", "listed", "lists", "number")
 
     def __init__(self, cache: DenseCache | PagedCache, caches: Caches) -> None:
-        keep, _ = _ops()
-        self.number: int = keep(caches.tensors, caches.num_layers, cache.layout)
+        self.number: int = _ops().keep(caches.tensors, caches.num_layers, cache.layout)
+        self.listed = caches  # as other kernels take them
         self.caches = caches._replace(number=self.number)
         self.any_inference = any(map(torch.Tensor.is_inference, caches.tensors))
         self.fields = (cache.k_caches, cache.v_caches, cache.k_scales, cache.v_scales, cache.layout)
@@ -50,9 +51,17 @@ class KeptCaches:
                 return False
         return True
 
+    def unchanged(self) -> bool:
+        """Whether each of the tensors is what it was."""
+        try:
+            _ops().check(self.number)
+        except ValueError:
+            return False
+        return True
+
     def __del__(self) -> None:
         if hasattr(self, "number"):  # nothing was refused
-            _ops()[1](self.number)
+            _ops().release(self.number)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """A copy of the object, and one in another process, keeps nothing yet."""
@@ -62,8 +71,14 @@ class KeptCaches:
 _FIXED = (torch.Tensor, tuple, str, type(None))
 
 
+class _Ops(NamedTuple):
+    keep: Callable[..., Any]
+    check: Callable[..., Any]
+    release: Callable[..., Any]
+
+
 @functools.cache
-def _ops() -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _ops() -> _Ops:
     """Found when first asked for: the library is loaded by then."""
     ops = torch.ops.adsc_kernels
-    return ops.keep_caches.default._op, ops.release_caches.default._op
+    return _Ops(*(op.default._op for op in (ops.keep_caches, ops.check_caches, ops.release_caches)))

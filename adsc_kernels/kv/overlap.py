@@ -3,13 +3,18 @@
 csrc/overlap.h tells; the native ops ask it themselves, in front of their first write.
 """
 
+from __future__ import annotations
+
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from adsc_kernels._planner import _C
+
+if TYPE_CHECKING:
+    from adsc_kernels.kv.tensors import Caches
 
 
 def check_overlap(tensors: Sequence[Tensor], names: Sequence[str]) -> None:
@@ -50,15 +55,18 @@ def places_apart(groups: Iterable[Sequence[Tensor]]) -> list[int] | None:
     return addresses if apart else None
 
 
-def check_apart(
-    inputs: Sequence[tuple[str, Tensor]], caches: Sequence[Tensor], names: Sequence[str]
-) -> None:
+def check_apart(inputs: Sequence[tuple[str, Tensor]], caches: Caches) -> None:
     """Raises ValueError where one of the inputs, by name, shares memory with one of the caches."""
-    found = _C.find_shared([_place(x) for _, x in inputs], list(map(_place, caches)))
+    written = None if caches.places is None else caches.places.prepared.get("overlap")
+    if written is None:
+        written = list(map(_place, caches.tensors))
+        if caches.places is not None:
+            caches.places.prepared["overlap"] = written
+    found = _C.find_shared([_place(x) for _, x in inputs], written)
     if found is None:
         return
     (name, x), cache = inputs[found[0]], found[1]
-    both = sorted([(x.data_ptr(), name), (caches[cache].data_ptr(), names[cache])])
+    both = sorted([(x.data_ptr(), name), (written[cache][0], caches.names[cache])])
     raise ValueError(f"{both[0][1]}, {both[1][1]}: expected tensors that don't share memory")
 
 

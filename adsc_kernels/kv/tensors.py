@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from adsc_kernels import checks
+from adsc_kernels.backend import native_problem
 from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.kv.cache import CacheLayout, DenseCache, PagedCache, Tensors
 from adsc_kernels.kv.kept import KeptCaches
@@ -16,6 +17,16 @@ from adsc_kernels.kv.overlap import check_overlap, places_apart
 from adsc_kernels.rows import is_plain
 
 LAYOUTS = ("NHD", "HND")
+
+
+class Places:
+    """Where tensors lie that are alike within their kinds but for that."""
+
+    __slots__ = ("addresses", "prepared")
+
+    def __init__(self, addresses: list[int]) -> None:
+        self.addresses = addresses
+        self.prepared: dict[Any, Any] = {}  # what a launcher works out of them, for the next call
 
 
 class Caches(NamedTuple):
@@ -29,7 +40,7 @@ class Caches(NamedTuple):
     tokens: int
     kinds: tuple[str, ...]  # of each num_layers tensors: "k_caches" and so on
     number: int | None = None  # by which the native library keeps them
-    addresses: list[int] | None = None  # known where those of a kind are alike but for them
+    places: Places | None = None  # where those of a kind are known to be alike but for them
 
     @property
     def names(self) -> list[str]:
@@ -105,7 +116,7 @@ def check_caches(cache: DenseCache | PagedCache) -> Caches:
     addresses = places_apart(lists.values()) if alike else None
     if addresses is None:
         check_overlap(tensors, caches.names)
-    return caches._replace(addresses=addresses)
+    return caches if addresses is None else caches._replace(places=Places(addresses))
 
 
 def has_place(x: Tensor) -> bool:
@@ -114,23 +125,41 @@ def has_place(x: Tensor) -> bool:
     return not (traced or x.device.type == "meta" or isinstance(x, FakeTensor))
 
 
-def native_caches(cache: DenseCache | PagedCache) -> Caches:
-    """`check_caches` in front of a native op. From an object's second call on the library keeps its
-    tensors, so that a call needs no list of them."""
+def known_caches(cache: DenseCache | PagedCache, native: bool) -> Caches:
+    """`check_caches`, which from an object's second call on the library remembers: it keeps the
+    tensors, and finds in each call whether they are what they were.
+
+    native: in front of a native op, which asks that itself and needs no list of them.
+    """
+    check = _usual_caches if native else check_caches
     memory = cache._kept
-    if memory is None:
-        return _usual_caches(cache)
+    if memory is None or not (native or _can_be_kept(cache.first())):
+        return check(cache)
     for kept in memory[:]:  # one, or none before the first call; other threads may change it
         if kept is None or not kept.holds(cache):
-            kept = KeptCaches(cache, _usual_caches(cache))
+            kept = KeptCaches(cache, check(cache))
             memory[:] = (kept,)
         elif (torch.is_grad_enabled() and torch._C._any_requires_grad(kept.caches.tensors)) or (
             kept.any_inference and not torch.is_inference_mode_enabled()
         ):
             return check_caches(cache)
-        return kept.caches
+        elif not native and not kept.unchanged():
+            break
+        return kept.caches if native else kept.listed
     memory[:] = (None,)
-    return _usual_caches(cache)
+    return check(cache)
+
+
+def _can_be_kept(first: Any) -> bool:
+    """Whether the library may look at tensors like this one, where it doesn't serve them."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(first) is Tensor
+        and first.device.type != "meta"
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and not native_problem()
+    )
 
 
 def _usual_caches(cache: DenseCache | PagedCache) -> Caches:

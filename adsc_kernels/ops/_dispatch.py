@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.autograd.graph import increment_version
 
 from adsc_kernels import reference
 from adsc_kernels.backend import INTERPRETED, native_for, native_problem, resolve
-from adsc_kernels.kv.tensors import check_no_transform, check_writable
+from adsc_kernels.kv.tensors import Places, check_no_transform, check_writable
 
 _libraries = {
     "adsc_kernels": torch.library.Library("adsc_kernels", "FRAGMENT"),
@@ -22,10 +23,10 @@ _libraries = {
 # Shapes are all that a meta tensor has, and any op that is registered gives them.
 _ON_META = "triton" if native_problem() else "cpu"
 
-# The native ops by name, in C alone (OpOverload's own __call__ is a function in Python): the one
-# that autograd passes by, whose kernel in Python takes longer than moving a small tensor does, and
-# the one that it sees. So one is told by whether a gradient is asked for. An op that writes to
-# caches has in its place the one that takes them by the number under which the library keeps them.
+# The native ops by name, in C alone (`_in_c`): the one that autograd passes by, whose kernel in
+# Python takes longer than moving a small tensor does, and the one that it sees. So one is told by
+# whether a gradient is asked for. An op that writes to caches has in its place the one that takes
+# them by the number under which the library keeps them.
 _native: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
 
 # Each is asked in each call, and takes longer to find than to answer.
@@ -34,6 +35,7 @@ _num_modes = torch._C._len_torch_dispatch_stack
 _transforms_are_active = torch._C._are_functorch_transforms_active
 _is_traced = torch._C._is_tracing
 _is_profiled = torch._C._autograd._profiler_enabled
+_sees_functions = torch._C._is_torch_function_mode_enabled
 
 
 class _InTriton:
@@ -90,7 +92,7 @@ def register(
             if op._schema.is_mutable:
                 other = packet.kept
                 library.impl(f"{name}.kept", torch.library.fallthrough_kernel, "Autograd")
-            _native[name] = packet.raw._op, other._op
+            _native[name] = _in_c(packet.raw), _in_c(other)
         if backward is not None and setup is not None and composed is not None:
             setup_here = _with_namespace(setup, getattr(torch.ops, namespace))
             info = Info(backward, setup_here)
@@ -99,6 +101,14 @@ def register(
             library.impl(name, composed, "FuncTorchBatched")
         elif op._schema.is_mutable:
             library.impl(name, _writing(op), "ADInplaceOrView", with_keyset=True)
+
+
+def _in_c(op: Any) -> Callable[..., Any]:
+    """An overload as the dispatcher has it: without OpOverload's function in Python, and without
+    the search of every argument for a __torch_function__, which takes a tenth of a call."""
+    schema = op._schema
+    handle = torch._C._dispatch_find_schema_or_throw(schema.name, schema.overload_name)
+    return partial(torch._C._dispatch_call_boxed, handle)
 
 
 def _on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -196,19 +206,25 @@ def native(name: str, like: Any) -> tuple[Callable[..., Any], Callable[..., Any]
 
     It checks its arguments itself before it writes. So a public function hands them over as they
     are, and looks at them only when they are refused (`explain`). None where another backend
-    serves, under torch.compile, transforms and modes, and where like is no plain tensor: those
-    check nothing, and the function does first.
+    serves, under torch.compile, transforms and modes of either kind, and where like is no plain
+    tensor: those check nothing, and the function does first.
     """
     if (
         _is_compiling()
         or type(like) is not Tensor
         or _num_modes()
+        or _sees_functions()
         or _transforms_are_active()
         or forward_ad._current_level >= 0
         or not native_for(like)
     ):
         return None
     return _native[name]
+
+
+def asks_gradient(*inputs: Any) -> bool:
+    """Whether a native call's inputs, of which some may be None, ask for one."""
+    return torch._C._any_requires_grad(*inputs) and torch.is_grad_enabled()
 
 
 def explain(check: Callable[..., Any], *arguments: Any) -> None:
@@ -261,17 +277,17 @@ def call(op: Callable[..., Any], *arguments: Any, grad: bool) -> Any:
 
 
 def call_in_place(
-    op: Callable[..., Any], *arguments: Any, written: list[Tensor], addresses: list[int] | None
+    op: Callable[..., Any], *arguments: Any, written: list[Tensor], places: Places | None
 ) -> Any:
     """Calls what `choose` gave, whose arguments `check_writable` has passed, and does for autograd
     what op's kernel in Python (`_writing`) would, in less time.
 
-    addresses: of written, where they are known.
+    places: of written, where they are known.
     """
     if _is_compiling():
         return op(*arguments)
     if _passes_by(op, arguments, written):
-        results = op.function(*arguments, addresses=addresses)  # type: ignore[attr-defined]
+        results = op.function(*arguments, places=places)  # type: ignore[attr-defined]
     else:
         with torch._C._AutoDispatchBelowADInplaceOrView():
             results = op(*arguments)

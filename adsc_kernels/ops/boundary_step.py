@@ -11,6 +11,7 @@ from torch import Tensor
 from adsc_kernels import checks, fakes
 from adsc_kernels.ops import _composed
 from adsc_kernels.ops._dispatch import (
+    asks_gradient,
     call,
     choose,
     explain,
@@ -114,7 +115,7 @@ def boundary_step(
         outputs = call(choose("boundary_step", hidden.device), *arguments, grad=grad)
     else:
         try:
-            grad = torch.is_grad_enabled() and needs_grad(hidden, residual, weight, others)
+            grad = asks_gradient(hidden, residual, weight, *others)
             outputs = op[grad](*boundary_arguments(*given))
         except Exception:
             explain(check_boundary, *given)
@@ -240,7 +241,7 @@ def _check_inputs(
 
 
 def step_of(
-    outputs: Sequence[Tensor], has_residual: bool, num_others: int, has_layout: bool
+    outputs: list[Tensor], has_residual: bool, num_others: int, has_layout: bool
 ) -> BoundaryStep:
     """outputs: what the op returns."""
     first = 1 + has_residual
@@ -248,7 +249,7 @@ def step_of(
     return BoundaryStep(
         outputs[0],
         outputs[1] if has_residual else None,
-        list(outputs[first:last]),
+        outputs[first:last],
         Metadata(*outputs[last:]) if has_layout else None,
     )
 

@@ -146,7 +146,7 @@ def _compact(
         chosen = choose(name, call.device)
         caches = call.caches
         results = call_in_place(
-            chosen, *call.arguments(), written=caches.tensors, addresses=caches.addresses
+            chosen, *call.arguments(), written=caches.tensors, places=caches.places
         )
         return call.result(*results)
     try:

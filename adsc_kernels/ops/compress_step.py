@@ -14,13 +14,19 @@ from adsc_kernels.kv.check import CompactionCall, check_dense, check_paged
 from adsc_kernels.kv.overlap import check_apart
 from adsc_kernels.kv.pages import CompactionResult
 from adsc_kernels.kv.tensors import has_place
-from adsc_kernels.ops._dispatch import call_in_place, choose, explain, native, register
+from adsc_kernels.ops._dispatch import (
+    asks_gradient,
+    call_in_place,
+    choose,
+    explain,
+    native,
+    register,
+)
 from adsc_kernels.ops.boundary_step import (
     BatchLayout,
     BoundaryStep,
     boundary_arguments,
     check_boundary,
-    needs_grad,
     step_of,
 )
 from adsc_kernels.ops.downsample_add_rms_norm import is_usual_eps
@@ -77,7 +83,7 @@ def compress_step(
         chosen = choose("compress_step", hidden.device)
         both = (*arguments, *compaction.arguments(of_step=True), outputs)
         caches = compaction.caches
-        results = call_in_place(chosen, *both, written=caches.tensors, addresses=caches.addresses)
+        results = call_in_place(chosen, *both, written=caches.tensors, places=caches.places)
     else:
         outputs, results, compaction = _call(op, *given)
         increment_version(compaction.caches.tensors)
@@ -114,7 +120,7 @@ def _usual_arguments(
     layout: BatchLayout | None,
 ) -> tuple[tuple[Any, ...], CompactionCall]:
     """Those of the boundary and the cache's, for a native op: it checks what it is told of."""
-    if torch.is_grad_enabled() and needs_grad(hidden, residual, weight, others):
+    if asks_gradient(hidden, residual, weight, *others):
         raise ValueError("hidden: expected tensors that need no gradient")
     rows = (hidden, stage, residual, weight, eps, others, keep_indices, layout)
     return boundary_arguments(*rows), _check_cache(cache, stage, layout, native=True)
@@ -151,7 +157,7 @@ def _check(
         )
     caches = compaction.caches
     if has_place(caches.tensors[0]):
-        check_apart(inputs, caches.tensors, caches.names)
+        check_apart(inputs, caches)
     return arguments, compaction
 
 

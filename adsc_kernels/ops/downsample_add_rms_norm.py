@@ -13,7 +13,7 @@ from adsc_kernels.rows import Stage, check_plain, check_rows, movement, row_sour
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _LIMITS = {dtype: torch.finfo(dtype) for dtype in (torch.float32, torch.float64)}
-_USUAL = _LIMITS[torch.float32]
+_LEAST, _MOST = _LIMITS[torch.float32].tiny, _LIMITS[torch.float32].max
 
 
 def downsample_add_rms_norm(
@@ -85,7 +85,7 @@ def check_norm(x: Tensor, name: str, residual: Tensor, weight: Tensor, eps: floa
 
 def is_usual_eps(eps: object) -> bool:
     """Whether `check_eps` has nothing to say of it, whatever the dtype."""
-    return type(eps) is float and _USUAL.tiny <= eps <= _USUAL.max
+    return type(eps) is float and _LEAST <= eps <= _MOST
 
 
 def check_eps(eps: float, compute: torch.dtype) -> None:

@@ -5,17 +5,16 @@ One launch for all tensors of one geometry, up to 64, and one for the lengths an
 them, where something is to be checked, those of check.py.
 """
 
-import functools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from adsc_kernels import fakes
+from adsc_kernels.kv.tensors import Places
 from adsc_kernels.triton import launch
 from adsc_kernels.triton.check import check
 from adsc_kernels.triton.compaction import (
@@ -28,23 +27,17 @@ from adsc_kernels.triton.compaction import (
     place_in_cache,
     sequence_rows,
 )
-from adsc_kernels.triton.launch import cdiv, next_power_of_2, pointer, start, unit_of
+from adsc_kernels.triton.geometry import Geometry, Tile, geometry_of
+from adsc_kernels.triton.launch import (
+    Packed,
+    cdiv,
+    packed,
+    pointer,
+    start,
+)
 
 MAX_TENSORS = 64  # of a launch
-_STRIP_WORDS = 64  # of a line, moved by one program: 512 bytes
-_TILE_WORDS = 2048  # 16 words of 8 bytes for each of 128 threads
-_TILE_ROWS = 128
 _ENTRIES = 256  # of the lists of a batch or of a block table, for one program
-
-
-class Tile(NamedTuple):
-    """What the move of one geometry is compiled for."""
-
-    LINES: int  # of a tensor
-    WORDS: int  # of a unit, which offsets and strides count
-    WIDTH: int  # words of a line
-    STRIP: int  # words of a line that one program moves
-    ROWS: int  # read before any of them is written
 
 
 @triton.jit
@@ -208,79 +201,6 @@ def outputs_kernel(
 # ---- Launchers ----
 
 
-class Lines(NamedTuple):
-    """A tensor as lines of bytes, one for each head or one for all; strides in bytes."""
-
-    block_stride: int
-    token_stride: int
-    line_stride: int
-    num_lines: int
-    line_bytes: int
-
-
-def lines_of(
-    sizes: Sequence[int], steps: Sequence[int], width: int, rank: int, layout: str, by_head: bool
-) -> Lines:
-    """Of a tensor of these sizes and strides with elements of width bytes.
-
-    rank: that of the caches. Scales may lack the last dimension, or that and the heads.
-    """
-    shape = list(sizes)
-    strides = [step * width for step in steps]
-    if rank == 3:
-        shape, strides = [1, *shape], [0, *strides]
-    if len(sizes) == rank - 2:
-        shape, strides = [*shape, 1], [*strides, 0]
-    elif layout == "HND":
-        shape[1:3], strides[1:3] = shape[2:0:-1], strides[2:0:-1]
-    if len(sizes) < rank:
-        shape, strides = [*shape, 1], [*strides, width]
-    heads, line_bytes = shape[2], shape[3] * width
-    if not by_head and (heads == 1 or strides[2] == line_bytes):
-        return Lines(strides[0], strides[1], 0, 1, heads * line_bytes)
-    return Lines(strides[0], strides[1], strides[2], heads, line_bytes)
-
-
-class Geometry(NamedTuple):
-    """What the move of tensors that are alike is compiled for, and what programs it takes."""
-
-    dtype: torch.dtype  # of words
-    unit: int  # bytes
-    strides: tuple[int, int, int]  # units
-    tile: Tile
-    parts: int  # of a tensor's rows of one sequence, a program each
-
-
-@functools.lru_cache(maxsize=1024)
-def geometry_of(
-    shape: torch.Size,
-    stride: tuple[int, ...],
-    dtype: torch.dtype,
-    alignment: int,
-    rank: int,
-    block_size: int,
-    cache_layout: str,
-    by_head: bool,
-) -> Geometry | None:
-    """Of a tensor at an address of that alignment, modulo 16; None where it has no bytes.
-
-    block_size: of caches that are paged and have no dimension for it; else 0.
-    """
-    if 0 in shape:
-        return None
-    lines = lines_of(shape, stride, dtype.itemsize, rank, cache_layout, by_head)
-    if block_size > 0:
-        lines = lines._replace(block_stride=block_size * lines.token_stride)
-    unit = unit_of(alignment, *lines[:3], lines.line_bytes)
-    width = lines.line_bytes // unit.size * unit.words
-    strip = min(next_power_of_2(width), _STRIP_WORDS)
-    rows = min(_TILE_WORDS // strip, _TILE_ROWS)
-    block, token, line = (stride // unit.size for stride in lines[:3])
-    tile = Tile(lines.num_lines, unit.words, width, strip, rows)
-    parts = lines.num_lines * cdiv(width, strip)
-    return Geometry(unit.dtype, unit.size, (block, token, line), tile, parts)
-
-
 _SHAPE, _DTYPE = operator.attrgetter("shape"), operator.attrgetter("dtype")
 
 
@@ -300,42 +220,75 @@ def _forms(
         yield form, [i for i, own in enumerate(forms) if own == form]
 
 
-def _move(
-    caches: list[Tensor], num_layers: int, cache_layout: str, call: Call, known: list[int] | None
-) -> None:
-    """known: the addresses, where the caches of a kind are alike but for them."""
-    *_, size, batch = call.counts
-    rank = caches[0].dim()
-    of_slots = rank == 3 and call.lists.table is not None
-    rest = (rank, size if of_slots else 0, cache_layout, call.mode.INDEX_HEADS > 1)
-    addresses = [*map(Tensor.data_ptr, caches)] if known is None else known
-    groups: dict[Geometry, list[int]] = {}
-    for form, alike in _forms(caches, num_layers, known is not None):
+class Group(NamedTuple):
+    """One launch: tensors of one geometry, but for what differs from batch to batch."""
+
+    base: Packed
+    offsets: Packed
+    layers: Packed | None
+    strides: Packed
+    tile: Tile
+    parts: int  # programs for each sequence
+
+
+def _groups(
+    caches: list[Tensor], num_layers: int, places: Places | None, by_layer: bool, *form: Any
+) -> list[Group]:
+    """form: what `geometry_of` takes last."""
+    addresses = [*map(Tensor.data_ptr, caches)] if places is None else places.addresses
+    alike_in: dict[Geometry, list[int]] = {}
+    for own_form, alike in _forms(caches, num_layers, places is not None):
         alignments = [addresses[i] & 15 for i in alike]
         for alignment in dict.fromkeys(alignments):
-            geometry = geometry_of(*form, alignment, *rest)
+            geometry = geometry_of(*own_form, alignment, *form)
             if geometry is not None:
                 own = [i for i, a in zip(alike, alignments, strict=True) if a == alignment]
-                groups.setdefault(geometry, []).extend(own)
-    for geometry, members in groups.items():
+                alike_in.setdefault(geometry, []).extend(own)
+    groups = []
+    for geometry, members in alike_in.items():
         for first in range(0, len(members), MAX_TENSORS):
             some = members[first : first + MAX_TENSORS]
             origin = addresses[some[0]]
             offsets = [(addresses[i] - origin) // geometry.unit for i in some]
             fill = [0] * (-len(some) % 8)  # a few sizes of tuples, so that few kernels are compiled
-            layers = None
-            if call.mode.INDEX_LAYERS > 1:
-                layers = tuple([i % num_layers for i in some] + fill)
-            base = caches[some[0]]
-            start(
-                compact_kernel,
-                len(some) * geometry.parts * batch,
-                base.device,
-                (pointer(base, geometry.dtype), tuple(offsets + fill), layers, geometry.strides)
-                + (call.packed, *call.counts),
-                TILE=geometry.tile,
-                MODE=call.mode,
+            layers = packed((*(i % num_layers for i in some), *fill)) if by_layer else None
+            groups.append(
+                Group(
+                    pointer(caches[some[0]], geometry.dtype),
+                    packed((*offsets, *fill)),
+                    layers,
+                    packed(geometry.strides),
+                    geometry.tile,
+                    len(some) * geometry.parts,
+                )
             )
+    return groups
+
+
+def _move(
+    caches: list[Tensor], num_layers: int, cache_layout: str, call: Call, places: Places | None
+) -> None:
+    """places: where the caches of a kind are known to be alike but for them; they keep what is
+    worked out of them."""
+    *_, size, batch = call.counts
+    first, mode = caches[0], call.mode
+    of_slots = first.dim() == 3 and call.lists.table is not None
+    form = (first.dim(), size if of_slots else 0, cache_layout, mode.INDEX_HEADS > 1)
+    key = (mode.INDEX_LAYERS > 1, *form)
+    groups = None if places is None else places.prepared.get(key)
+    if groups is None:
+        groups = _groups(caches, num_layers, places, *key)
+        if places is not None:
+            places.prepared[key] = groups
+    for group in groups:
+        start(
+            compact_kernel,
+            group.parts * batch,
+            first.device,
+            (*group[:4], call.packed, *call.counts),
+            TILE=group.tile,
+            MODE=mode,
+        )
 
 
 def _report(call: Call, out: Outputs) -> None:
@@ -350,22 +303,22 @@ def _report(call: Call, out: Outputs) -> None:
     )
 
 
-def compact_kv_(*arguments, addresses: list[int] | None = None) -> tuple[Tensor, Tensor]:
-    """See `adsc_kernels.ops.compact_kv_`; arguments: those of its schema. addresses: of the caches,
+def compact_kv_(*arguments, places: Places | None = None) -> tuple[Tensor, Tensor]:
+    """See `adsc_kernels.ops.compact_kv_`; arguments: those of its schema. places: of the caches,
     where those of a kind (K, V, scales) are known to be alike but for them."""
     caches, num_layers, segments, keep_indices, *bounds, seq_starts, cache_layout = arguments
     tokens = caches[0].shape[-2 if cache_layout == "HND" else -3]
     call = call_of(segments, keep_indices, bounds, tokens, seq_starts=seq_starts)
     if launch.CHECK:
         check(call, caches[0].device)
-    _move(caches, num_layers, cache_layout, call, addresses)
+    _move(caches, num_layers, cache_layout, call, places)
     out = Outputs(*fakes.compact_kv_(*arguments))
     _report(call, out)
     return out.seq_lens, out.slots
 
 
-def compact_paged_kv_(*arguments, addresses: list[int] | None = None) -> tuple[Tensor, ...]:
-    """See `adsc_kernels.ops.compact_paged_kv_`; arguments: those of its schema. addresses: as in
+def compact_paged_kv_(*arguments, places: Places | None = None) -> tuple[Tensor, ...]:
+    """See `adsc_kernels.ops.compact_paged_kv_`; arguments: those of its schema. places: as in
     `compact_kv_`."""
     caches, num_layers, table, size, segments, keep_indices, *bounds, edit_table = arguments[:-2]
     read_only_blocks, cache_layout = arguments[-2:]
@@ -384,7 +337,7 @@ def compact_paged_kv_(*arguments, addresses: list[int] | None = None) -> tuple[T
     )
     if launch.CHECK or read_only_blocks is not None:
         check(call, first.device, read_only_blocks)
-    _move(caches, num_layers, cache_layout, call, addresses)
+    _move(caches, num_layers, cache_layout, call, places)
     out = Outputs(*fakes.compact_paged_kv_(*arguments))
     _report(call, out)
     return tuple(out)

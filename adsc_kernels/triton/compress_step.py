@@ -4,12 +4,13 @@
 import torch
 from torch import Tensor
 
+from adsc_kernels.kv.tensors import Places
 from adsc_kernels.triton.boundary_step import write_boundary_step
 from adsc_kernels.triton.compact import compact_kv_, compact_paged_kv_
 
 
-def compress_step(*arguments, addresses: list[int] | None = None) -> tuple[Tensor, ...]:
-    """See `adsc_kernels.ops.compress_step`; arguments: those of its schema. addresses: as in
+def compress_step(*arguments, places: Places | None = None) -> tuple[Tensor, ...]:
+    """See `adsc_kernels.ops.compress_step`; arguments: those of its schema. places: as in
     `compact_kv_`.
 
     One launch for the boundary, then those of the compaction. A program of both would be compiled
@@ -21,7 +22,7 @@ def compress_step(*arguments, addresses: list[int] | None = None) -> tuple[Tenso
     write_boundary_step(outs, *boundary)
     if block_table is not None:
         given = (caches, num_layers, *paged, edit_table, blocks, cache_layout)
-        return compact_paged_kv_(*given, addresses=addresses)
+        return compact_paged_kv_(*given, places=places)
     given = (caches, num_layers, *rows, seq_starts, cache_layout)
     none = (torch.empty(0, dtype=torch.int32, device=caches[0].device) for _ in range(3))
-    return (*compact_kv_(*given, addresses=addresses), *none)
+    return (*compact_kv_(*given, places=places), *none)

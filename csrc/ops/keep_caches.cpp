@@ -1,5 +1,6 @@
 // keep_caches: the tensors of a KV cache are checked and handed over once, and known by a number to
-// the calls that follow; release_caches ends that.
+// the calls that follow; release_caches ends that. check_caches raises where one of them is no
+// longer what it was, for kernels that aren't the library's own. All serve any device.
 #include <mutex>
 #include <unordered_map>
 
@@ -39,11 +40,16 @@ void release_caches(int64_t number) {
   kept().caches.erase(at);
 }
 
-ADSC_BOXED_OP("keep_caches", TORCH_BOX(&keep_caches),
-              "(Tensor[] caches, int num_layers, str cache_layout) -> int")
+void check_caches(int64_t number) { kept_caches(number); }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ADSC_NAMESPACE, m) { m.def("release_caches(int number) -> ()"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(ADSC_NAMESPACE, m) {
+  m.def("keep_caches(Tensor[] caches, int num_layers, str cache_layout) -> int");
+  m.def("check_caches(int number) -> ()");
+  m.def("release_caches(int number) -> ()");
+}
 STABLE_TORCH_LIBRARY_IMPL(ADSC_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("keep_caches", TORCH_BOX(&keep_caches));
+  m.impl("check_caches", TORCH_BOX(&check_caches));
   m.impl("release_caches", TORCH_BOX(&release_caches));
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -76,3 +76,74 @@ def test_a_cache_that_is_written_is_seen_by_autograd() -> None:
     before = k._version
     ops.compact_kv_([k], [v], keep_indices=ROWS[1:], cu_kept=[0, 1], seq_lens=[3])
     assert k._version == before + 1
+
+
+PLAN = adsc.make_plan(
+    adsc.CompressionSchedule.parse("1:1/2", num_layers=2), [0, 9, 20], [(0, 2, 5), (1, 3, 8)]
+)
+HIDDEN = torch.randn(20, 8)
+
+
+def layers() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    k, v = ([torch.randn(2, 12, 3, 4) for _ in range(3)] for _ in range(2))
+    return k, v
+
+
+def compact_like_new(run: Callable[[], object], *caches: torch.Tensor) -> None:
+    """run moves in caches what a call that knows nothing of them would move."""
+    wanted = [x.clone() for x in caches]
+    with adsc.backend("auto"):
+        ops.compact_kv_(wanted[:3], wanted[3:], PLAN.stages[1])
+    run()
+    assert all(map(torch.equal, wanted, caches))
+
+
+CHANGES: dict[str, Callable[[list[torch.Tensor]], object]] = {
+    "place": lambda v: setattr(v[1], "data", torch.randn(2, 12, 3, 4)),
+    "strides": lambda v: setattr(v[1], "data", torch.randn(2, 3, 12, 4).transpose(1, 2)),
+    "tensor": lambda v: v.__setitem__(1, torch.randn(2, 12, 3, 4)),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "op"),
+    [("place", "compact_kv_"), ("strides", "compress_step"), ("tensor", "compact_kv_")],
+)
+def test_what_changed_in_an_object_is_looked_at_anew(change: str, op: str) -> None:
+    """The library keeps its tensors for Triton too, and launchers what they have worked out."""
+    k, v = layers()
+    cache = ops.DenseCache(k, v, stage=PLAN.stages[1])
+
+    def run() -> object:
+        if op == "compact_kv_":
+            return ops.compact_kv_(cache)
+        return ops.compress_step(HIDDEN, cache, PLAN.stages[1])
+
+    for _ in range(3):
+        compact_like_new(run, *k, *v)
+    kept = cache._kept[0]  # type: ignore[index]
+    assert kept is not None
+    assert kept.listed.places.prepared
+    CHANGES[change](v)
+    for _ in range(2):
+        compact_like_new(run, *k, *v)
+    assert cache._kept[0] not in (None, kept)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_what_is_wrong_in_an_object_is_refused(calls: int) -> None:
+    for spoil, message in (
+        (lambda v: v[1].resize_(2, 11, 3, 4), r"^v_caches\[1\]: expected 2 blocks of 12 tokens"),
+        (lambda v: setattr(v[1], "data", v[2].data), r"^v_caches\[1\], v_caches\[2\]: .*share"),
+        (lambda v: setattr(v[1], "data", v[1].int()), r"^v_caches\[1\]: expected torch.float32"),
+        (lambda v: v[1].requires_grad_(), r"^v_caches\[1\]: .*no gradient"),
+    ):
+        k, v = layers()
+        cache = ops.DenseCache(k, v, stage=PLAN.stages[1])
+        for _ in range(calls):
+            ops.compact_kv_(cache)
+        spoil(v)
+        before = [x.clone() for x in (*k, *v)]
+        with pytest.raises((TypeError, ValueError), match=message):
+            ops.compact_kv_(cache)
+        assert all(map(torch.equal, before, (*k, *v)))
