@@ -1,4 +1,4 @@
-"""A patched model in other hands: attention, compiled steps, copies, checkpoints, bad input."""
+"""A patched model in other hands: attention, copies, checkpoints, bad input."""
 
 from __future__ import annotations
 
@@ -128,34 +128,6 @@ def test_attentions_and_hidden_states_are_as_long_as_their_stage():
     lens = [56, 6 + 26, 6 + 26, 6 + 10]
     assert [a.shape[-1] for a in out.attentions] == lens
     assert [h.shape[1] for h in out.hidden_states[1:]] == lens
-
-
-@torch.no_grad()
-@pytest.mark.slow
-def test_a_compiled_step_is_compiled_once(model):
-    """The step of a static cache has the same shapes all along: one graph serves all tokens."""
-    graphs = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    config = hf.CompileConfig(backend=backend, mode=None)
-    config._compile_all_devices = True
-    inputs = MADE.inputs(MADE.rows())
-    options = {**GREEDY, "max_new_tokens": 12, "min_new_tokens": 12}
-    counts = []
-    for schedule in ("1:1", SCHEDULE, "0:1/2,2:1/3@renumber"):
-        torch._dynamo.reset()
-        graphs.clear()
-        with apply_adsc(model, schedule):
-            static = {**options, "cache_implementation": "static", "compile_config": config}
-            assert torch.equal(
-                model.generate(**inputs, **static), model.generate(**inputs, **options)
-            )
-        counts.append(len(graphs))
-    assert counts[0] > 0
-    assert counts == [counts[0]] * 3
 
 
 @torch.no_grad()
