@@ -12,7 +12,7 @@ from cache_name import CACHE
 from hf_models import CASES, Case, Row, noise
 from torch import Tensor
 
-from adsc_kernels.integrations.hf import apply_adsc
+from adsc_kernels.integrations.hf import apply_adsc, hooks
 
 MADE = CASES["llava"]
 SCHEDULE = "1:1/2,3:1/3"
@@ -54,7 +54,7 @@ def batch(*texts: tuple[int, int]) -> dict[str, Any]:
 
 @torch.no_grad()
 @pytest.mark.slow
-def test_compiled_calls_with_pictures_are_compiled_once(graphs):
+def test_compiled_calls_with_pictures_are_compiled_once(graphs, monkeypatch):
     """Neither where pictures lie nor how much of a batch is padding is compiled into a graph."""
     batches = [
         batch((4, 4), (1, 2)),  # 33 wide: of 32 Dynamo would think it is the hidden size
@@ -74,6 +74,7 @@ def test_compiled_calls_with_pictures_are_compiled_once(graphs):
 
     with apply_adsc(model, "1:1/2@renumber"):
         want = [tuple(answer(inputs)) for inputs in batches]
+        monkeypatch.setattr(hooks, "pieces_of", None)  # what pictures are made of is read once
         # The model's own check of its placeholders would break graphs without the first; the second
         # spares Dynamo to trace what calls a function, too, where a graph breaks.
         flags = dict(capture_scalar_outputs=True, nested_graph_breaks=True)
