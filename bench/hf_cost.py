@@ -1,18 +1,18 @@
 """What `apply_adsc` costs and saves in a prefill: of a 1B-class decoder, or LLaVA-7B's.
 
-    python bench/hf_cost.py [--tokens 576] [--rounds 15]
+    python bench/hf_cost.py [--batch 4] [--rounds 15]
     python bench/hf_cost.py --device cuda --dtype bfloat16 --shape 7b --layers 32 --batch 8
-        --schedule 5:1/3,17:1/3 --new-tokens 32
+        --schedules 5:1/3,17:1/3 --new-tokens 32
 
 Made for a machine that others use too. On a CPU times are CPU seconds of one thread, which don't
 count waiting; on a GPU they lie between events, so that waiting for the host counts. Each round
-calls the model dense, with a schedule that keeps all (the hooks alone) and compressed, beginning
-with another one each time; and what is told is the median over rounds of the ratio to the dense
-call beside it, with its quartiles. MACs say what the compressed call should take, those of the
-projector among them, which no schedule makes fewer; and the decoder's matrix products alone, which
-are timed in the same rounds, what they take here with so few rows.
-What the hooks do does not depend on the width, so they are timed on a narrow decoder as well, where
-their share is large, and what they call is counted there.
+calls the model dense and with each schedule, beginning with another one each time; and what is told
+is the median over rounds of the ratio to the dense call beside it, with its quartiles. MACs say
+what a compressed call should take, those of the projector among them, which no schedule makes
+fewer; and the decoder's matrix products alone, which are timed in the same rounds, what they take
+here with so few rows.
+What the hooks do does not depend on the width, so they are timed on a narrow decoder, where their
+share is large, under a schedule that keeps all as well; and what they call is counted there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -85,25 +85,31 @@ def model_of(shape: Shape, layers: int, tokens: int) -> Any:
 
 
 class Ways:
-    """One model dense, with the hooks alone, and compressed."""
+    """One model dense and with each of some schedules, by their names."""
 
     def __init__(
-        self, device: str, shape: Shape, schedule: CompressionSchedule, tokens: int, batch: int = 1
+        self,
+        device: str,
+        shape: Shape,
+        schedules: Mapping[str, CompressionSchedule],
+        tokens: int,
+        batch: int = 1,
     ) -> None:
+        (layers,) = {schedule.num_layers for schedule in schedules.values()}
         with torch.device(device):
-            self.model = model_of(shape, schedule.num_layers, tokens)
+            self.model = model_of(shape, layers, tokens)
         half = torch.full((batch, TEXT_TOKENS // 2), 5)
         ids = torch.cat([half, torch.full((batch, tokens), 3), half], 1)
         side = 4 * round(tokens**0.5)
         pixels = torch.randn(batch, 3, side, side)
         self.inputs = {"input_ids": ids.to(device), "pixel_values": pixels.to(device)}
-        keep_all = ",".join(f"{b.layer}:1" for b in schedule.boundaries)
-        self.schedules = {"dense": None, "hooks alone": keep_all, "compressed": schedule}
-        stages = [schedule.stage_of_layer(n) for n in range(schedule.num_layers)]
-        kept = schedule.kept(tokens)
-        self.rows = dict.fromkeys(self.schedules, [TEXT_TOKENS + tokens] * len(stages))
+        self.schedules = {"dense": None, **schedules}
+        self.rows = {"dense": [TEXT_TOKENS + tokens] * layers}
+        for way, schedule in schedules.items():
+            kept = schedule.kept(tokens)
+            stages = [schedule.stage_of_layer(n) for n in range(layers)]
+            self.rows[way] = [TEXT_TOKENS + kept[stage] for stage in stages]
         self.operands: dict[tuple[int, int], torch.Tensor] = {}
-        self.rows["compressed"] = [TEXT_TOKENS + kept[stage] for stage in stages]
 
     def applied(self, way: str) -> AbstractContextManager[Any]:
         schedule = self.schedules[way]
@@ -206,12 +212,14 @@ def spread(values: list[float], scale: float = 1) -> str:
 
 def show_narrow(device: str, schedule: CompressionSchedule, tokens: int, rounds: int) -> float:
     """Prints what the hooks do; returns their seconds."""
-    ways = Ways(device, NARROW, schedule, tokens)
+    keep_all = ",".join(f"{b.layer}:1" for b in schedule.boundaries)
+    alone = CompressionSchedule.parse(keep_all, schedule.num_layers)
+    ways = Ways(device, NARROW, {"hooks alone": alone, "compressed": schedule}, tokens)
     (took,) = ways.seconds(rounds, ways.call)
     print("narrow decoder: ms a call, Python calls, torch ops")
     for way in took:
         calls, dispatches = ways.counts(way)
-        print(f"  {way:12} {spread(took[way], 1e3)} {calls:7} {dispatches:5}")
+        print(f"  {way:18} {spread(took[way], 1e3)} {calls:7} {dispatches:5}")
     extra = [a - b for a, b in zip(took["hooks alone"], took["dense"], strict=True)]
     print(f"  hooks alone take {spread(extra, 1e3)} ms", flush=True)
     return statistics.median(extra)
@@ -220,7 +228,7 @@ def show_narrow(device: str, schedule: CompressionSchedule, tokens: int, rounds:
 def show(took: dict[str, list[float]]) -> None:
     for way, seconds in took.items():
         shares = [a / b for a, b in zip(seconds, took["dense"], strict=True)]
-        print(f"  {way:12} {spread(seconds)} {spread(shares)}")
+        print(f"  {way:18} {spread(seconds)} {spread(shares)}")
 
 
 def arguments() -> argparse.Namespace:
@@ -230,7 +238,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--shape", choices=SHAPES, default="1b")
-    parser.add_argument("--schedule", default="1:1/4,2:1/4,3:1/4")
+    parser.add_argument("--schedules", nargs="+", default=["1:1/4,2:1/4,3:1/4", "1:1/3,2:1/3"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--new-tokens", type=int, default=0)
@@ -242,11 +250,12 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(1)
     torch.set_default_dtype(getattr(torch, args.dtype))
-    schedule = CompressionSchedule.parse(args.schedule, args.layers)
-    extra = show_narrow(args.device, schedule, args.tokens, 4 * args.rounds)
+    schedules = {text: CompressionSchedule.parse(text, args.layers) for text in args.schedules}
+    first = schedules[args.schedules[0]]
+    extra = show_narrow(args.device, first, args.tokens, 4 * args.rounds)
 
     shape = SHAPES[args.shape]
-    ways = Ways(args.device, shape, schedule, args.tokens, args.batch)
+    ways = Ways(args.device, shape, schedules, args.tokens, args.batch)
     took, alone = ways.seconds(args.rounds, ways.call, ways.products)
     print(f"{args.shape}, {args.layers} layers, batch {args.batch}: seconds and share of dense")
     show(took)
@@ -254,14 +263,17 @@ def main() -> None:
     show(alone)
     dense = statistics.median(took["dense"])
     print(f"  hooks alone, of the narrow decoder's: {extra / dense:.2%}")
-    macs = {way: shape.macs(args.tokens, rows) for way, rows in ways.rows.items()}
-    promised = macs["compressed"] / macs["dense"]
-    saved = [1 - a / b for a, b in zip(took["compressed"], took["dense"], strict=True)]
-    print(f"  MACs promise {promised:.3f}; of the saving came {spread(saved, 1 / (1 - promised))}")
+    for way in schedules:
+        promised = shape.macs(args.tokens, ways.rows[way]) / shape.macs(
+            args.tokens, ways.rows["dense"]
+        )
+        saved = [1 - a / b for a, b in zip(took[way], took["dense"], strict=True)]
+        came = spread(saved, 1 / (1 - promised))
+        print(f"  {way}: MACs promise {promised:.3f}; of the saving came {came}")
     if args.new_tokens:
         print(f"the same and {args.new_tokens} tokens", flush=True)
         show(*ways.seconds(max(2, args.rounds // 4), lambda way: ways.generate(args.new_tokens)))
-        sizes = {way: ways.cache_bytes(way) for way in ("dense", "compressed")}
+        sizes = {way: ways.cache_bytes(way) for way in ways.schedules}
         print(f"  bytes of the prompt's cache: {sizes}")
 
 

@@ -1,4 +1,4 @@
-"""A patched model in other hands: attention, compiled steps, copies, checkpoints, bad input."""
+"""A patched model in other hands: attention, copies, checkpoints, bad input."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers as hf
 from cache_name import CACHE
-from hf_models import CASES, IMAGE, LAYERS, TEXT, VIT, Row
+from hf_models import CASES, IMAGE, LAYERS, TEXT, VIT, Case, Row
 from torch import Tensor
 from transformers import AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
@@ -131,34 +131,6 @@ def test_attentions_and_hidden_states_are_as_long_as_their_stage():
 
 
 @torch.no_grad()
-@pytest.mark.slow
-def test_a_compiled_step_is_compiled_once(model):
-    """The step of a static cache has the same shapes all along: one graph serves all tokens."""
-    graphs = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    config = hf.CompileConfig(backend=backend, mode=None)
-    config._compile_all_devices = True
-    inputs = MADE.inputs(MADE.rows())
-    options = {**GREEDY, "max_new_tokens": 12, "min_new_tokens": 12}
-    counts = []
-    for schedule in ("1:1", SCHEDULE, "0:1/2,2:1/3@renumber"):
-        torch._dynamo.reset()
-        graphs.clear()
-        with apply_adsc(model, schedule):
-            static = {**options, "cache_implementation": "static", "compile_config": config}
-            assert torch.equal(
-                model.generate(**inputs, **static), model.generate(**inputs, **options)
-            )
-        counts.append(len(graphs))
-    assert counts[0] > 0
-    assert counts == [counts[0]] * 3
-
-
-@torch.no_grad()
 def test_copies_and_checkpoints_keep_what_they_should(model, tmp_path):
     inputs = MADE.inputs(MADE.rows())
     with apply_adsc(model, SCHEDULE):
@@ -231,11 +203,18 @@ def test_bad_models_and_schedules(make, schedule, error, says):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_model_without_a_decoder_is_refused():
-    family = Family("clip_vision_model", lambda base, given: [])
-    register(family)
+@pytest.mark.parametrize(
+    ("decoder", "missing"),
+    [
+        ("language_model", "language_model"),
+        ("embeddings", "embeddings.layers"),
+        ("encoder", "encoder.rotary_emb"),
+    ],
+)
+def test_a_model_without_a_decoder_is_refused(decoder, missing):
+    register(Family("clip_vision_model", lambda base, given: [], decoder=decoder))
     try:
-        with pytest.raises(UnsupportedError, match="expected language_model, got CLIPVisionModel"):
+        with pytest.raises(UnsupportedError, match=f"expected {missing}, got CLIPVisionModel"):
             apply_adsc(hf.CLIPVisionModel(hf.CLIPVisionConfig(**VIT)), SCHEDULE)
     finally:
         del FAMILIES["clip_vision_model"]
@@ -268,6 +247,23 @@ def embeds(**more: Any) -> Any:
         (lambda: embeds(vision_spans=[(0, 30, 11)]), ValueError, r"within \[1, 40\]"),
         (lambda: embeds(vision_spans=[(1, 3, 4)]), ValueError, r"within \[1, 40\]"),
         (lambda: embeds(vision_spans=[(0, 3, 4), (0, 5, 4)]), ValueError, "vision_spans"),
+        (
+            lambda: embeds(vision_spans=[(0, 3, 4)], attention_mask=(torch.arange(40) > 3)[None]),
+            ValueError,
+            r"no padding in \(0, 3, 4\)",
+        ),
+        (
+            lambda: embeds(
+                pixel_values=torch.zeros(1, 3, 20, 20), mm_token_type_ids=torch.zeros(1, 40)
+            ),
+            ValueError,
+            "vision_spans: expected with inputs_embeds.*row, column",
+        ),
+        (
+            lambda: {**prompt(), "pixel_values_videos": torch.zeros(1, 3, 20, 20)},
+            UnsupportedError,
+            "expected no videos with llava",
+        ),
         (
             lambda: {
                 **prompt(),
@@ -311,6 +307,30 @@ def test_a_prefill_in_chunks_is_refused(model):
 def test_a_call_of_the_decoder_alone_is_refused(model):
     with apply_adsc(model, SCHEDULE), pytest.raises(ValueError, match="whole model"):
         model.base_model.language_model(input_ids=torch.tensor([[5]]))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [({}, "the decoder's other arguments"), ({"adsc_pass": None}, "position_embeddings")],
+)
+def test_a_decoder_that_keeps_its_arguments_to_itself_is_refused(model, given, says):
+    with (
+        apply_adsc(model, SCHEDULE),
+        pytest.raises(UnsupportedError, match=f"expected one that hands {says} on to its layers"),
+    ):
+        model.base_model.language_model.layers[1](torch.zeros(1, 3, 32), **given)
+
+
+@torch.no_grad()
+def test_features_behind_the_last_layer_are_refused():
+    made = CASES["qwen3_vl"]
+    config = made.config()
+    config.text_config.num_hidden_layers = 2
+    with (
+        apply_adsc(Case(lambda: config, made.rows).model(), "1:1/2") as applied,
+        pytest.raises(UnsupportedError, match="expected fewer than the 2 layers, got 2"),
+    ):
+        applied.model(**made.inputs(made.rows()))
 
 
 class Kept(hf.cache_utils.DynamicCache):

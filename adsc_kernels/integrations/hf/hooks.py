@@ -14,21 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
 
 from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.integrations.hf import deepstack, mrope
 from adsc_kernels.integrations.hf.compat import cache_name, get_cache, parameters
 from adsc_kernels.integrations.hf.families import Family
-from adsc_kernels.integrations.hf.ledger import StagedCache, stage_cache
+from adsc_kernels.integrations.hf.layout import BatchLayout
+from adsc_kernels.integrations.hf.ledger import StagedCache, new_cache, stage_cache
 from adsc_kernels.integrations.hf.override import Override
 from adsc_kernels.integrations.hf.reading import (
     MASK,
     MASKS,
     MODALITIES,
     SPANS,
-    check_kept,
-    follow,
     pictures_in,
     pieces_of,
     read_call,
@@ -55,8 +53,6 @@ class Patch:
         family: the adapter that serves the model.
         decoder: the decoder's name in the model.
         num_layers: decoder layers with a hook.
-        columns: of the last call with pictures, int64 [B, S_last] on the host: the column of
-            `input_ids` that each row of the logits belongs to, -1 for padding; None before one.
     """
 
     def __init__(
@@ -67,7 +63,7 @@ class Patch:
         self.schedule, self.family = schedule, family
         self.decoder = next(name for name, module in model.named_modules() if module is decoder)
         self.num_layers = len(decoder.layers)
-        self.columns: Tensor | None = None
+        self._last: BatchLayout | None = None  # of the last call with pictures
         self.config_before: Any = None  # the schedule that the model's config held
         self._names = {
             kind: parameters(module.forward)
@@ -97,6 +93,12 @@ class Patch:
             if hasattr(base, name) and "mm_encoder_outputs" in self._names["base"]:
                 self._overrides.append(Override(base, name, partial(self._encode, kind)))
 
+    @property
+    def columns(self) -> Tensor | None:
+        """Of the last call with pictures, int64 [B, S_last] on the host: the column of `input_ids`
+        that each row of the logits belongs to, -1 for padding; None before one."""
+        return None if self._last is None else torch.from_numpy(self._last.stages[-1].columns)
+
     def remove(self) -> None:
         """Take all of it back."""
         for handle in self._handles:
@@ -109,12 +111,6 @@ class Patch:
     def _enter_model(self, module: Any, args: tuple[Any, ...], kwargs: Arguments) -> Call:
         arguments = _named(self._names["model"], args, kwargs)
         read = self._read_call(module.base_model, arguments)
-        if read.layout is not None:
-            check_kept(read.layout, arguments.get("logits_to_keep"))
-            if arguments.get("shift_labels") is not None:
-                raise UnsupportedError("shift_labels: expected labels, got labels that are shifted")
-            if arguments.get("labels") is not None:
-                arguments["labels"] = follow(read.layout, arguments["labels"])
         return (), {**arguments, PASS: read}
 
     def _enter_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Call:
@@ -126,7 +122,7 @@ class Patch:
     def _read_call(self, base: Any, arguments: Arguments) -> PassInput:
         read = read_call(self.schedule, self.family, base, arguments)
         if read.layout is not None:
-            self.columns = torch.from_numpy(read.layout.stages[-1].columns)
+            self._last = read.layout
         return read
 
     def _enter_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> Call:
@@ -152,11 +148,9 @@ class Patch:
     def _cache(self, decoder: Any, arguments: Arguments) -> StagedCache | None:
         """The cache of the call, which keeps a ledger; the one the decoder would make if none."""
         cache = get_cache(arguments)
-        if cache is None:
-            if not uses_cache(decoder, arguments):
-                return None
-            cache = DynamicCache(config=decoder.config)
-        return stage_cache(cache, self.schedule)
+        if cache is not None:
+            return stage_cache(cache, self.schedule)
+        return new_cache(decoder.config, self.schedule) if uses_cache(decoder, arguments) else None
 
     def _enter_layer(
         self,
@@ -205,9 +199,10 @@ class Patch:
         return stage_masks(self.schedule, cache, inputs[MASK], rows, config, make)
 
     def _encode(self, kind: int, base: Any, encode: Any, *args: Any, **kwargs: Any) -> Any:
-        """`generate` encodes pictures first and forgets their sizes: write down what they are."""
+        """`generate` encodes pictures first and forgets their sizes: write down what they are.
+        In a compiled call nobody asks, and it would break the graph."""
         output = encode(*args, **kwargs)
-        if hasattr(output, "pooler_output"):
+        if hasattr(output, "pooler_output") and not torch.compiler.is_compiling():
             arguments = _named(parameters(encode), args, kwargs)
             output.adsc_pieces = pieces_of(self.family, base, kind, arguments)
         return output

@@ -201,8 +201,9 @@ def stage_cache(cache: Cache, schedule: CompressionSchedule) -> StagedCache:
     run without this schedule.
     """
     if isinstance(cache, StagedCache):
-        if cache.ledger.schedule != schedule:
-            got = f"one of {cache.ledger.schedule!s}"
+        known = cache.ledger.schedule
+        if known is not schedule and known != schedule:  # Dynamo can't compare their integers
+            got = f"one of {known!s}"
             raise ValueError(f"cache: expected one of the schedule {schedule!s}, got {got}")
         _check_lengths(cache)
         return cache
@@ -220,6 +221,14 @@ def stage_cache(cache: Cache, schedule: CompressionSchedule) -> StagedCache:
     cache.__class__ = STAGED[type(cache)]
     cache.ledger = Ledger(schedule)
     cache.full_lengths = [getattr(layer, "max_cache_len", 0) for layer in cache.layers]
+    return cache
+
+
+def new_cache(config: Any, schedule: CompressionSchedule) -> StagedCache:
+    """What the decoder of that config would make. Dynamo breaks the graph where an object changes
+    its class, not here."""
+    cache = StagedDynamicCache(config=config)
+    cache.ledger = Ledger(schedule)
     return cache
 
 

@@ -69,11 +69,11 @@ def _walk(where: np.ndarray, known: Iterable[Piece]) -> Iterator[tuple[int, Piec
     copies = 1
     if isinstance(known, Sequence):
         total, each = int(where.sum()), sum(piece.placeholders for piece in known)
-        if total % each if each else total:
+        copies = total // each if each else 1
+        if not copies or copies * each != total:
             raise ValueError(
                 f"input_ids: expected {each} placeholder tokens for these pictures, got {total}"
             )
-        copies = total // each if each else 1
     source = iter(known)
     for first in range(0, len(where), copies):
         group = where[first : first + copies]
@@ -82,10 +82,6 @@ def _walk(where: np.ndarray, known: Iterable[Piece]) -> Iterator[tuple[int, Piec
             if not np.array_equal(row, group[0]):
                 raise ValueError("input_ids: expected rows repeated for beams to be alike")
             yield from ((first + n, piece, column) for piece, column in found)
-    if isinstance(known, Sequence) and next(source, None) is not None:
-        raise ValueError(
-            "input_ids: expected a placeholder token for every picture, some are short"
-        )
 
 
 def _walk_row(row: np.ndarray, source: Iterator[Piece]) -> Iterator[tuple[Piece, int]]:

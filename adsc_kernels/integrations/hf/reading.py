@@ -46,7 +46,7 @@ def pictures_in(arguments: dict[str, Any]) -> list[int]:
 def read_call(
     schedule: CompressionSchedule, family: Family, base: Any, arguments: dict[str, Any]
 ) -> PassInput:
-    """Take our own arguments out of a call's, and find out its layout.
+    """Take our own arguments out of a call's, and find out its layout; labels follow it.
 
     Raises ValueError or UnsupportedError where the layout can't be told.
     """
@@ -79,6 +79,7 @@ def _read_layout(
         spans = reader.spans(kinds)
     spans = [tuple(span) for span in spans]
     layout = BatchLayout(schedule, reader.real, spans, reader.starts)
+    _follow(layout, arguments)
     pictures = None
     if family.mrope and schedule.positions == "renumber":
         pictures = Pictures.of(spans, reader.kinds, reader.starts)
@@ -187,7 +188,6 @@ class _Reader:
         return pieces
 
 
-@torch.compiler.disable
 def pieces_of(family: Family, base: Any, kind: int, arguments: dict[str, Any]) -> Iterable[Piece]:
     """What the pictures of one modality are made of."""
     pictures = family.images if kind == 1 else family.videos
@@ -197,8 +197,16 @@ def pieces_of(family: Family, base: Any, kind: int, arguments: dict[str, Any]) -
     return pictures(base, arguments)
 
 
-@torch.compiler.disable
-def follow(layout: BatchLayout, labels: Tensor) -> Tensor:
+def _follow(layout: BatchLayout, arguments: dict[str, Any]) -> None:
+    """What the model makes of its logits is of the rows that are left of them."""
+    _check_kept(layout, arguments.get("logits_to_keep"))
+    if arguments.get("shift_labels") is not None:
+        raise UnsupportedError("shift_labels: expected labels, got labels that are shifted")
+    if arguments.get("labels") is not None:
+        arguments["labels"] = _labels(layout, arguments["labels"])
+
+
+def _labels(layout: BatchLayout, labels: Tensor) -> Tensor:
     """Labels [B, S] of the rows of the last stage; -100 for padding, and for a token behind it,
     which nothing predicts."""
     if labels.shape != (layout.batch, layout.width):
@@ -211,8 +219,7 @@ def follow(layout: BatchLayout, labels: Tensor) -> Tensor:
     return labels.gather(1, columns.clamp(min=0)).masked_fill(padding, -100)
 
 
-@torch.compiler.disable
-def check_kept(layout: BatchLayout, last: Any) -> None:
+def _check_kept(layout: BatchLayout, last: Any) -> None:
     """The last tokens, whose logits alone are asked for, are in every stage."""
     if isinstance(last, Tensor):
         raise UnsupportedError("logits_to_keep: expected an int, got a tensor")
