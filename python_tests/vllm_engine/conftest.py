@@ -15,13 +15,13 @@ os.environ.update(
     VLLM_NO_USAGE_STATS="1",
 )
 
+import once
 import pytest
 
-pytest.importorskip("vllm")
 
-import once
-
-once.install()
+def pytest_collection_finish():
+    """In the processes that run tests; the one that hands them out needs no vLLM."""
+    once.install()
 
 
 def pytest_collection_modifyitems(items):
