@@ -1,23 +1,10 @@
-"""Several processes, and drafts: as served, tensor parallel, speculating."""
+"""Several processes, which vLLM spawns, and drafts: as served, tensor parallel, speculating."""
 
 from __future__ import annotations
 
-import pytest
 from engines import MIXED, Ask, answer, check, engine, words
 
 SCHEDULE = "2:1/3,4:1/2"
-
-
-@pytest.fixture
-def spawn(monkeypatch):
-    """Processes that import everything anew, as on a GPU."""
-    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-
-
-@pytest.fixture
-def own_process(monkeypatch):
-    """For the engine's core."""
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
 
 
 def serve(llava, schedule, **options):
@@ -25,19 +12,20 @@ def serve(llava, schedule, **options):
         check(llava, schedule, MIXED, answer(llm, MIXED))
 
 
-def test_compiled_in_a_separate_process(short_llava, own_process, spawn):
+def test_compiled_in_a_separate_process(short_llava, monkeypatch):
     """A unit of compilation for each stage; chunks of many sizes, some without survivors."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     options = dict(max_num_batched_tokens=70, max_num_seqs=4)
     options |= dict(enforce_eager=False, enable_prefix_caching=True)
     serve(short_llava, "1:1/3,2:1/2", **options)
 
 
-def test_tensor_parallel(llava, monkeypatch, spawn):
+def test_tensor_parallel(llava, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     serve(llava, SCHEDULE, tensor_parallel_size=2)
 
 
-def test_ngram_speculation(llava, own_process):
+def test_ngram_speculation(llava):
     """Drafts from the prompt: a step then has several rows of a request."""
     from vllm import SamplingParams
 
