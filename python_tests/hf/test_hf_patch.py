@@ -309,6 +309,18 @@ def test_a_call_of_the_decoder_alone_is_refused(model):
         model.base_model.language_model(input_ids=torch.tensor([[5]]))
 
 
+@torch.no_grad()
+def test_a_call_that_fails_leaves_nothing_to_the_next(model, monkeypatch):
+    decoder = model.base_model.language_model
+    with apply_adsc(model, SCHEDULE):
+        with monkeypatch.context() as patch:
+            patch.setattr(model.base_model, "get_image_features", None)
+            with pytest.raises(TypeError):
+                model(**prompt())
+        with pytest.raises(ValueError, match="whole model"):
+            decoder(input_ids=torch.tensor([[5]]))
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [({}, "the decoder's other arguments"), ({"adsc_pass": None}, "position_embeddings")],

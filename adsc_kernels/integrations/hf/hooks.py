@@ -75,6 +75,7 @@ class Patch:
         if base is not model:
             self._hook(model, self._enter_model)
         self._hook(base, self._enter_base)
+        self._handles.append(base.register_forward_hook(self._leave_base, always_call=True))
         self._hook(decoder, self._enter_decoder)
         for number, layer in enumerate(decoder.layers):
             stage = schedule.stage_of_layer(number)
@@ -118,6 +119,10 @@ class Patch:
         read = arguments.pop(PASS, None)
         self._read = self._read_call(module, arguments) if read is None else read
         return (), arguments
+
+    def _leave_base(self, *_: Any) -> None:
+        """A call that failed on its way to the decoder leaves nothing to the next."""
+        self._read = None
 
     def _read_call(self, base: Any, arguments: Arguments) -> PassInput:
         read = read_call(self.schedule, self.family, base, arguments)
