@@ -16,10 +16,11 @@ from typing import Any
 
 from adsc_kernels import CompressionSchedule
 from adsc_kernels.accounting import ModelShape, account
+from adsc_kernels.training.curriculum import average
 
 DOCS = Path(__file__).parents[1] / "docs"
 BUDGETS = ("192", "128", "64", "36", "16")
-FULL = 576
+FULL, LAYERS = 576, 16
 KINDS = ("cell", "count", "largest", "side", "where", "row", "all")
 NAMES = {  # of a row of the table, what it is called, in order
     "strong_to_mild": "ADSC, trained strong to mild",
@@ -140,7 +141,13 @@ def by_task(data: dict[str, Any]) -> str:
 def training(data: dict[str, Any]) -> str:
     rows = []
     for name, how in data["training"].items():
-        through = " → ".join(f"`{text}`" for text in how["curriculum"]["through"]) or "none"
+        curriculum = how["curriculum"]
+        phases = sorted(
+            curriculum["through"],
+            key=lambda text: average(CompressionSchedule.parse(text, LAYERS)),
+            reverse=curriculum["direction"] == "mild_to_strong",
+        )
+        through = " → ".join(f"`{text}`" for text in phases) or "none"
         rows.append(
             [name, f"`{how['schedule']}`", through, str(how["steps"]), str(how["batch_size"])]
             + [", ".join(f"{took / 60:.1f} ({on})" for on, took in how["seconds"].items())]
