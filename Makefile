@@ -82,7 +82,7 @@ test-fast: venv ## Python tests without the slow ones
 	$(PYTEST) -m "not slow"
 
 test-vllm: venv-vllm  ## the vLLM plug-in in real engines on the CPU, against the oracle
-	$(VLLM_PYTHON) -m pytest -q -o addopts=--strict-markers -n 3 --dist loadfile --no-loadscope-reorder python_tests/vllm_engine
+	$(VLLM_PYTHON) -m pytest -q -o addopts=--strict-markers -n 2 --dist loadfile --no-loadscope-reorder python_tests/vllm_engine
 
 test-cpp: $(VENV)/.native  ## C++ tests of the keep rule and the planner
 	$(BIN)/cmake --build $(BUILD) --target adsc_tests
