@@ -16,7 +16,8 @@ from typing import Any
 
 from adsc_kernels import CompressionSchedule
 from adsc_kernels.accounting import ModelShape, account
-from adsc_kernels.training.curriculum import average
+from adsc_kernels.training.config import CurriculumSettings
+from adsc_kernels.training.curriculum import Curriculum
 
 DOCS = Path(__file__).parents[1] / "docs"
 BUDGETS = ("192", "128", "64", "36", "16")
@@ -141,13 +142,9 @@ def by_task(data: dict[str, Any]) -> str:
 def training(data: dict[str, Any]) -> str:
     rows = []
     for name, how in data["training"].items():
-        curriculum = how["curriculum"]
-        phases = sorted(
-            curriculum["through"],
-            key=lambda text: average(CompressionSchedule.parse(text, LAYERS)),
-            reverse=curriculum["direction"] == "mild_to_strong",
-        )
-        through = " → ".join(f"`{text}`" for text in phases) or "none"
+        own = CompressionSchedule.parse(how["schedule"], LAYERS)
+        *before, _ = Curriculum(CurriculumSettings(**how["curriculum"]), own, how["steps"]).phases
+        through = " → ".join(f"`{phase}`" for phase in before) or "none"
         rows.append(
             [name, f"`{how['schedule']}`", through, str(how["steps"]), str(how["batch_size"])]
             + [", ".join(f"{took / 60:.1f} ({on})" for on, took in how["seconds"].items())]

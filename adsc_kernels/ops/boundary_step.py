@@ -126,7 +126,7 @@ def boundary_step(
 def needs_grad(
     hidden: Tensor, residual: Tensor | None, weight: Tensor | None, others: list[Tensor]
 ) -> bool:
-    """Whether a gradient is asked for."""
+    """`asks_gradient` in words that Dynamo can trace; `call` asks whether gradients are enabled."""
     return (
         hidden.requires_grad
         or (residual is not None and residual.requires_grad)
