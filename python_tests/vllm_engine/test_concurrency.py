@@ -96,7 +96,7 @@ DIGITS = Path(adsc_kernels.__file__).parent / "checkpoints" / "tiny-llava-digits
 
 
 def most_running(schedule: str, blocks: int) -> tuple[int, int]:
-    """The most requests, of 48 about pictures of 576 tokens with answers of 32, that the engine
+    """The most requests, of 26 about pictures of 576 tokens with answers of 32, that the engine
     decodes in one step; and the bytes of its KV cache."""
     folder = DIGITS / "pictures"
     asked = json.loads((folder / "questions.json").read_text())
@@ -108,7 +108,7 @@ def most_running(schedule: str, blocks: int) -> tuple[int, int]:
         for name, questions in asked.items()
         for question in questions
     ]
-    options = dict(max_model_len=704, max_num_seqs=48, num_gpu_blocks_override=blocks)
+    options = dict(max_model_len=704, max_num_seqs=26, num_gpu_blocks_override=blocks)
     with engine(SimpleNamespace(folder=DIGITS), schedule, **options) as llm:
         scheduler, running = scheduler_of(llm), []
         step = scheduler.schedule
@@ -121,7 +121,7 @@ def most_running(schedule: str, blocks: int) -> tuple[int, int]:
 
         scheduler.schedule = watched
         greedy = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
-        llm.generate((requests * 48)[:48], greedy, use_tqdm=False)
+        llm.generate((requests * 26)[:26], greedy, use_tqdm=False)
         # One allocation, in which the groups' tensors lie over one another.
         [size] = {tensor.size for tensor in scheduler.kv_cache_config.kv_cache_tensors}
         return max(running), size
