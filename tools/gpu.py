@@ -49,7 +49,7 @@ LAST_CASE = 4  # seconds before the end after which no case of a bench begins
 SPLIT = ("parity", "compact", "compress_step", "compiled", "llava")
 TRITON = importlib.util.find_spec("triton") is not None
 DRY_RUN = os.environ.get("ADSC_GPU_DRY_RUN") == "1"
-# Of a process that shares the processors. In a dry run the work is tiny, and two wait for each other.
+# Of a process that shares the processors; in a dry run two would wait for each other.
 FEW_THREADS = {"OMP_NUM_THREADS": "1" if DRY_RUN else "2"}
 SLACK = 10 if DRY_RUN else 1  # times as long: a dry run may have half a processor, and no lease
 PREBUILT = ROOT / "adsc_kernels" / "libadsc_ops.sources"  # what the library was made from
