@@ -334,6 +334,26 @@ def test_a_decoder_that_keeps_its_arguments_to_itself_is_refused(model, given, s
 
 
 @torch.no_grad()
+def test_layers_without_positions_cannot_renumber_them(model):
+    layer = model.base_model.language_model.layers[1]
+
+    def without(_, args, kwargs):
+        return args, {name: value for name, value in kwargs.items() if name != "position_ids"}
+
+    handle = layer.register_forward_pre_hook(without, with_kwargs=True)
+    try:
+        with apply_adsc(model, "1:1/2"):
+            model(**prompt())  # rows carry their own embeddings along
+        with (
+            apply_adsc(model, "1:1/2@renumber"),
+            pytest.raises(UnsupportedError, match="positions: expected layers that are given"),
+        ):
+            model(**prompt())
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
 def test_features_behind_the_last_layer_are_refused():
     made = CASES["qwen3_vl"]
     config = made.config()
