@@ -53,10 +53,6 @@ class CompactionCall(NamedTuple):
             return (caches.number, *rows)
         return (caches.tensors, caches.num_layers, *rows, self.layout)
 
-    @property
-    def device(self) -> torch.device:
-        return self.caches.tensors[0].device
-
     def result(
         self,
         lens: Tensor,

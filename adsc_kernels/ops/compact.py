@@ -143,8 +143,8 @@ def _compact(
     op = native(name, cache.first())
     if op is None:
         call = check(cache, cache.stage)
-        chosen = choose(name, call.device)
         caches = call.caches
+        chosen = choose(name, caches.tensors[0].device)
         results = call_in_place(
             chosen, *call.arguments(), written=caches.tensors, places=caches.places
         )

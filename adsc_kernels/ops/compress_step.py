@@ -151,11 +151,12 @@ def _check(
             raise ValueError(
                 f"{name}: expected a tensor that needs no gradient (boundary_step gives one)"
             )
-    if compaction.device != hidden.device:
-        raise ValueError(
-            f"k_caches[0]: expected the device of hidden, {hidden.device}, got {compaction.device}"
-        )
     caches = compaction.caches
+    device = caches.tensors[0].device
+    if device != hidden.device:
+        raise ValueError(
+            f"k_caches[0]: expected the device of hidden, {hidden.device}, got {device}"
+        )
     if has_place(caches.tensors[0]):
         check_apart(inputs, caches)
     return arguments, compaction

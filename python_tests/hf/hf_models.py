@@ -177,8 +177,9 @@ def _internvl() -> Any:
 
 
 def _idefics(config: Any, vision: Any, **more: Any) -> Callable[[], Any]:
+    # Up to transformers 5.20 SmolVLM wants the tokens of a tile, 9, to be a multiple of patch_size.
     return lambda: config(
-        vision_config=vision(**{**VIT, "image_size": 24}).to_dict(),
+        vision_config=vision(**{**VIT, "image_size": 18, "patch_size": 3}).to_dict(),
         text_config=hf.LlamaConfig(**TEXT),
         image_token_id=IMAGE,
         scale_factor=2,
@@ -188,10 +189,10 @@ def _idefics(config: Any, vision: Any, **more: Any) -> Callable[[], Any]:
 
 
 def _idefics_rows() -> list[Row]:
-    """Tiles with text between them, as a picture that is split has; [1, tiles, 3, 24, 24]."""
+    """Tiles with text between them, as a picture that is split has; [1, tiles, 3, 18, 18]."""
     one = Row().text(1, 11).grid(3, 3).text(12).grid(3, 3).text(13).grid(3, 3).text(14, 15)
-    one.give(pixel_values=noise(1, 1, 3, 3, 24, 24))
-    two = Row().text(1, 16, 17).grid(3, 3).text(18).give(pixel_values=noise(2, 1, 1, 3, 24, 24))
+    one.give(pixel_values=noise(1, 1, 3, 3, 18, 18))
+    two = Row().text(1, 16, 17).grid(3, 3).text(18).give(pixel_values=noise(2, 1, 1, 3, 18, 18))
     return [one, two]
 
 
