@@ -29,7 +29,10 @@ class PageArguments(NamedTuple):
 
 
 class CompactionCall(NamedTuple):
-    """The arguments of one of the two ops, checked, and what the host knows of its results."""
+    """The arguments of one of the two ops, checked, and what the host knows of its results.
+
+    It has no properties: torch 2.10's Dynamo doesn't follow those of a NamedTuple.
+    """
 
     caches: Caches
     layout: CacheLayout
