@@ -340,8 +340,7 @@ def test_layers_without_positions_cannot_renumber_them(model):
     def without(_, args, kwargs):
         return args, {name: value for name, value in kwargs.items() if name != "position_ids"}
 
-    handle = layer.register_forward_pre_hook(without, with_kwargs=True)
-    try:
+    with layer.register_forward_pre_hook(without, with_kwargs=True):
         with apply_adsc(model, "1:1/2"):
             model(**prompt())  # rows carry their own embeddings along
         with (
@@ -349,8 +348,6 @@ def test_layers_without_positions_cannot_renumber_them(model):
             pytest.raises(UnsupportedError, match="positions: expected layers that are given"),
         ):
             model(**prompt())
-    finally:
-        handle.remove()
 
 
 @torch.no_grad()
