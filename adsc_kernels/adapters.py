@@ -22,7 +22,7 @@ from torch import Tensor
 from adsc_kernels import checks
 from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.hub import plain_name, read_json, read_weights, weight_files
-from adsc_kernels.schedule import CompressionSchedule
+from adsc_kernels.schedule import CONFIG_KEY, CompressionSchedule
 
 FILE = "adsc.json"
 NORM = "language_model.norm.weight"  # as the thin model names it
@@ -160,7 +160,7 @@ def merge_checkpoint(model: Path, adapter: Path, out: Path) -> CompressionSchedu
     """Write a checkpoint in Hugging Face format with an adapter merged into it.
 
     Weights keep their names and dtypes, each rounded once. `adsc_schedule` in its config.json is
-    the adapter's schedule, which is returned: the vLLM plug-in reads it there.
+    the adapter's schedule, which is returned: `apply_adsc` and the vLLM plug-in read it there.
 
     Raises what `merge` does, and ValueError where `out` is there or the adapter is for another
     depth; OSError where it can't be written, and then nothing is left of it.
@@ -183,7 +183,7 @@ def merge_checkpoint(model: Path, adapter: Path, out: Path) -> CompressionSchedu
         for file, tensors in files.items():
             mixed = {name: weights[plain_name(name)].to(t.dtype) for name, t in tensors.items()}
             save_file(mixed, part / file.name, metadata={"format": "pt"})
-        config = {**config, "adsc_schedule": str(schedule)}
+        config = {**config, CONFIG_KEY: str(schedule)}
         (part / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         os.replace(part, out)
     except (OSError, SafetensorError) as error:

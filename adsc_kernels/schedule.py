@@ -19,6 +19,7 @@ from adsc_kernels.segment_table import PATTERN_CODES
 
 PATTERNS = tuple(PATTERN_CODES)
 POSITIONS = ("original", "renumber")
+CONFIG_KEY = "adsc_schedule"  # of a model's config
 
 MAX_LAYERS = 10_000  # no decoder is as deep; what lists layers stays quick and small
 # Numerators and denominators stay below 2^31 so that count * numerator fits 64 bits.
@@ -189,6 +190,25 @@ class CompressionSchedule:
             data.get("pattern", "start"),
             data.get("positions", "original"),
         )
+
+    @classmethod
+    def of_config(cls, kept: object, num_layers: int) -> CompressionSchedule:
+        """What a model's config holds under ``CONFIG_KEY``: text, or what :meth:`to_dict` made.
+
+        Raises ``ValueError`` for anything else, and for a schedule of another depth.
+        """
+        if isinstance(kept, str):
+            return cls.parse(kept, num_layers)
+        if not isinstance(kept, Mapping):
+            got = checks.shown(kept)
+            raise ValueError(f"{CONFIG_KEY}: expected text or a mapping, got {got}")
+        schedule = cls.from_dict(kept)
+        if schedule.num_layers != num_layers:
+            raise ValueError(
+                f"{CONFIG_KEY}: expected a schedule for {num_layers} layers, "
+                f"got {schedule.num_layers}"
+            )
+        return schedule
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types: shares are exact, as text."""

@@ -127,7 +127,7 @@ def test_dense_schedule_saves_nothing(capsys: pytest.CaptureFixture[str]) -> Non
     [(32, "8:1/4,16:1/4,24:1/4"), (16, "4:1/4,8:1/4,12:1/4"), (2, "1:1/4"), (1, "")],
 )
 def test_default_schedule(layers: int, text: str) -> None:
-    assert str(default_schedule(layers)) == text
+    assert str(default_schedule(object(), layers)) == text
 
 
 def bad_checkpoint(change: Callable[[Path], object]) -> Callable[[Path], list[str]]:

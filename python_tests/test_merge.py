@@ -10,11 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_checkpoints import make_checkpoint
+from transformers import AutoModelForImageTextToText
 
 from adsc_kernels import adapters
 from adsc_kernels.adapters import read_lora, read_schedule
 from adsc_kernels.cli import main
+from adsc_kernels.cli.run import default_schedule
 from adsc_kernels.hub import bundled_checkpoint
+from adsc_kernels.integrations.hf import apply_adsc
 from adsc_kernels.llava import Llava, load_image
 
 MODEL = bundled_checkpoint()
@@ -62,6 +65,15 @@ def test_a_merged_checkpoint_says_its_schedule_and_answers_as_the_adapter(merged
     assert said[0] == said[1]
     right = [text.strip() == one["answer"] for text, one in zip(said[0], asked, strict=False)]
     assert sum(right) >= 5
+
+
+def test_a_merged_checkpoint_brings_its_schedule_to_transformers_and_to_run(merged: Path) -> None:
+    schedule = str(read_schedule(ADAPTER))
+    model = AutoModelForImageTextToText.from_pretrained(merged)
+    with apply_adsc(model) as applied:
+        assert str(applied.schedule) == schedule
+    assert model.config.adsc_schedule == schedule
+    assert str(default_schedule(model.config, 16)) == schedule
 
 
 def test_what_is_refused_writes_nothing(

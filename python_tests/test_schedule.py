@@ -59,6 +59,8 @@ def test_round_trips(schedule):
     data = json.loads(json.dumps(schedule.to_dict()))
     assert CompressionSchedule.from_dict(data) == schedule
     assert hash(CompressionSchedule.from_dict(data)) == hash(schedule)
+    for kept in (data, str(schedule)):
+        assert CompressionSchedule.of_config(kept, schedule.num_layers) == schedule
 
 
 @pytest.mark.parametrize(
@@ -119,6 +121,19 @@ def test_bad_text(text, match):
 def test_bad_dict(data, error, match):
     with pytest.raises(error, match=match):
         CompressionSchedule.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("kept", "match"),
+    [
+        ("9:1/2", "boundary layer: expected 0 to 3"),
+        ({"num_layers": 8}, "^adsc_schedule: expected a schedule for 4 layers, got 8$"),
+        (3, "^adsc_schedule: expected text or a mapping, got 3$"),
+    ],
+)
+def test_a_config_that_holds_no_schedule_for_this_depth(kept, match):
+    with pytest.raises(ValueError, match=match):
+        CompressionSchedule.of_config(kept, 4)
 
 
 def test_out_of_range():

@@ -14,7 +14,7 @@ from adsc_kernels.budget import PRESETS
 from adsc_kernels.cli import options, png, report, run_transformers
 from adsc_kernels.hub import bundled_checkpoint, read_config
 from adsc_kernels.images import load_image
-from adsc_kernels.schedule import CompressionSchedule
+from adsc_kernels.schedule import CONFIG_KEY, CompressionSchedule
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -67,8 +67,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--schedule",
         metavar="TEXT|PRESET",
-        help=f"such as 8:1/4,16:1/4,24:1/4, or one of {', '.join(PRESETS)} (1/4 at each quarter of "
-        "the depth)",
+        help=f"such as 8:1/4,16:1/4,24:1/4, or one of {', '.join(PRESETS)} (the checkpoint's own, "
+        "else 1/4 at each quarter of the depth)",
     )
     at_least_one = options.integer(1)
     parser.add_argument("--max-new-tokens", type=at_least_one, default=48, metavar="N", help="(48)")
@@ -141,14 +141,15 @@ def execute(args: argparse.Namespace) -> None:
         asked = [question.text for question in questions]
         run_transformers.execute(args, folder, images, asked, device, dtype)
         return
-    depth = LlavaConfig.from_folder(folder).num_layers
+    config = LlavaConfig.from_folder(folder)
+    depth = config.num_layers
     schedule = None
     if args.schedule is not None:
         schedule = options.schedule(args.schedule, num_layers=depth)
     if args.adapter is not None:
         schedule = adapters.agree(args.adapter, schedule, depth)
     elif schedule is None:
-        schedule = default_schedule(depth)
+        schedule = default_schedule(config.hf, depth)
     settings = {
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,
@@ -184,8 +185,12 @@ def execute(args: argparse.Namespace) -> None:
     print(json.dumps(facts, indent=1) if args.json else report.as_text(facts))
 
 
-def default_schedule(num_layers: int) -> CompressionSchedule:
-    """Keep 1/4 before each quarter of the depth but the first: an average of 1/3 of the tokens."""
+def default_schedule(config: Any, num_layers: int) -> CompressionSchedule:
+    """The one that the model's config holds, as `adsc merge` wrote it; else keep 1/4 before each
+    quarter of the depth but the first: an average of 1/3 of the tokens."""
+    kept = getattr(config, CONFIG_KEY, None)
+    if kept is not None:
+        return CompressionSchedule.of_config(kept, num_layers)
     layers = sorted({num_layers * quarter // 4 for quarter in (1, 2, 3)} - {0})
     return CompressionSchedule.parse(",".join(f"{n}:1/4" for n in layers), num_layers=num_layers)
 

@@ -10,10 +10,9 @@ from transformers import PreTrainedModel
 from adsc_kernels.errors import UnsupportedError
 from adsc_kernels.integrations.hf.families import FAMILIES, Family
 from adsc_kernels.integrations.hf.hooks import Patch
-from adsc_kernels.schedule import CompressionSchedule
+from adsc_kernels.schedule import CONFIG_KEY, CompressionSchedule
 
 ATTRIBUTE = "_adsc_patch"
-CONFIG = "adsc_schedule"
 
 
 class AppliedSchedule:
@@ -74,9 +73,9 @@ def apply_adsc(
     decoder = _decoder(model, family)
     schedule = _schedule(model, schedule, len(decoder.layers))
     patch = Patch(model, schedule, family)
-    patch.config_before = getattr(model.config, CONFIG, None)
+    patch.config_before = getattr(model.config, CONFIG_KEY, None)
     setattr(model, ATTRIBUTE, patch)
-    setattr(model.config, CONFIG, schedule.to_dict())
+    setattr(model.config, CONFIG_KEY, schedule.to_dict())
     return AppliedSchedule(model, patch)
 
 
@@ -89,9 +88,9 @@ def remove_adsc(model: nn.Module) -> None:
     patch.remove()
     delattr(model, ATTRIBUTE)
     if patch.config_before is None:
-        delattr(model.config, CONFIG)
+        delattr(model.config, CONFIG_KEY)
     else:
-        setattr(model.config, CONFIG, patch.config_before)
+        setattr(model.config, CONFIG_KEY, patch.config_before)
 
 
 def _unwrap(model: Any) -> PreTrainedModel:
@@ -131,11 +130,11 @@ def _schedule(
     model: PreTrainedModel, schedule: CompressionSchedule | str | None, num_layers: int
 ) -> CompressionSchedule:
     if schedule is None:
-        kept = getattr(model.config, CONFIG, None)
+        kept = getattr(model.config, CONFIG_KEY, None)
         if kept is None:
             raise ValueError("schedule: expected one, as the model's config holds none; got None")
-        schedule = CompressionSchedule.from_dict(kept)
-    elif isinstance(schedule, str):
+        return CompressionSchedule.of_config(kept, num_layers)
+    if isinstance(schedule, str):
         schedule = CompressionSchedule.parse(schedule, num_layers)
     if not isinstance(schedule, CompressionSchedule):
         got = type(schedule).__name__

@@ -11,14 +11,13 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from adsc_kernels.integrations.vllm.families import FAMILIES, Family
 from adsc_kernels.integrations.vllm.layout import Layouts, Span
-from adsc_kernels.schedule import CompressionSchedule
+from adsc_kernels.schedule import CONFIG_KEY, CompressionSchedule
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 _PACKAGE = "adsc_kernels.integrations.vllm"
 # In --additional-config, or in the checkpoint's config.json.
-SCHEDULE_KEY = "adsc_schedule"
 ALIGN_KEY = "adsc_align"
 _SCHEDULER = f"{_PACKAGE}.scheduler.make_scheduler"
 _SCHEDULERS = (None, _SCHEDULER, f"{_PACKAGE}.scheduler.AdscAsyncScheduler")
@@ -36,24 +35,13 @@ def schedule_of(vllm_config: VllmConfig) -> CompressionSchedule:
     another depth.
     """
     hf_config = vllm_config.model_config.hf_config
-    given = _option(vllm_config, SCHEDULE_KEY)
+    given = _option(vllm_config, CONFIG_KEY)
     if given is None:
         raise ValueError(
-            f"{SCHEDULE_KEY}: expected one in --additional-config, such as "
-            f'\'{{"{SCHEDULE_KEY}": "8:1/4"}}\', or in the checkpoint\'s config.json, got none'
+            f"{CONFIG_KEY}: expected one in --additional-config, such as "
+            f'\'{{"{CONFIG_KEY}": "8:1/4"}}\', or in the checkpoint\'s config.json, got none'
         )
-    depth = hf_config.text_config.num_hidden_layers
-    if isinstance(given, Mapping):
-        schedule = CompressionSchedule.from_dict(given)
-    elif isinstance(given, str):
-        schedule = CompressionSchedule.parse(given, num_layers=depth)
-    else:
-        raise ValueError(f"{SCHEDULE_KEY}: expected text or a mapping, got {given!r}")
-    if schedule.num_layers != depth:
-        raise ValueError(
-            f"{SCHEDULE_KEY}: expected a schedule for {depth} layers, got {schedule.num_layers}"
-        )
-    return schedule
+    return CompressionSchedule.of_config(given, hf_config.text_config.num_hidden_layers)
 
 
 def layouts_of(vllm_config: VllmConfig) -> Layouts:
