@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adsc_kernels import CompressionSchedule, make_plan, ops
+from adsc_kernels.ops import _dispatch
 
 PLAN = make_plan(CompressionSchedule.parse("1:1/2", num_layers=2), [0, 12], [(0, 1, 8)])
 STAGE = PLAN.stages[1]
@@ -62,3 +63,25 @@ def test_the_error_names_the_argument(data: st.DataObject, name: str) -> None:
     named = name.removesuffix(" of a cache")
     with pytest.raises((TypeError, ValueError), match=rf"^{named}.*: expected .*got"):
         call(value)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_refusal_is_a_value_error_where_torch_forgets_that(
+    grad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch 2.15 makes a RuntimeError of whatever a native op throws."""
+
+    def refuses(*_: Any) -> None:
+        raise RuntimeError(words)
+
+    monkeypatch.setitem(_dispatch._native, "downsample", (refuses, refuses))
+    calls = [
+        lambda: ops.downsample(torch.zeros(12, 4, requires_grad=grad), STAGE),
+        lambda: _dispatch.call(refuses, X, grad=grad),
+        lambda: _dispatch.call_in_place(refuses, [X], written=[X], places=None),
+    ]
+    for words, error in (("x: expected rows, got none", ValueError), ("no room", RuntimeError)):
+        for call in calls:
+            with pytest.raises(error, match=f"^{words}$") as caught:
+                call()
+            assert caught.type is error

@@ -3,7 +3,7 @@
 import importlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -227,12 +227,22 @@ def asks_gradient(*inputs: Any) -> bool:
     return torch._C._any_requires_grad(*inputs) and torch.is_grad_enabled()
 
 
-def explain(check: Callable[..., Any], *arguments: Any) -> None:
-    """Raises what check says of arguments that an op has refused, if it says anything."""
+def explain(error: Exception, check: Callable[..., Any], *arguments: Any) -> NoReturn:
+    """Raises what check says of arguments that an op has refused, else what the op says."""
     try:
         check(*arguments)
     except Exception as words:
         raise words from None
+    raise _refusal(error)
+
+
+def _refusal(error: Exception) -> Exception:
+    """A native op's error, of the type that it had in C++: torch 2.15 makes RuntimeErrors of all.
+    What is no refusal (no memory, no stream) doesn't say what was expected.
+    """
+    if type(error) is RuntimeError and ": expected " in str(error):
+        return ValueError(str(error))
+    return error
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}
@@ -263,17 +273,21 @@ def _passes_by(
 def call(op: Callable[..., Any], *arguments: Any, grad: bool) -> Any:
     """Calls what `choose` gave, past its autograd kernel where no gradient is asked for; under
     torch.compile and transforms as it is."""
-    if (
-        _is_compiling()
-        or forward_ad._current_level >= 0
-        or _transforms_are_active()
-        or (grad and torch.is_grad_enabled())
-    ):
+    if _is_compiling():
         return op(*arguments)
-    if _passes_by(op, arguments):
-        return op.function(*arguments)  # type: ignore[attr-defined]
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
+    try:
+        if (
+            forward_ad._current_level >= 0
+            or _transforms_are_active()
+            or (grad and torch.is_grad_enabled())
+        ):
+            return op(*arguments)
+        if _passes_by(op, arguments):
+            return op.function(*arguments)  # type: ignore[attr-defined]
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+    except RuntimeError as error:
+        raise _refusal(error) from None
 
 
 def call_in_place(
@@ -286,10 +300,13 @@ def call_in_place(
     """
     if _is_compiling():
         return op(*arguments)
-    if _passes_by(op, arguments, written):
-        results = op.function(*arguments, places=places)  # type: ignore[attr-defined]
-    else:
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            results = op(*arguments)
+    try:
+        if _passes_by(op, arguments, written):
+            results = op.function(*arguments, places=places)  # type: ignore[attr-defined]
+        else:
+            with torch._C._AutoDispatchBelowADInplaceOrView():
+                results = op(*arguments)
+    except RuntimeError as error:
+        raise _refusal(error) from None
     increment_version(written)
     return results

@@ -117,9 +117,8 @@ def boundary_step(
         try:
             grad = asks_gradient(hidden, residual, weight, *others)
             outputs = op[grad](*boundary_arguments(*given))
-        except Exception:
-            explain(check_boundary, *given)
-            raise
+        except Exception as error:
+            explain(error, check_boundary, *given)
     return step_of(outputs, residual is not None, len(others), layout is not None)
 
 

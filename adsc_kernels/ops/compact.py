@@ -152,10 +152,9 @@ def _compact(
     try:
         call = check(cache, cache.stage, native=True)
         results = op[call.caches.number is not None](*call.arguments())
-    except Exception:
+    except Exception as error:
         if not cache.forget():
-            explain(check, cache, cache.stage)
-            raise
+            explain(error, check, cache, cache.stage)
     else:
         increment_version(call.caches.tensors)
         return call.result(*results)

@@ -101,10 +101,9 @@ def _call(
         arguments, compaction = _usual_arguments(hidden, cache, *given)
         both = (*arguments, *compaction.arguments(of_step=True))
         return *op[compaction.caches.number is not None](*both), compaction
-    except Exception:
+    except Exception as error:
         if not isinstance(cache, DenseCache | PagedCache) or not cache.forget():
-            explain(_check, hidden, cache, *given)
-            raise
+            explain(error, _check, hidden, cache, *given)
     return _call(op, hidden, cache, *given)
 
 

@@ -42,9 +42,8 @@ def downsample(
     try:
         moved = movement(stage, keep_indices, x.shape[0])
         return op[x.requires_grad and torch.is_grad_enabled()](x, *moved)
-    except Exception:
-        explain(_check, x, stage, keep_indices)
-        raise
+    except Exception as error:
+        explain(error, _check, x, stage, keep_indices)
 
 
 def _check(x: Tensor, stage: Stage | None, keep_indices: Tensor | None) -> tuple[Any, ...]:
@@ -72,9 +71,8 @@ def downsample_many(
     try:
         grad = True in [x.requires_grad for x in xs] and torch.is_grad_enabled()
         return op[grad](xs, *movement(stage, keep_indices, xs[0].shape[0]))
-    except Exception:
-        explain(_check_many, xs, stage, keep_indices)
-        raise
+    except Exception as error:
+        explain(error, _check_many, xs, stage, keep_indices)
 
 
 def _check_many(

@@ -47,9 +47,8 @@ def downsample_add_rms_norm(
         moved = movement(stage, keep_indices, x.shape[0])
         grad = x.requires_grad or residual.requires_grad or weight.requires_grad
         return op[grad and torch.is_grad_enabled()](x, residual, weight, *moved, eps)
-    except Exception:
-        explain(_check, x, residual, weight, stage, eps, keep_indices)
-        raise
+    except Exception as error:
+        explain(error, _check, x, residual, weight, stage, eps, keep_indices)
 
 
 def _check(

@@ -77,9 +77,8 @@ def rebuild_metadata(
         return Metadata(*call(chosen, *arguments, grad=False))
     try:
         return Metadata(*op[False](cu_seqlens, spans, _ints_of(keep), pattern, 0))
-    except Exception:
-        explain(check_layout, *given)
-        raise
+    except Exception as error:
+        explain(error, check_layout, *given)
 
 
 def check_layout(
