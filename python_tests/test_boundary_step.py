@@ -15,6 +15,7 @@ from cases.boundary_step import (
     same_step,
 )
 from cases.rebuild_metadata import int32
+from cases.refused import BY_THE_OP
 from cases.refused.boundary_step import BAD_CALLS, CU, LAYOUT, SPANS, STAGE, H, P, R, W
 from cases.row_bits import bits, same_bits
 from cases.run import on
@@ -200,5 +201,5 @@ def test_the_op_itself_checks_too() -> None:
         ((H, None, None, 0.0, [], None, None, CU, SPANS, [3, 2], "start", 0, 5), "^keep: .*3/2"),
         ((H, None, None, 0.0, [], None, None, CU, SPANS, [1, 2], "start", 0, -1), "^num_tokens: "),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(BY_THE_OP, match=message):
             OP(*arguments)

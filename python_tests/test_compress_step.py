@@ -11,6 +11,7 @@ import torch
 from cases.boundary_step import Rows, boundaries, same_step
 from cases.compact import Case, check_buffers, check_results
 from cases.compress_step import HIDDEN, PLAN, TABLE, WEIGHT, S, caches, check, sample, step
+from cases.refused import BY_THE_OP
 from cases.refused.boundary_step import BAD_CALLS as BAD_BOUNDARIES
 from cases.refused.boundary_step import LAYOUT
 from cases.refused.compact import BAD_CALLS as BAD_CACHES
@@ -177,7 +178,7 @@ def test_the_op_itself_checks_too() -> None:
         arguments = list(sample(kind))
         arguments[place] = value
         saved = [x.clone() for x in arguments[13]]
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(BY_THE_OP, match=message):
             OP(*arguments)
         assert all(map(torch.equal, saved, arguments[13]))
 

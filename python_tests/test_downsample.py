@@ -12,6 +12,7 @@ from cases.downsample import (
     check_rows_far_apart,
     drawn_rows,
 )
+from cases.refused import BY_THE_OP
 from cases.refused.downsample import BAD_CALLS, GOOD, X
 from cases.row_bits import DTYPES, STRIDES, TRAILING, random_bits, same_bits, strided_rows
 from cases.run import on
@@ -182,7 +183,7 @@ def test_the_op_itself_checks_too() -> None:
         ((X, None, rows.float(), 1), "^keep_indices: .*int32 or int64"),
         ((X, None, rows, 2), "^keep_indices: expected 2"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(BY_THE_OP, match=message):
             op(*arguments)
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from cases.compact import Case, check_buffers, check_results, dense_cases, paged_cases
 from cases.compress_step import cache_of
+from cases.refused import BY_THE_OP
 from cases.refused.compact import STAGE, TABLE
 from hypothesis import given, settings
 from torch import Tensor
@@ -169,7 +170,7 @@ def test_nothing_outlives_the_object() -> None:
     gc.collect()
     assert not any(other() for other in others)
     with pytest.raises(
-        ValueError, match=f"^caches: expected what keep_caches returned, got {number}"
+        BY_THE_OP, match=f"^caches: expected what keep_caches returned, got {number}"
     ):
         torch.ops.adsc_kernels.compact_kv_.kept(number, *ROWS)
 
@@ -208,7 +209,7 @@ def test_the_op_itself_refuses_what_changed(change: str) -> None:
     op(number, *ROWS)
     CHANGES[change](v[1])
     before = [x.clone() for x in (*k, *v)]
-    with pytest.raises(ValueError, match=r"^caches\[4\]: expected a tensor that hasn't changed"):
+    with pytest.raises(BY_THE_OP, match=r"^caches\[4\]: expected a tensor that hasn't changed"):
         op(number, *ROWS)
     assert all(map(torch.equal, before, (*k, *v)))
     torch.ops.adsc_kernels.release_caches(number)

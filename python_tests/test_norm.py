@@ -11,6 +11,7 @@ from cases.downsample_add_rms_norm import (
     drawn,
     in_wider_rows,
 )
+from cases.refused import BY_THE_OP
 from cases.refused.downsample_add_rms_norm import BAD_CALLS, STAGE, W, X
 from cases.run import on
 from cases.segment_tables import FakeStage, image_stage, source_rows, stages
@@ -129,5 +130,5 @@ def test_the_op_itself_checks_too() -> None:
         (X.int(), X.int(), W.int(), 0.0, "^x: .*float32"),
         (X, X, W, -1.0, "^eps: "),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(BY_THE_OP, match=message):
             op(x, residual, weight, table, None, 5, eps)

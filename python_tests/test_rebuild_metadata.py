@@ -14,6 +14,7 @@ from cases.rebuild_metadata import (
     int32,
     layouts,
 )
+from cases.refused import BY_THE_OP
 from cases.refused.rebuild_metadata import BAD_CALLS, CU, GRID, SPANS
 from cases.run import on
 from cases.segment_tables import by_stage
@@ -129,5 +130,5 @@ def test_the_op_itself_checks_too() -> None:
         ((CU, SPANS, [1, 2], "random", 0), "^pattern: .*random"),
         ((CU, GRID, [1, 2, 1, 2], "grid", -1), "^max_height: "),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(BY_THE_OP, match=message):
             op(*arguments)
