@@ -1,8 +1,13 @@
-"""The order in which tests run, and what Python needn't look at while they do."""
+"""How tests run: in which order, how long an example may take, what Python needn't look at."""
 
 import gc
 
 import pytest
+from hypothesis import settings
+
+# An example has no deadline: on a busy machine any of them takes longer than usual at times.
+settings.register_profile("adsc", deadline=None)
+settings.load_profile("adsc")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -49,7 +49,7 @@ def check(name: str, arguments: tuple, argument_names: str, schedule: Schedule) 
         assert all(map(torch.equal, outs, wants))
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 @given(stages(max_length=12), edits, schedules)
 def segments(stage: FakeStage, changes: list[tuple[int, int]], schedule: Schedule) -> None:
     x = torch.arange(stage.num_tokens_in * 3.0).reshape(-1, 3)
@@ -57,14 +57,14 @@ def segments(stage: FakeStage, changes: list[tuple[int, int]], schedule: Schedul
     check("downsample", (x, table, None, stage.num_tokens), "segments", schedule)
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80, derandomize=True)
 @given(st.lists(st.one_of(st.integers(0, 9), wrong), min_size=1, max_size=20), schedules)
 def keep_indices(rows: list[int], schedule: Schedule) -> None:
     x = torch.arange(30.0).reshape(10, 3)
     check("downsample", (x, None, torch.tensor(rows), len(rows)), "keep_indices", schedule)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 @given(layouts(), fractions, edits, edits, schedules)
 def layout(
     drawn: tuple[Tensor, Tensor],
@@ -81,7 +81,7 @@ def layout(
     check("boundary_step", arguments, "cu_seqlens spans", schedule)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 @given(block_cases(outside=True), schedules)
 def blocks(drawn: Blocks, schedule: Schedule) -> None:
     """A block outside of the pool, shared, or read-only and written: no byte is written before."""

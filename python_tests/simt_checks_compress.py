@@ -27,7 +27,7 @@ def arguments_of(table: Tensor, stage: FakeStage, rows: Tensor, paged: bool) -> 
     return [*boundary, stage.num_tokens, [cache], 1, block_table, 2, *way, False, None, "NHD", outs]
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 @given(stages(max_length=12), edits, edits, st.booleans(), schedules)
 def both(
     stage: FakeStage,

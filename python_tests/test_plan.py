@@ -51,7 +51,7 @@ def check_stages(plan, lives, starts) -> None:
         assert stage.positions.tolist() == expected
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(plans(), st.data())
 def test_spans_in_any_order_with_empty_ones_among_them(case, data):
     schedule, cu_seqlens, spans = case

@@ -14,13 +14,13 @@ def test_triton_serves() -> None:
         assert resolve(torch.device("cpu")) == "triton"
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(case=dense_cases())
 def test_dense(case: Case) -> None:
     check(case, on("triton"))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(case=paged_cases())
 def test_paged(case: Case) -> None:
     check(case, on("triton"))
