@@ -1,13 +1,8 @@
-"""How tests run: in which order, how long an example may take, what Python needn't look at."""
+"""The order in which tests run, and what Python needn't look at while they do."""
 
 import gc
 
 import pytest
-from hypothesis import settings
-
-# An example has no deadline: on a busy machine any of them takes longer than usual at times.
-settings.register_profile("adsc", deadline=None)
-settings.load_profile("adsc")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

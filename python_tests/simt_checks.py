@@ -21,7 +21,6 @@ from adsc_kernels import ops  # noqa: F401 (registers the CPU's ops)
 wrong = st.one_of(st.integers(-5, 60), st.sampled_from([-(2**31), 2**31 - 1, 10**9]))
 edits = st.lists(st.tuples(st.integers(0, 10**6), wrong), max_size=2)
 seen = {"trap": 0, "valid": 0}
-# Below each says that it has no deadline: this is no pytest, whose conftest.py would.
 
 
 def edited(table: Tensor, changes: list[tuple[int, int]]) -> Tensor:

@@ -339,7 +339,7 @@ def test_an_address_is_for_what_reads_it(stubs):
             varlen_attention(q, k, v, rows(1), keys=keys, backend=backend)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.integers(0, 1), min_size=1, max_size=6).filter(any),
     st.sampled_from([(4, 4), (4, 2), (4, 1)]),

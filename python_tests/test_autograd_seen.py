@@ -101,7 +101,7 @@ TRANSFORMS: dict[str, Callable[[Op, Tensor, Tensor], Tensor]] = {
 }
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     stage=stages(max_sequences=2, max_length=5),
     raw=st.booleans(),
@@ -162,7 +162,7 @@ def caches_of(arguments: dict[str, Any]) -> list[Tensor]:
     return [x for name in names for x in arguments.get(name) or []]
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(case=st.one_of(dense_cases(), paged_cases()), joined=st.booleans())
 def test_version_counters(case: Case, joined: bool) -> None:
     arguments = case.build().arguments

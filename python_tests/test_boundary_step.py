@@ -29,7 +29,7 @@ from adsc_kernels import CompressionSchedule, make_plan, ops
 from adsc_kernels.backend import backend
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(
     stages(),
     st.sampled_from([0, 1, 7, 64, 513]),
@@ -68,7 +68,7 @@ def test_equals_the_ops_it_joins(
             same_step(out, ops.boundary_step(**arguments, eps=1e-5, others=rest, **source))
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(boundaries(forms=("layout",)))
 def test_a_layout_equals_the_reference(rows: Rows) -> None:
     """Movement and metadata; what num_tokens has to spare is zeros, rows behind are not read."""

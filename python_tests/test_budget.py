@@ -32,7 +32,7 @@ def every(tokens: int, layers: int, boundaries: int, keep, mixed: bool, first: i
                 yield schedule, average(schedule, tokens), kept
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_finds_all_that_brute_force_finds(data) -> None:
     layers = data.draw(st.integers(2, 9))

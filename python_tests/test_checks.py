@@ -183,7 +183,7 @@ def bad_calls(draw) -> tuple[Callable[..., object], str, str, Any]:
     return call, argument, name, FORMS[form][label]
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(bad_calls())
 def test_whatever_comes_is_named(case) -> None:
     call, argument, name, value = case
@@ -200,7 +200,7 @@ def test_whatever_comes_is_named(case) -> None:
 DIGITS = st.text(alphabet="12\u0661\u0967\uff11", min_size=1, max_size=1)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
     st.one_of(
         st.text(alphabet="0123456789:/,.@x-grid", max_size=14),

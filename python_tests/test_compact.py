@@ -57,19 +57,19 @@ def check_gathered(case: Case, op: Any, name: str) -> None:
                 assert torch.equal(bits(now), bits(wanted))
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(case=dense_cases())
 def test_reference_gathers_dense(case: Case) -> None:
     check_gathered(case, ops.compact_kv_, "reference")
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(case=paged_cases())
 def test_reference_gathers_paged(case: Case) -> None:
     check_gathered(case, ops.compact_paged_kv_, "reference")
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(case=paged_cases())
 def test_blocks(case: Case) -> None:
     """Blocks released and free, by sets; the tables of the result."""
@@ -99,7 +99,7 @@ def test_blocks(case: Case) -> None:
         assert result.block_table is built.arguments["block_table"]
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(case=paged_cases())
 def test_read_only_blocks_that_would_change_are_refused_and_only_those(case: Case) -> None:
     """A block of the old cache is written exactly if pinning it raises."""

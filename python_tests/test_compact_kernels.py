@@ -18,19 +18,19 @@ from adsc_kernels import CompressionSchedule, backend, make_plan, ops, reference
 CPU_OP = torch.ops.adsc_kernels.compact_paged_kv_
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(case=dense_cases(), uploaded=st.booleans())
 def test_cpu_dense(case: Case, uploaded: bool) -> None:
     check(case, on("cpu"), uploaded)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(case=paged_cases(), uploaded=st.booleans())
 def test_cpu_paged(case: Case, uploaded: bool) -> None:
     check(case, on("cpu"), uploaded)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(drawn=blocks(outside=False))
 def test_cpu_refuses_what_the_reference_refuses(drawn: Blocks) -> None:
     """Shared and read-only blocks, by the op itself; the reference looks at every row."""

@@ -119,7 +119,7 @@ def calls(device: str, stage: StagePlan, heads: int) -> dict[str, Callable[[], A
     }  # fmt: skip
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     form=st.sampled_from(["meta", "fake"]),
     op=st.sampled_from(sorted(calls("meta", stage_of(1, 2, "meta"), 1))),

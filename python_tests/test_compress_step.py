@@ -25,7 +25,7 @@ from torch.library import opcheck
 from adsc_kernels import UnsupportedError, ops
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(case=caches, rows=boundaries(), uploaded=st.booleans())
 def test_equals_the_ops_it_joins(case: Case, rows: Rows, uploaded: bool) -> None:
     built, wanted = case.build(), case.build()
@@ -36,7 +36,7 @@ def test_equals_the_ops_it_joins(case: Case, rows: Rows, uploaded: bool) -> None
     same_step(done.boundary, ops.boundary_step(**rows.arguments), close=None)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(case=caches, rows=boundaries(max_length=12), uploaded=st.booleans())
 def test_equals_the_reference(case: Case, rows: Rows, uploaded: bool) -> None:
     check(case, rows, on("cpu"), uploaded=uploaded)

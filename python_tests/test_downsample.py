@@ -24,13 +24,13 @@ from torch import Tensor
 from adsc_kernels import ops
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(stage=stages(), rows=drawn_rows())
 def test_equals_reference(stage: FakeStage, rows: Rows) -> None:
     check(stage, rows.make(stage.num_tokens_in), on("cpu"))
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(
     indices=st.lists(st.integers(0, 12), max_size=40),
     width=st.sampled_from([torch.int32, torch.int64]),
@@ -44,7 +44,7 @@ def test_indices_in_any_order(
     assert same_bits(ops.downsample(x, keep_indices=rows), x[rows.long()])
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(stage=stages(), kinds=st.lists(st.sampled_from(STRIDES), min_size=1, max_size=5))
 def test_many_equals_one_by_one(stage: FakeStage, kinds: list[str]) -> None:
     xs = [
@@ -106,7 +106,7 @@ def test_rows_far_apart() -> None:
 # ---- Gradients ----
 
 
-@settings(max_examples=10)
+@settings(max_examples=10, deadline=None)
 @given(stage=stages(max_sequences=2, max_length=8), trailing=st.sampled_from([(), (2,), (1, 2)]))
 def test_gradcheck(stage: FakeStage, trailing: tuple[int, ...]) -> None:
     x = torch.randn(stage.num_tokens_in, *trailing, dtype=torch.float64, requires_grad=True)

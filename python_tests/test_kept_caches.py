@@ -57,7 +57,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return numbers
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(case=dense_cases() | paged_cases())
 def test_every_call_does_the_same(case: Case) -> None:
     """Of an object the first call, the one that has the library keep its tensors, and the next."""

@@ -419,7 +419,7 @@ def state(talk) -> tuple:
     )
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.sampled_from(sorted(BAD_OPTIONS)), st.data())
 def test_a_bad_option_moves_nothing_on(model, talk, name, data):
     value = data.draw(st.sampled_from(BAD_OPTIONS[name]))
@@ -471,7 +471,7 @@ BAD_VALUES = {
 }
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.sampled_from(sorted(BAD_VALUES)), st.data())
 def test_a_bad_value_in_a_config_is_named(checkpoint, name, data):
     value = data.draw(st.sampled_from(BAD_VALUES[name]))
@@ -495,7 +495,7 @@ def test_stop_tokens_that_would_never_stop(value, copy):
         LlavaConfig.from_folder(copy)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     st.one_of(
         st.integers(65, 5000).map(lambda n: "[" * n + "]" * n),

@@ -55,7 +55,7 @@ ARGUMENTS: dict[str, tuple[list[Any], Callable[[Any], Any]]] = {
 }  # fmt: skip
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(data=st.data(), name=st.sampled_from(sorted(ARGUMENTS)))
 def test_the_error_names_the_argument(data: st.DataObject, name: str) -> None:
     values, call = ARGUMENTS[name]

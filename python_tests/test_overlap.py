@@ -60,7 +60,7 @@ def views(draw: st.DrawFn) -> list[Tensor]:
     return tensors
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(tensors=views())
 def test_exact(tensors: list[Tensor]) -> None:
     own = [addresses(x) for x in tensors]
@@ -72,7 +72,7 @@ def test_exact(tensors: list[Tensor]) -> None:
         check_overlap(tensors, names(tensors))
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(tensors=views(), inputs=views())
 def test_inputs_beside_caches(tensors: list[Tensor], inputs: list[Tensor]) -> None:
     """A step's rows lie in other ways than its caches: what meets is always seen."""

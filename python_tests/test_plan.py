@@ -51,7 +51,7 @@ def check_stages(plan, lives, starts) -> None:
         assert stage.positions.tolist() == expected
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(plans(), st.data())
 def test_spans_in_any_order_with_empty_ones_among_them(case, data):
     schedule, cu_seqlens, spans = case
@@ -99,6 +99,7 @@ def test_a_plan_on_meta_has_its_shapes():
     assert meta.positions.shape == meta.keep_indices().shape == here.positions.shape
 
 
+@settings(deadline=None)
 @given(plans())
 def test_whole_prompts(case):
     schedule, cu_seqlens, spans = case
@@ -115,6 +116,7 @@ def test_whole_prompts(case):
             assert (mapping.num_tokens_in, mapping.num_tokens) == (len(source), len(target))
 
 
+@settings(deadline=None)
 @given(plans(), st.data())
 def test_chunks_join_to_the_whole(case, data):
     """For any cuts: each chunk holds the whole prompt's survivors there, and knows the earlier."""
@@ -155,6 +157,7 @@ def test_chunks_join_to_the_whole(case, data):
         ]
 
 
+@settings(deadline=None)
 @given(plans(patterns=("start", "center", "linspace")))
 def test_kept_counts(case):
     schedule, cu_seqlens, spans = case
@@ -168,6 +171,7 @@ def test_kept_counts(case):
         assert stage.num_tokens == cu_seqlens[-1] - dropped
 
 
+@settings(deadline=None)
 @given(plans(patterns=("start", "center", "linspace")), st.integers(1, 40))
 def test_aligned_spans_drop_whole_blocks(case, block):
     schedule, cu_seqlens, spans = case

@@ -25,7 +25,7 @@ from torch import Tensor
 from adsc_kernels import CompressionSchedule, make_plan, ops, reference
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(calls())
 def test_equals_reference(call: tuple[Any, ...]) -> None:
     cu_seqlens, spans, *_ = call
@@ -36,7 +36,7 @@ def test_equals_reference(call: tuple[Any, ...]) -> None:
     check_movement(out, int(cu_seqlens[-1]))
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(grid_calls())
 def test_grid_equals_reference(call: tuple[Any, ...]) -> None:
     cu_seqlens, spans, (rows, _), _, height = call
@@ -57,7 +57,7 @@ def check_movement(out: ops.Metadata, num_tokens_in: int) -> None:
     assert int(out.max_seqlen) == max(out.seq_lens.tolist(), default=0)
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(
     layout=layouts(smallest=1),
     keeps=st.lists(fractions, min_size=1, max_size=4),

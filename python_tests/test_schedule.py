@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 from cases.plans import schedules
-from hypothesis import given
+from hypothesis import given, settings
 
 from adsc_kernels import Boundary, CompressionSchedule
 
@@ -53,6 +53,7 @@ def test_boundary_at_the_first_layer():
     assert schedule.kept(5) == (5, 0)
 
 
+@settings(deadline=None)
 @given(schedules())
 def test_round_trips(schedule):
     assert CompressionSchedule.parse(str(schedule), schedule.num_layers) == schedule

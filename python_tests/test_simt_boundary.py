@@ -13,19 +13,19 @@ from adsc_kernels import ops
 pytestmark = needs_simt
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(boundaries(max_length=12, forms=("stage",)), schedules)
 def test_of_a_stage(rows: Rows, schedule: Schedule) -> None:
     check(rows, emulating(schedule))
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(boundaries(max_length=12, forms=("keep_indices",)), schedules)
 def test_of_indices(rows: Rows, schedule: Schedule) -> None:
     check(rows, emulating(schedule))
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(boundaries(forms=("layout",)), schedules)
 def test_of_a_layout(rows: Rows, schedule: Schedule) -> None:
     check(rows, emulating(schedule))

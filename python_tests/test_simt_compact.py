@@ -18,13 +18,13 @@ from adsc_kernels.kv.pages import Ints
 pytestmark = needs_simt
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(case=dense_cases(), schedule=schedules)
 def test_dense(case: Case, schedule: Schedule) -> None:
     check(case, emulating_in_place(schedule))
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(case=paged_cases(), schedule=schedules)
 def test_paged(case: Case, schedule: Schedule) -> None:
     check(case, emulating_in_place(schedule))

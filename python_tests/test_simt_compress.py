@@ -47,13 +47,13 @@ def check_emulated(case: Case, rows: Rows, schedule: Schedule) -> None:
         check(case, rows, emulating_in_place(schedule, *outs))
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(case=dense_cases(), rows=boundaries(max_length=12), schedule=schedules)
 def test_dense(case: Case, rows: Rows, schedule: Schedule) -> None:
     check_emulated(case, rows, schedule)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(case=paged_cases(), rows=boundaries(max_length=12), schedule=schedules)
 def test_paged(case: Case, rows: Rows, schedule: Schedule) -> None:
     check_emulated(case, rows, schedule)

@@ -22,13 +22,13 @@ TRAILING = [(), (1,), (3,), (8,), (2, 3), (16,), (33,), (128,), (0,)]
 rows = drawn_rows(DTYPES, TRAILING)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(stages(max_length=20), rows, schedules)
 def test_equals_reference(stage: FakeStage, drawn: Rows, schedule: Schedule) -> None:
     check(stage, drawn.make(stage.num_tokens_in), emulating(schedule))
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(stages(max_length=20), st.lists(rows, min_size=1, max_size=6), schedules)
 def test_many_equals_reference(stage: FakeStage, drawn: list[Rows], schedule: Schedule) -> None:
     check_many(stage, [x.make(stage.num_tokens_in) for x in drawn], emulating(schedule))
@@ -41,7 +41,7 @@ def test_an_image_in_a_prompt(trailing: tuple[int, ...]) -> None:
     check(stage, x, emulating((1, 0, 1)))
 
 
-@settings(max_examples=15)
+@settings(max_examples=15, deadline=None)
 @given(
     stages(max_length=20),
     st.sampled_from([2048, 2056, 3584, 4096, 5120, 8192, 8200]),
@@ -54,7 +54,7 @@ def test_wide_rows(stage: FakeStage, width: int, gap: int, schedule: Schedule) -
     check(stage, x, emulating(schedule))
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(
     stages(max_length=20),
     st.lists(

@@ -11,13 +11,13 @@ from simt import Schedule, emulating, needs_simt, schedules
 pytestmark = needs_simt
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(calls(), schedules)
 def test_equals_reference(call: tuple[Any, ...], schedule: Schedule) -> None:
     check(call, emulating(schedule))
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(grid_calls(), schedules)
 def test_grid_equals_reference(call: tuple[Any, ...], schedule: Schedule) -> None:
     check(call, emulating(schedule))

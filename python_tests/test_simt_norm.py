@@ -12,7 +12,7 @@ from simt import Schedule, emulating, needs_simt, schedules
 pytestmark = needs_simt
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     stage=stages(max_length=12),
     hidden=st.sampled_from([0, 1, 7, 8, 64, 255, 512, 1032]),

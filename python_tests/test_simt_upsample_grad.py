@@ -21,14 +21,14 @@ def check(
     assert guards_intact(out)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(stages(max_length=12), st.sampled_from([1, 3, 8, 264]), st.sampled_from(DTYPES), schedules)
 def test_of_a_stage(stage: FakeStage, width: int, dtype: torch.dtype, schedule: Schedule) -> None:
     grad = torch.randn(stage.num_tokens, width).to(dtype)
     check(grad, stage.segments, None, stage.num_tokens_in, schedule)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.integers(0, 12), max_size=60),
     st.sampled_from([torch.int32, torch.int64]),

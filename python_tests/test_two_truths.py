@@ -32,7 +32,7 @@ def paged(**changes: object) -> ops.CompactionResult:
         raise
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(b=st.integers(0, 1), page=st.integers(0, 2), block=st.integers(0, POOL - 1))
 def test_a_stale_host_table(b: int, page: int, block: int) -> None:
     host = TABLE.clone()
@@ -44,7 +44,7 @@ def test_a_stale_host_table(b: int, page: int, block: int) -> None:
         paged(block_table_host=host)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     name=st.sampled_from(["cu_kept", "seq_lens", "prefix_lens", "cu_rows"]),
     at=st.integers(0, 2),
@@ -63,7 +63,7 @@ def test_ints_that_disagree(name: str, at: int, by: int, dtype: torch.dtype) -> 
         paged(**{name: ops.Ints(host, device)})
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     blocks=st.lists(st.integers(-3, POOL + 2) | st.sampled_from([-(2**62), 2**40]), max_size=3),
     form=st.sampled_from([list, torch.tensor]),
@@ -80,7 +80,7 @@ def test_read_only_blocks_outside_the_pool(
         paged(read_only_blocks=form(blocks))
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     page=st.integers(-1, 3) | st.sampled_from([2**30, 2**31 - 1, 2**40]),
     at=st.integers(0, 3),
@@ -110,7 +110,7 @@ def test_pages_that_req_to_token_can_not_hold(
     assert target[1, begin : begin + page_size].tolist() == wanted[: max(context - begin, 0)]
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(offsets=st.lists(st.integers(-1, 50), min_size=1, max_size=5))
 def test_tensorrt_llm_offsets(offsets: list[int]) -> None:
     given_ = torch.tensor([offsets], dtype=torch.int32)
@@ -147,7 +147,7 @@ def normed(x: Tensor, eps: float) -> Tensor:
     )[0]
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     eps=st.floats(0, 1e-30) | st.sampled_from([0.0, 1e-50, 1e-40, 1.2e-38, 1e-6, 1e38, 1e39]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
@@ -162,7 +162,7 @@ def test_eps_is_what_the_norm_can_hold(eps: float, dtype: torch.dtype) -> None:
         normed(x, eps)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     spare=st.integers(0, 3),
     eps=st.sampled_from([0.0, 1e-6]),

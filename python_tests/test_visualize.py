@@ -53,7 +53,7 @@ def test_what_grid_does_instead() -> None:
     assert coverage(CompressionSchedule.parse("0:1/4", 1), GRID)[1].farthest == 3
 
 
-@settings(max_examples=40)
+@settings(deadline=None, max_examples=40)
 @given(st.sets(st.integers(0, 34)), st.just((5, 7)))
 def test_coverage_by_hand(kept: set[int], grid: tuple[int, int]) -> None:
     found = Coverage.of(frozenset(kept), grid)
@@ -66,7 +66,7 @@ def test_coverage_by_hand(kept: set[int], grid: tuple[int, int]) -> None:
     assert found.farthest == pytest.approx(max(away))
 
 
-@settings(max_examples=60)
+@settings(deadline=None, max_examples=60)
 @given(schedules(), st.sampled_from(PATTERNS))
 def test_another_pattern_keeps_about_as_many(schedule: CompressionSchedule, pattern: str) -> None:
     if schedule.pattern == "grid" and pattern != "grid":

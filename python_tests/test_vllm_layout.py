@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from llava_oracle import kept
 
@@ -20,6 +20,7 @@ def schedule(text: str, layers: int = 32) -> CompressionSchedule:
     return CompressionSchedule.parse(text, layers)
 
 
+@settings(deadline=None)
 @given(
     gaps=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 40)), max_size=4),
     shares=st.lists(st.sampled_from(["1/2", "1/3", "3/4", "1", "0", "1/64"]), max_size=3),

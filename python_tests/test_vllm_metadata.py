@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adsc_kernels import CompressionSchedule
@@ -105,6 +105,7 @@ def requests(draw):
     return schedule, layouts, chunks
 
 
+@settings(deadline=None)
 @given(requests=requests(), padding=st.integers(0, 1))
 def test_rows_of_a_step(requests, padding):
     schedule, layouts, chunks = requests

@@ -78,7 +78,7 @@ def schedules(draw: Any) -> CompressionSchedule:
     return CompressionSchedule.parse(f"1:{shares[0]},2:{shares[1]}@{pattern}@renumber", LAYERS)
 
 
-@settings(max_examples=40)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(prompts(), min_size=1, max_size=3), schedules(), st.sampled_from("lrp"))
 def test_positions_are_those_of_the_plain_rule(made, schedule, how):
     """Left- and right-padded, and packed into one row; and what follows any column goes on."""
@@ -146,7 +146,7 @@ def prompt_of(sizes: list[tuple[int, int, int]], between: tuple[int, ...]) -> Ro
     ("name", "between"),
     [("qwen2_vl", ()), ("qwen2_5_vl", ()), ("qwen3_vl", (8, 30, 7))],
 )
-@settings(max_examples=25)
+@settings(deadline=None, max_examples=25)
 @given(data=st.data())
 def test_a_grid_is_numbered_as_the_model_numbers_a_smaller_picture(models, name, between, data):
     """Videos whose rows or columns reach as far as their time: else transformers 5.17 to 5.24 let

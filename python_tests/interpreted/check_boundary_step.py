@@ -19,19 +19,19 @@ def near(got: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(got, wanted, rtol=2**-7, atol=1e-30)
 
 
-@settings(max_examples=12)
+@settings(max_examples=12, deadline=None)
 @given(boundaries(max_length=12, forms=("stage",), **NARROW))
 def test_of_a_stage(rows: Rows) -> None:
     check(rows, on("triton"), near)
 
 
-@settings(max_examples=12)
+@settings(max_examples=12, deadline=None)
 @given(boundaries(max_length=12, forms=("keep_indices",), **NARROW))
 def test_of_indices(rows: Rows) -> None:
     check(rows, on("triton"), near)
 
 
-@settings(max_examples=15)
+@settings(max_examples=15, deadline=None)
 @given(boundaries(forms=("layout",), **NARROW | {"widths": [3, 8]}))
 def test_of_a_layout(rows: Rows) -> None:
     check(rows, on("triton"), near)

@@ -111,7 +111,7 @@ def test_layouts(cu_seqlens: torch.Tensor, spans: list[list[int]], message: str)
         ops.rebuild_metadata(cu_seqlens, table, *arguments)
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(drawn=blocks(outside=True))
 def test_block_tables(drawn: Blocks) -> None:
     """Refused exactly where the CPU op refuses, with no byte written."""

@@ -14,13 +14,13 @@ def test_triton_serves() -> None:
         assert resolve(torch.device("cpu")) == "triton"
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(case=dense_cases())
 def test_dense(case: Case) -> None:
     check(case, on("triton"))
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(case=paged_cases())
 def test_paged(case: Case) -> None:
     check(case, on("triton"))

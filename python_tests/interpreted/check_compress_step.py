@@ -15,7 +15,7 @@ from adsc_kernels.backend import backend
 OP = torch.ops.adsc_triton.compress_step.default
 
 
-@settings(max_examples=15)
+@settings(max_examples=15, deadline=None)
 @given(
     case=caches,
     rows=boundaries(max_length=12, widths=[1, 7, 8, 64, 520], kinds=others_of(max_size=3)),

@@ -26,13 +26,13 @@ def test_triton_serves() -> None:
     assert TRITON(resolve, torch.device("cpu")) == "triton"
 
 
-@settings(max_examples=45)
+@settings(max_examples=45, deadline=None)
 @given(stage=stages(max_sequences=3, max_length=20), rows=drawn_rows())
 def test_equals_reference(stage: FakeStage, rows: Rows) -> None:
     check(stage, rows.make(stage.num_tokens_in), TRITON)
 
 
-@settings(max_examples=15)
+@settings(max_examples=15, deadline=None)
 @given(
     stage=stages(max_sequences=2, max_length=20),
     kinds=st.lists(st.sampled_from(STRIDES), min_size=1, max_size=6),

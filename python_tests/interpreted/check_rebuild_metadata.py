@@ -12,13 +12,13 @@ from hypothesis import given, settings
 TRITON = on("triton")
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(calls())
 def test_equals_reference(call: tuple[Any, ...]) -> None:
     check(call, TRITON)
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(grid_calls())
 def test_grid_equals_reference(call: tuple[Any, ...]) -> None:
     check(call, TRITON)

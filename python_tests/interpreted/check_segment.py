@@ -84,7 +84,7 @@ def test_kept_count() -> None:
     assert out[: len(cases)].tolist() == [_C.kept_count(*case) for case in cases]
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(stage=stages())
 def test_source_rows(stage: FakeStage) -> None:
     wanted = reference.source_rows(*by_stage(stage))

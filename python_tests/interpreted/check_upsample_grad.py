@@ -23,7 +23,7 @@ def both(*arguments: object) -> tuple[Tensor, Tensor]:
     return found, wanted
 
 
-@settings(max_examples=15)
+@settings(max_examples=15, deadline=None)
 @given(
     stage=stages(max_sequences=2, max_length=12),
     dtype=st.sampled_from(DTYPES),
@@ -39,7 +39,7 @@ def test_segments(
     assert found.dtype == wanted.dtype and torch.equal(found, wanted)
 
 
-@settings(max_examples=15)
+@settings(max_examples=15, deadline=None)
 @given(
     indices=st.lists(st.integers(0, 12), max_size=40),
     width=st.sampled_from([torch.int32, torch.int64]),
