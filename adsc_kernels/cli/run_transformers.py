@@ -45,8 +45,9 @@ def execute(
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device).eval()
     processor = AutoProcessor.from_pretrained(folder)
     depth = model.config.get_text_config().num_hidden_layers
-    schedule: Any = default_schedule(model.config, depth)
-    if args.schedule is not None:
+    if args.schedule is None:
+        schedule = default_schedule(model.config, depth)
+    else:
         schedule = CompressionSchedule.parse(args.schedule, num_layers=depth)
     facts: dict[str, Any] = {"model": str(args.model or folder.name), "schedule": str(schedule)}
     facts["answers"] = []
