@@ -124,10 +124,10 @@ def retention(data: dict[str, Any]) -> str:
 def by_task(data: dict[str, Any]) -> str:
     runs = grouped(data)
     rows = []
-    named = [
-        ("dense" if run["adapter"] is None else "dense, trained on", run["by_kind"])
-        for run in dense_runs(data)
-    ]
+    first: dict[str, Any] = {}  # of the seeds
+    for run in dense_runs(data):
+        first.setdefault("dense" if run["adapter"] is None else "dense, trained on", run["by_kind"])
+    named = [*first.items()]
     for budget in BUDGETS:
         for row in ("adsc", "constant", "strong_to_mild"):
             named += [
