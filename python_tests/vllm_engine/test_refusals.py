@@ -265,8 +265,8 @@ def test_other_vllm(monkeypatch):
     """Under another vLLM nothing is registered, and one line says why."""
     from adsc_kernels.integrations.vllm import plugin
 
-    monkeypatch.setattr(plugin, "version", lambda name: "0.33.1")
-    assert plugin.vllm_problem() == "adsc_kernels: expected vLLM 0.32.x, got vllm 0.33.1"
+    monkeypatch.setattr(plugin, "version", lambda name: "0.34.1")
+    assert plugin.vllm_problem() == "adsc_kernels: expected vLLM 0.32.x or 0.33.x, got vllm 0.34.1"
     lines = []
     monkeypatch.setattr(plugin.logger, "error", lambda text, *values: lines.append(text % values))
     plugin.register()

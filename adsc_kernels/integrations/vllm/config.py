@@ -23,7 +23,8 @@ _SCHEDULER = f"{_PACKAGE}.scheduler.make_scheduler"
 _SCHEDULERS = (None, _SCHEDULER, f"{_PACKAGE}.scheduler.AdscAsyncScheduler")
 _CPU_WORKER = f"{_PACKAGE}.worker.AdscCPUWorker"
 _PARAMS_CHECK = f"{_PACKAGE}.request_check:RefusePromptLogprobs"
-TORCH_MINORS = ("2.10", "2.11", "2.12", "2.13")  # whose compilation vLLM 0.32 was read with
+# Whose compilation vLLM 0.32 and 0.33 were read with.
+TORCH_MINORS = ("2.10", "2.11", "2.12", "2.13", "2.14")
 _CPU_BLOCK = 32  # vLLM's CPU attention works on multiples of it
 
 

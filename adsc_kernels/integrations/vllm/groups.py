@@ -43,7 +43,7 @@ class Grouping:
 
 
 def group_size(buckets: Sequence[int]) -> int:
-    """vLLM 0.32's rule (`_get_kv_cache_groups_uniform_page_size`) for the layers of a group."""
+    """vLLM's rule (`_get_kv_cache_groups_uniform_page_size`) for the layers of a group."""
     smallest, largest = min(buckets), max(buckets)
     return largest if largest < smallest * 1.5 else smallest
 

