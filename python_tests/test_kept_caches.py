@@ -213,3 +213,29 @@ def test_the_op_itself_refuses_what_changed(change: str) -> None:
         op(number, *ROWS)
     assert all(map(torch.equal, before, (*k, *v)))
     torch.ops.adsc_kernels.release_caches(number)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_kernels_are_told_of_what_changed(change: str) -> None:
+    k, v = caches()
+    cache = kept_one(k, v)._kept[0]  # type: ignore[index]
+    assert cache is not None
+    assert cache.unchanged()
+    CHANGES[change](v[1])
+    assert not cache.unchanged()
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+def test_they_are_told_whatever_torch_makes_of_an_error(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch 2.15 makes a RuntimeError of whatever a native op throws."""
+
+    def refuses(number: int) -> None:
+        raise error(f"caches: expected what keep_caches returned, got {number}")
+
+    cache = kept_one(*caches())._kept[0]  # type: ignore[index]
+    assert cache is not None
+    known = kept._ops()._replace(check=refuses)
+    monkeypatch.setattr(kept, "_ops", lambda: known)
+    assert not cache.unchanged()

@@ -22,6 +22,7 @@ from adsc_kernels import make_plan, ops
 from adsc_kernels.kv.pages import CompactionResult
 from adsc_kernels.ops import compact
 from cases.plans import plans
+from cases.refused import BY_THE_OP
 from cases.run import Run, reference
 
 DTYPES = [
@@ -333,7 +334,7 @@ class Blocks:
         saved = [buffer.clone() for buffer in got]
         try:
             outs = torch.ops.adsc_kernels.compact_paged_kv_(*arguments)
-        except ValueError as error:
+        except BY_THE_OP as error:
             name = str(error).split(":")[0]
             if name == "block_table" and self.read_only:
                 # Another sequence may write a read-only block, and a kernel see that one first.
