@@ -80,9 +80,9 @@ class Work:
         if self.part != "train" and (self.part is None or (out / "adapter").is_dir()):
             adapted = ["--adapter", str(out / "adapter"), "--method", "adsc"]
             commands.append(self.evaluation(run.name, adapted))
-            if run.budget == "dense":  # more training alone, then dropped from
-                dropped = [SCHEDULES[budget] for budget in BUDGETS]
-                commands.append(self.evaluation(run.name, [*adapted, "--schedule", *dropped]))
+            if run.at_others:
+                others = [SCHEDULES[budget] for budget in BUDGETS if budget != run.budget]
+                commands.append(self.evaluation(run.name, [*adapted, "--schedule", *others]))
         return commands
 
     def methods(self) -> Iterator[list[str]]:

@@ -41,6 +41,12 @@ class Run:
     def name(self) -> str:
         return f"{self.budget}-{self.direction}-{self.seed}"
 
+    @property
+    def at_others(self) -> bool:
+        """Whether it is evaluated under the schedules of other budgets too: what more training
+        alone does, and how far one adapter serves them all."""
+        return self.budget == "dense" or (self.budget, self.direction) == ("64", "strong_to_mild")
+
     def config(self, data: Path, work: Path, device: str) -> dict[str, object]:
         """What the YAML file holds."""
         at = 0 if self.budget == "dense" else ORDER.index(self.budget)
