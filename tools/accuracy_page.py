@@ -28,7 +28,7 @@ NAMES = {  # of a row of the table, what it is called, in order
     "64-then-others": "ADSC, that adapter for 64, at every budget",
     "mild_to_strong": "ADSC, trained mild to strong",
     "constant": "ADSC, trained at the budget",
-    "dense-then-adsc": "ADSC, trained dense for as many steps",
+    "dense-then-others": "ADSC, trained dense for as many steps",
     "uniform-trained": "uniform, trained at the budget",
     "adsc": "ADSC, untrained",
     "random": "random, at ADSC's layers",
@@ -61,7 +61,7 @@ def place(run: Run, schedules: dict[str, str]) -> tuple[str, str] | None:
         asked = of[run["schedule"]]
         if budget == asked:
             return None if budget == "dense" else (direction, budget)
-        return f"{budget}-then-" + ("adsc" if budget == "dense" else "others"), asked
+        return f"{budget}-then-others", asked
     if run["budget"] is not None:
         return run["method"], str(run["budget"])
     return None if run["schedule"] == "" else (run["method"], of[run["schedule"]])
@@ -73,9 +73,15 @@ def grouped(data: dict[str, Any]) -> dict[tuple[str, str], list[Run]]:
         where = place(run, data["about"]["schedules"])
         if where is not None:
             found.setdefault(where, []).append(run)
-    if own := found.get(("strong_to_mild", "64")):  # which has a place in two rows
-        found["64-then-others", "64"] = own
     return found
+
+
+def shown(data: dict[str, Any]) -> dict[tuple[str, str], list[Run]]:
+    """`grouped`, with the adapter for 64 at its own budget in both of its rows."""
+    runs = grouped(data)
+    if own := runs.get(("strong_to_mild", "64")):
+        runs["64-then-others", "64"] = own
+    return runs
 
 
 def dense_runs(data: dict[str, Any]) -> list[Run]:
@@ -103,7 +109,7 @@ def cell(runs: Sequence[Run], row: str, budget: str) -> str:
 
 
 def accuracy(data: dict[str, Any]) -> str:
-    runs = grouped(data)
+    runs = shown(data)
     present = [row for row in NAMES if any((row, budget) in runs for budget in BUDGETS)]
     rows = [
         [NAMES[row], *(cell(runs.get((row, budget), []), row, budget) for budget in BUDGETS)]
@@ -113,7 +119,7 @@ def accuracy(data: dict[str, Any]) -> str:
 
 
 def retention(data: dict[str, Any]) -> str:
-    runs = grouped(data)
+    runs = shown(data)
     rows = []
     for row in NAMES:
         kept = [
@@ -226,7 +232,7 @@ def plot(data: dict[str, Any]) -> Any:
     """Accuracy against the budget, a line for each method."""
     from matplotlib.figure import Figure
 
-    runs = grouped(data)
+    runs = shown(data)
     figure = Figure(figsize=(11, 5.4), dpi=110, layout="constrained")
     axes = figure.subplots()
     for n, (row, name) in enumerate(NAMES.items()):

@@ -22,13 +22,13 @@ def main(version: str) -> None:
     with tempfile.TemporaryDirectory(dir=site) as folder:
         wheel = [*pip, "download", "--no-deps", "--only-binary", "vllm", "--dest", folder]
         subprocess.run([*wheel, f"vllm=={version}"], check=True)
-        kernels = [Path(shutil.move(library, folder)) for library in site.glob("vllm/*.so")]
+        kernels = [file.rename(Path(folder, file.name)) for file in site.glob("vllm/*.so")]
         shutil.rmtree(site / "vllm")
         with ZipFile(next(Path(folder).glob("*.whl"))) as files:
             names = [name for name in files.namelist() if name.startswith("vllm/")]
             files.extractall(site, [name for name in names if not name.endswith(".so")])
-        for library in kernels:
-            library.rename(site / "vllm" / library.name)
+        for file in kernels:
+            file.rename(site / "vllm" / file.name)
     # vLLM tells by its version that it is for CPUs.
     info = site / f"vllm-{version}+cpu.dist-info"
     info.mkdir()
